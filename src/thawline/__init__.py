@@ -1,0 +1,34 @@
+"""thawline: the line where a frozen model starts to move.
+
+Every public name is loaded on first touch: `import thawline` imports neither torch nor transformers.
+`import thawline.tuners` registers thawline's tuners with PEFT, the one import with an effect;
+touching a tuner's name here (`thawline.PacaConfig`) does the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "CheckpointError": "thawline.errors",
+    "ConfigError": "thawline.errors",
+    "DataError": "thawline.errors",
+    "MissingExtraError": "thawline.errors",
+    "RoutingError": "thawline.errors",
+    "ThawlineError": "thawline.errors",
+}
+
+__version__ = "0.1.0"
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'thawline' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,71 @@
+"""Every error thawline raises on purpose.
+
+    ThawlineError
+    ├── ConfigError         (ValueError)    a setting that cannot work
+    ├── RoutingError        (ValueError)    task ids missing, or not those of the model
+    ├── CheckpointError     (ValueError)    files that do not fit the model, or would be lost
+    ├── DataError           (ValueError)    a data set that cannot be read as asked
+    └── MissingExtraError   (ImportError)   an optional dependency that is not installed
+
+Each also is the built-in error a caller would expect, so `except ValueError` keeps working.
+A message says what was expected, what came, and what to do. The command line prints it in one line.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MissingExtraError",
+    "RoutingError",
+    "ThawlineError",
+    "did_you_mean",
+]
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ThawlineError(Exception):
+    """The root of every error raised on purpose."""
+
+
+class ConfigError(ThawlineError, ValueError):
+    """A setting that cannot work, alone or with the model it meets."""
+
+
+class RoutingError(ThawlineError, ValueError):
+    """Task ids that are missing, misshapen, or unknown to the routing table."""
+
+
+class CheckpointError(ThawlineError, ValueError):
+    """Files that do not fit the model they are loaded into, or a run folder that would be overwritten."""
+
+
+class DataError(ThawlineError, ValueError):
+    """A data set that is missing, corrupt, or not of the format it was read as."""
+
+
+class MissingExtraError(ThawlineError, ImportError):
+    """An optional dependency that is not installed.
+
+    Args:
+        what: the feature that needs it, as the start of a sentence ("QPaCA").
+        package: the package as its users call it ("bitsandbytes").
+        extra: thawline's extra that installs it ("quant").
+    """
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs {package}: `pip install 'thawline[{extra}]'`.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an "unknown name" message: the known names and, where one is close, that one.
+
+    Returns: e.g. "Available: atto, femto. Did you mean 'atto'?"
+    """
+    names = sorted(known)
+    text = f"Available: {', '.join(names)}."
+    close = get_close_matches(name, names, n=1)
+    return f"{text} Did you mean '{close[0]}'?" if close else text

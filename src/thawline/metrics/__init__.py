@@ -1,0 +1,1 @@
+"""Floor 1: from predictions and references to numbers."""

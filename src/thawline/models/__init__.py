@@ -1,0 +1,1 @@
+"""Floor 1: networks that are the project's own."""

@@ -1,0 +1,1 @@
+"""Floor 3: objectives on top of transformers' Trainer."""

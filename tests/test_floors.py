@@ -1,0 +1,75 @@
+"""The house: imports point downwards, siblings never meet, and each outside library has its doors."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "thawline"
+FLOOR = {
+    "errors": 0, "ops": 0,
+    "tuners": 1, "models": 1, "data": 1, "metrics": 1,
+    "training": 3, "analysis": 3, "export": 3, "inference": 3, "bench": 3, "report": 3,
+    "run": 4,
+    "cli": 5,
+}  # fmt: skip
+DOORS = {
+    "peft": ("tuners",),
+    "transformers": ("training", "run", "data/text", "bench"),
+    "faster_coco_eval": ("metrics", "data"),
+    "supervision": ("data", "metrics", "inference", "report"),
+    "cv2": ("data", "inference", "report"),
+    "onnx": ("export", "inference"),
+    "onnxruntime": ("export", "inference"),
+    "bitsandbytes": ("tuners/paca",),
+    "matplotlib": ("report", "analysis"),
+    "jsonargparse": ("cli",),
+}
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def imports(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            base = node.module or ""
+            # `from thawline import x` names a room; `from thawline.ops import x` is in one.
+            names += [f"{base}.{alias.name}" for alias in node.names] if base == "thawline" else [base]
+    return names
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(SRC)
+    return relative.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_point_downwards(path: Path) -> None:
+    here = room(path)
+    if here in ("__init__", "__main__"):
+        return
+    assert here in FLOOR, f"'{here}' has no floor: give it one in FLOOR and in docs/architecture.md"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "thawline" or len(parts) == 1:
+            continue
+        there = parts[1]
+        if there in ("__version__", here):
+            continue
+        assert there in FLOOR, f"{path}: imports {name} through the face; name its home"
+        assert FLOOR[there] < FLOOR[here], (
+            f"{path}: {here} (floor {FLOOR[here]}) imports {there} (floor {FLOOR[there]})"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_outside_libraries_come_in_by_their_doors(path: Path) -> None:
+    where = path.relative_to(SRC).with_suffix("").as_posix()
+    for name in imports(path):
+        doors = DOORS.get(name.split(".")[0])
+        assert doors is None or where.startswith(doors), f"{where} imports {name}; only {doors} may"
