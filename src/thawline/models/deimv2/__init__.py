@@ -1,0 +1,1 @@
+"""DEIMv2: the detector, its eight sizes, and what trains it."""

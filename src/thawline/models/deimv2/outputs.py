@@ -1,0 +1,86 @@
+"""What the network gives: detections always, and what the losses read when asked for.
+
+Stages of one kind come stacked in one tensor, so that matching and losses can treat all of them at once.
+In the authors' names: `layers[:-1]` is `aux_outputs`, `pre` is `pre_outputs`, `encoder` is
+`enc_aux_outputs[0]`, `denoising.layers` is `dn_outputs`, `denoising.pre` is `dn_pre_outputs`, and
+`reference_boxes` is `ref_points`.
+
+Legend: L decoder layers, B images, Q queries, N denoising queries, C classes, R + 1 bins of an edge.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DenoisingOutput", "DetectionOutput", "LayerPredictions", "Predictions", "TrainingOutput"]
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from thawline.models.deimv2.denoising import DenoisingQueries
+
+
+@dataclass(kw_only=True)
+class Predictions:
+    """Classes and boxes of one stage."""
+
+    logits: Tensor
+    """(B, Q, C), float32 or wider."""
+    boxes: Tensor
+    """(B, Q, 4), cxcywh in 0–1 of the image, not clipped."""
+
+
+@dataclass(kw_only=True)
+class LayerPredictions:
+    """Classes, boxes and the distributions of their edges, of all decoder layers; the last is the answer."""
+
+    logits: Tensor
+    """(L, B, Q, C)."""
+    boxes: Tensor
+    """(L, B, Q, 4), cxcywh."""
+    corner_logits: Tensor
+    """(L, B, Q, 4·(R+1)), edges left, top, right, bottom."""
+
+
+@dataclass(kw_only=True)
+class DenoisingOutput:
+    """The same for denoising queries: N in the place of Q."""
+
+    layers: LayerPredictions
+    pre: Predictions
+    reference_boxes: Tensor
+    """(B, N, 4), cxcywh, detached."""
+    queries: DenoisingQueries
+    """What was asked: groups, labels, shaken boxes."""
+
+
+@dataclass(kw_only=True)
+class TrainingOutput:
+    """What the losses read."""
+
+    layers: LayerPredictions
+    pre: Predictions
+    """The first layer's plain box head, before any distribution."""
+    encoder: Predictions
+    """The tokens that became queries, as the encoder's own heads see them."""
+    reference_boxes: Tensor
+    """(B, Q, 4), cxcywh, detached: the boxes that every layer's distributions refine."""
+    up: Tensor
+    """(1,), with `reg_scale` the range of the distributions' weighting function."""
+    reg_scale: Tensor
+    """(1,)"""
+    denoising: DenoisingOutput | None = None
+    """None where denoising is off (`num_denoising=0`, or no targets were given)."""
+
+
+@dataclass(kw_only=True)
+class DetectionOutput:
+    """What `DEIMv2.forward` gives."""
+
+    logits: Tensor
+    """(B, Q, C), before the sigmoid."""
+    pred_boxes: Tensor
+    """(B, Q, 4), cxcywh in 0–1 of the image, not clipped."""
+    training: TrainingOutput | None = None
+    """In train mode, and in eval mode when targets are given; else None."""
