@@ -16,6 +16,8 @@ _HOMES = {
     "MissingExtraError": "thawline.errors",
     "RoutingError": "thawline.errors",
     "ThawlineError": "thawline.errors",
+    "apply_lean": "thawline.ops.lean",
+    "undo_lean": "thawline.ops.lean",
 }
 
 __version__ = "0.1.0"
