@@ -10,6 +10,7 @@ from thawline.ops.boxes import (
     box_giou,
     box_iou,
     cxcywh_to_xyxy,
+    inverse_sigmoid,
     pairwise_giou,
     pairwise_iou,
     xyxy_to_cxcywh,
@@ -79,3 +80,11 @@ def test_overlaps_pass_gradcheck() -> None:
     a, b = random_boxes(4).requires_grad_(), random_boxes(4)
     assert torch.autograd.gradcheck(lambda x: box_giou(x, b), (a,))
     assert torch.autograd.gradcheck(lambda x: box_iou(x, b), (a,))
+
+
+def test_inverse_sigmoid_undoes_sigmoid_and_is_finite_at_and_beyond_the_borders() -> None:
+    x = torch.rand(7, dtype=torch.float64)
+    assert_close(inverse_sigmoid(x).sigmoid(), x)
+    borders = inverse_sigmoid(torch.tensor([-0.5, 0.0, 1.0, 1.5]))
+    limit = torch.tensor(1e5).log()
+    assert_close(borders, torch.stack([-limit, -limit, limit, limit]))

@@ -12,6 +12,7 @@ __all__ = [
     "box_giou",
     "box_iou",
     "cxcywh_to_xyxy",
+    "inverse_sigmoid",
     "pairwise_giou",
     "pairwise_iou",
     "xyxy_to_cxcywh",
@@ -76,6 +77,12 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
 def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU of every box of `a` (..., N, 4) with every box of `b` (..., M, 4), xyxy: (..., N, M)."""
     return box_giou(a.unsqueeze(-2), b.unsqueeze(-3))
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """The logit of a coordinate in 0–1; x and 1 - x are kept at `eps` or above, so borders stay finite."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
 def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
