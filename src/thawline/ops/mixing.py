@@ -1,19 +1,19 @@
 """Mix an inventory of LoRA skills by routing weights, and add the mixture to a frozen linear.
 
-A skill s is a pair of factors A_s (I, R) and B_s (O, R). A routing row gives every head q, a contiguous block of
-A's input features and of B's output features, its own weights over the skills:
+A skill s is a pair of factors A_s (I, R) and B_s (O, R). A routing row gives every head q, a contiguous block
+of A's input features and of B's output features, its own weights over the skills:
 
     A^(q) = Σ_s w_qs A_s^(q)      B^(q) = Σ_s w_qs B_s^(q)      y = W x + b + c · B Aᵀ x
 
 The factors are averaged and then multiplied, so cross terms A_s B_s' exist and the rank stays R. One head is
 Poly (Ponti et al. 2022, arXiv 2202.13914), more are MHR (Caccia et al. 2023, arXiv 2211.03831).
 
-B is stored (S, O, R), as LoRA stores it, and not (S, R, O) as the authors do: head blocks of both factors are then
-slices without a copy, and the inventory does not depend on the number of heads.
+B is stored (S, O, R), as LoRA stores it, and not (S, R, O) as the authors do: head blocks of both factors are
+then slices without a copy, and the inventory does not depend on the number of heads.
 
-`mix_skills` and `apply_low_rank` are plain differentiable torch. `routed_linear` is the same arithmetic as one
-autograd node: mixing in the dtype of the masters, applying in the dtype of the output, the base's own output
-written in place, and for backward only the input itself, the mixed factors and x A.
+`mix_skills` and `apply_low_rank` are plain differentiable torch. `routed_linear` is the same arithmetic as
+one autograd node: it mixes in the dtype of the masters and applies in that of the output, writes into the
+base's own output, and keeps for backward only the input itself, the mixed factors and x A.
 
 Axes: G groups of rows that share a routing row, M tokens of a group, I/O in/out features, D either, R rank,
 S skills, H heads.
@@ -35,7 +35,7 @@ def mix_skills(weights_GHS: Tensor | None, skills_SDR: Tensor, dtype: torch.dtyp
     """Average the skills, head by head, once for each routing row.
 
     Args:
-        weights_GHS: routing weights, one per row, head and skill; `None` averages the skills uniformly (G = 1).
+        weights_GHS: one weight per row, head and skill; `None` averages the skills uniformly (G = 1).
         skills_SDR: one factor of every skill; H divides D.
         dtype: of the result; `None` keeps that of the skills. The sum itself runs in the skills' dtype.
     Returns: (G, D, R), contiguous.
@@ -80,9 +80,10 @@ def routed_linear(
     """A linear plus the low-rank update its routing rows ask for: one autograd node.
 
     Args:
-        x: (..., I). Its leading rows fall into equal groups, in order: one per entry of `index`, or one per row.
-        base: the output of the base, (..., O), or its frozen (weight (O, I), bias): then the base runs in here, its
-            output is written in place and its input gradient is accumulated in place.
+        x: (..., I). Its leading rows fall into equal groups, in order: one per entry of `index`, else one per
+            row of `weights_GHS`.
+        base: the output of the base, (..., O), or its frozen (weight (O, I), bias): then the base runs in
+            here, its output is written in place and its input gradient is accumulated in place.
         skills_A: (S, I, R).        skills_B: (S, O, R), both of the dtype the mixing runs in.
         weights_GHS: routing weights of the distinct rows; `None` averages the skills uniformly.
         index: (groups,), which routing row each group uses; `None` where group g uses row g.
@@ -94,9 +95,9 @@ def routed_linear(
 
 
 class _RoutedLinear(torch.autograd.Function):
-    """`routed_linear`. With g_h = c · ∂y B:  ∂A = xᵀ g_h,  ∂B = c · ∂yᵀ (x A),  ∂x = ∂y W + g_h Aᵀ;  then, per head,
+    """`routed_linear`. With ∂(xA) = c · ∂y B:  ∂A = xᵀ ∂(xA),  ∂B = c · ∂yᵀ (xA),  ∂x = ∂y W + ∂(xA) Aᵀ.
 
-    ∂A_s = Σ_g w_gs ∂A_g (B alike) and ∂w_gs = <A_s, ∂A_g> + <B_s, ∂B_g>.
+    Then, head by head, ∂A_s = Σ_g w_gs ∂A_g, B alike, and ∂w_gs = <A_s, ∂A_g> + <B_s, ∂B_g>.
     """
 
     @staticmethod
@@ -146,21 +147,18 @@ class _RoutedLinear(torch.autograd.Function):
             dx = torch.bmm(d_xA, A.mT).view(x.shape).to(x.dtype)
 
         d_skills_A = d_skills_B = d_weights = None
-        if needs_A or needs_weights:
-            dA = torch.bmm(x.reshape(groups, tokens, -1).to(dy.dtype).mT, d_xA)
-            dA = _sum_by_row(dA, index, weights, skills_A.dtype)
+        if needs_A or needs_B or needs_weights:
+            x_GMI = x.reshape(groups, tokens, -1).to(dy.dtype)
+            dA = _sum_by_row(torch.bmm(x_GMI.mT, d_xA), index, weights, skills_A.dtype)
+            dB = _sum_by_row(torch.bmm(dy_GMO.mT, xA), index, weights, skills_B.dtype)
             if needs_A:
                 d_skills_A = _skill_gradient(weights, dA, skills_A)
-            if needs_weights:
-                d_weights = _heads(dA, weights).bmm(_heads(skills_A, weights).mT)
-        if needs_B or needs_weights:
-            dB = torch.bmm(dy_GMO.mT, xA)
-            dB = _sum_by_row(dB, index, weights, skills_B.dtype)
             if needs_B:
                 d_skills_B = _skill_gradient(weights, dB, skills_B, ctx.scale)
             if needs_weights:
-                d_weights.baddbmm_(_heads(dB, weights), _heads(skills_B, weights).mT, alpha=ctx.scale)
-                d_weights = d_weights.transpose(0, 1).to(weights.dtype)
+                d_HGS = _heads(dA, weights).bmm(_heads(skills_A, weights).mT)
+                d_HGS.baddbmm_(_heads(dB, weights), _heads(skills_B, weights).mT, alpha=ctx.scale)
+                d_weights = d_HGS.transpose(0, 1).to(weights.dtype)
         d_output = dy if needs_output else None
         return dx, d_output, None, None, d_skills_A, d_skills_B, d_weights, None, None
 
