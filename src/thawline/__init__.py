@@ -17,6 +17,8 @@ _HOMES = {
     "RoutingError": "thawline.errors",
     "ThawlineError": "thawline.errors",
     "apply_lean": "thawline.ops.lean",
+    "derive_schedule": "thawline.training.schedule",
+    "published_schedule": "thawline.training.schedule",
     "undo_lean": "thawline.ops.lean",
 }
 

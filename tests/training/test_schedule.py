@@ -1,0 +1,157 @@
+"""The published schedule is held to the authors' own logs; the derived one to the rules it states."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from thawline.errors import ConfigError
+from thawline.models.deimv2.published import PUBLISHED
+from thawline.training.schedule import derive_schedule, derive_settings, flat_cosine, published_schedule
+
+VARIANTS = list(PUBLISHED)
+COCO_IMAGES = 118_287
+
+
+@pytest.mark.parametrize(("run", "variant"), [("dinov3_s", "s"), ("hgnetv2_pico", "pico")])
+def test_published_rates_equal_the_authors_logs_at_every_logged_step(
+    shared: Path, run: str, variant: str
+) -> None:
+    logs = json.loads((shared / "fixtures/deimv2/published_runs.json").read_text())[run]
+    schedule = published_schedule(variant, logs["iters_per_epoch"])
+    assert len(logs["lr_trace"]) > 800
+    for epoch, iteration, logged, _ in logs["lr_trace"]:
+        step = epoch * logs["iters_per_epoch"] + iteration
+        # They log after setting the rate of the step that follows, with six decimals.
+        assert schedule.lr_at(step + 1)[0] == pytest.approx(logged, abs=0.5001e-6)
+    assert schedule.base_lrs == logs["initial_lr"]
+
+
+@pytest.mark.parametrize(("run", "variant"), [("dinov3_s", "s"), ("hgnetv2_pico", "pico")])
+def test_published_windows_equal_the_authors_logs(shared: Path, run: str, variant: str) -> None:
+    logs = json.loads((shared / "fixtures/deimv2/published_runs.json").read_text())[run]
+    schedule = published_schedule(variant, logs["iters_per_epoch"])
+    windows, notes = schedule.windows, " ".join(logs["notes"])
+    per_epoch = schedule.steps_per_epoch
+    *_, total, warmup, flat, final = logs["scheduler_line"].split()
+    assert int(total) == schedule.n_steps
+    assert int(warmup) == schedule.settings.warmup_steps
+    assert int(flat) == windows["flat"].stop * per_epoch == windows["cosine"].start * per_epoch
+    assert int(final) == (schedule.epochs - windows["final"].start) * per_epoch
+    assert f"at epoch {windows['overlap_matcher'].start}" in notes
+    assert f"Epochs: [{windows['strong'].start}, {windows['mosaic'].stop}, {windows['strong'].stop}]" in notes
+    assert f"Training until {windows['stage_1'].stop} epochs" in notes
+    assert f"Mosaic with Prob.@{schedule.settings.mosaic_prob}" in notes
+    if variant == "s":
+        assert f"Using MixUp with Prob@0.5 in {list(windows['mixup'])} epochs" in notes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_published_rates_follow_the_stated_formula(variant: str) -> None:
+    per_epoch = 924 if variant in ("atto", "femto", "pico") else 3696
+    schedule = published_schedule(variant, per_epoch)
+    full, warmup = schedule.base_lrs, schedule.settings.warmup_steps
+    assert schedule.lr_at(0) == [lr / 500 for lr in full]
+    assert schedule.lr_at(1) == [0.0] * 4
+    assert schedule.lr_at(1 + warmup // 2) == pytest.approx([lr / 4 for lr in full])
+    assert schedule.lr_at(1 + warmup) == full
+    last = schedule.lr_at(schedule.n_steps - 1)
+    if variant == "n":
+        assert last == full
+        assert schedule.windows["cosine"] == (160, 160)
+    else:
+        assert last == [lr / 2 for lr in full]
+        flat, final = (schedule.windows[name].start * per_epoch for name in ("cosine", "final"))
+        assert schedule.lr_at(1 + flat) == full
+        assert schedule.lr_at(1 + (flat + final) // 2) == pytest.approx([lr * 0.75 for lr in full])
+
+
+def test_flat_cosine_is_continuous_and_never_rises_after_warm_up() -> None:
+    values = [flat_cosine(t, warmup=7, flat=30, final=90, gamma=0.3) for t in range(120)]
+    assert values[0] == 0
+    assert values[7:31] == [1.0] * 24
+    assert values[90:] == [0.3] * 30
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values[7:]))
+    assert max(abs(a - b) for a, b in itertools.pairwise(values[7:])) < 0.02
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_derived_at_the_published_length_is_the_published_recipe(variant: str) -> None:
+    published = PUBLISHED[variant]
+    derived = derive_settings(published.epochs, variant=variant, n_images=COCO_IMAGES, start="backbone")
+    same = ["epochs", "stop_epoch", "no_aug_epochs", "lr", "backbone_lr", "policy", "matcher_change_epoch"]
+    same += ["batch_size", "warmup_steps", "mixup_epochs", "copyblend_epochs", "mosaic_prob", "base_size"]
+    assert {key: getattr(derived, key) for key in same} == {key: getattr(published, key) for key in same}
+    assert derived.ema_decay == pytest.approx(published.ema_decay)
+    assert derived.ema_warmup_steps == published.ema_warmup_steps
+    assert derived.lr_gamma == 0.5
+    assert derived.flat_epoch == (78 if variant == "n" else published.flat_epoch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("epochs", [1, 2, 3, 10, 37, 1000])
+def test_derived_windows_lie_in_the_run_and_leave_its_end_clean(variant: str, epochs: int) -> None:
+    schedule = derive_schedule(epochs, variant=variant, n_images=300)
+    for name, (start, stop) in schedule.windows.items():
+        assert 0 <= start <= stop <= epochs, name
+    assert [schedule.windows[phase].start for phase in ("flat", "cosine", "final")] == sorted(
+        schedule.windows[phase].start for phase in ("flat", "cosine", "final")
+    )
+    if epochs > 1:
+        assert not schedule.windows["strong"].covers(epochs - 1)
+        assert schedule.windows["final"].covers(epochs - 1)
+    rates = [schedule.lr_at(step)[-1] for step in range(schedule.n_steps)]
+    assert min(rates) > 0
+    assert max(rates) <= schedule.settings.lr
+
+
+@pytest.mark.parametrize(
+    ("n_images", "batch_size"), [(COCO_IMAGES, 32), (511, 16), (255, 8), (100, 4), (18, 4), (3, 3), (1, 1)]
+)
+def test_derived_batch_leaves_sixteen_steps_an_epoch_where_it_can(n_images: int, batch_size: int) -> None:
+    assert derive_settings(10, variant="s", n_images=n_images).batch_size == batch_size
+
+
+def test_derived_rates_follow_the_root_of_the_batch_and_spare_what_is_pretrained() -> None:
+    def rates(start: str, n_images: int, batch: int) -> tuple[float, float]:
+        s = derive_settings(20, variant="s", n_images=n_images, batch_size=batch, start=start)  # type: ignore[arg-type]
+        return s.lr, s.backbone_lr
+
+    lr, backbone = PUBLISHED["s"].lr, PUBLISHED["s"].backbone_lr
+    assert rates("backbone", 5000, 32) == (lr, backbone)
+    assert rates("backbone", 5000, 8) == pytest.approx((lr / 2, backbone / 2))
+    assert rates("backbone", 1250, 32) == pytest.approx((lr, backbone / 2))
+    assert rates("detector", 1250, 32) == pytest.approx((lr / 2, backbone / 2))
+    assert rates("detector", 8, 32) == pytest.approx((lr / 4, backbone / 4))
+    assert rates("scratch", 8, 32) == (lr, lr)
+
+
+def test_derived_warm_up_and_average_are_at_most_a_twentieth_of_a_short_run() -> None:
+    schedule = derive_schedule(50, variant="pico", n_images=205)
+    assert (schedule.settings.batch_size, schedule.n_steps) == (8, 1250)
+    assert schedule.settings.warmup_steps == math.ceil(1250 / 20)
+    assert 1 / (1 - schedule.settings.ema_decay) == pytest.approx(1250 / 20)
+
+
+def test_schedule_describes_itself_in_plain_values() -> None:
+    text = json.dumps(derive_schedule(20, variant="n", n_images=64).describe())
+    assert '"mosaic": [0, 10]' in text
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: published_schedule("xs", 10), "Unknown variant 'xs'.*Did you mean"),
+        (lambda: published_schedule("s", 0), "steps_per_epoch=0"),
+        (lambda: derive_schedule(0, variant="s", n_images=5), "epochs=0"),
+        (lambda: derive_schedule(3, variant="s", n_images=0), "n_images=0"),
+        (lambda: derive_schedule(3, variant="s", n_images=5, batch_size=-1), "batch_size=-1"),
+    ],
+)
+def test_impossible_schedules_are_refused(call, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call()
