@@ -13,6 +13,7 @@ _HOMES = {
     "CheckpointError": "thawline.errors",
     "ConfigError": "thawline.errors",
     "DataError": "thawline.errors",
+    "DetectionDataset": "thawline.data.detection",
     "MissingExtraError": "thawline.errors",
     "RoutingError": "thawline.errors",
     "ThawlineError": "thawline.errors",
