@@ -14,6 +14,7 @@ _HOMES = {
     "ConfigError": "thawline.errors",
     "DataError": "thawline.errors",
     "DetectionDataset": "thawline.data.detection",
+    "DetectionEvaluator": "thawline.metrics.detection",
     "MissingExtraError": "thawline.errors",
     "RoutingError": "thawline.errors",
     "ThawlineError": "thawline.errors",
