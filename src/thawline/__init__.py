@@ -16,6 +16,7 @@ _HOMES = {
     "DetectionDataset": "thawline.data.detection",
     "DetectionEvaluator": "thawline.metrics.detection",
     "MissingExtraError": "thawline.errors",
+    "PacaConfig": "thawline.tuners",
     "RoutingError": "thawline.errors",
     "ThawlineError": "thawline.errors",
     "apply_lean": "thawline.ops.lean",

@@ -1,0 +1,65 @@
+"""The only file that touches PEFT's registries.
+
+PEFT finds a tuner by its type in three dicts of `peft.mapping`. Its own `register_peft_method` fills them for
+members of its `PeftType` enum only and refuses every other name; there is no plug-in discovery. So the dicts
+are written here, with a string that also answers `.value` and `.name`, because PEFT and transformers ask an
+enum member for those. Tested with the oldest and the newest supported peft, and with a `PeftType` that has a
+PACA of its own (PEFT 0.22).
+"""
+
+from __future__ import annotations
+
+__all__ = ["TunerType", "register_tuner"]
+
+from peft.config import PeftConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner
+
+
+class TunerType(str):
+    """A PEFT type that is no member of PEFT's enum but answers like one. Saved to JSON as plain text."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The plain string, as an enum member's value."""
+        return str.__str__(self)
+
+    @property
+    def name(self) -> str:
+        """The plain string, as an enum member's name."""
+        return str.__str__(self)
+
+    @property
+    def prefix(self) -> str:
+        """What every adapter parameter's name begins with; transformers derives it in just this way."""
+        return f"{self.lower()}_"
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # PEFT's status report cuts at the dot
+
+
+def register_tuner(tuner_type: TunerType, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+    """Make a tuner known to PEFT: `get_peft_model`, `PeftModel.from_pretrained`, transformers'
+    `load_adapter`.
+
+    Registering the same classes again changes nothing.
+
+    Raises: ValueError: if the name is taken by another tuner, or model_cls.prefix is not `tuner_type.prefix`.
+        A programmer's mistake, not a user's.
+    """
+    if model_cls.prefix != tuner_type.prefix:
+        raise ValueError(
+            f"{model_cls.__name__}.prefix is {model_cls.prefix!r}, expected {tuner_type.prefix!r}."
+        )
+    taken = PEFT_TYPE_TO_TUNER_MAPPING.get(tuner_type, model_cls)
+    if taken is not model_cls:
+        raise ValueError(f"PEFT already knows {tuner_type.value!r} as {taken.__name__}.")
+    PEFT_TYPE_TO_CONFIG_MAPPING[tuner_type] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[tuner_type] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[tuner_type] = tuner_type.prefix

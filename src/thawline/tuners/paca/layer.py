@@ -1,0 +1,533 @@
+"""PaCA's layers: a frozen Linear, Conv1D or Conv2d with some of its columns in motion.
+
+The base layer's forward runs untouched, with the changed columns inside its weight; `tap_columns` on its
+output gives them their gradient. What is kept per adapter is δ, the columns' change in fp32, and the column
+indices.
+
+When is a column written? Whenever the weight may not hold what δ says, found out as cheaply as can be:
+ · after an optimiser step (`watch`): at once if the optimiser holds δ, else before the next forward;
+ · before a forward if a gradient was emitted and nobody has claimed it yet, or one is waiting (`.data`
+   writers, DeepSpeed), if δ, its indices or its scale are not the ones written (version, place, identity), or
+   after train()/eval();
+ · at once after load_state_dict, set_adapter, enabling, scaling, merging.
+The weight is itself again, bit for bit, while adapters are disabled and in every state dict, copy and pickle.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LAYERS", "PacaConv2d", "PacaLayer", "PacaLinear"]
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from thawline.errors import ConfigError
+from thawline.ops.partial_conv import ConvGeometry, conv_columns, tap_channels
+from thawline.ops.partial_linear import tap_columns
+from thawline.tuners.paca.resident import Change, Resident, is_sharded
+from thawline.tuners.paca.watch import watch, watched
+
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *HALF)
+
+
+class PacaLayer(nn.Module, BaseTunerLayer):
+    """A frozen layer and the adapters that move some of its columns.
+
+    Args:
+        base_layer: the layer, of the type the subclass is for.
+        name: its name in the model, for messages.
+        view: gives the layer's weight as (O, I, ...), its selectable inputs on axis 1, sharing storage.
+    Raises: ConfigError: weights that cannot be written in place: quantised, sharded, or owned by another PaCA
+        layer.
+    """
+
+    adapter_layer_names = ("thawline_paca_delta",)
+    other_param_names = ("r", "scaling", "thawline_paca_indices")
+
+    def __init__(self, base_layer: nn.Module, name: str, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self._view = view
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.base_scaling: dict[str, float] = {}
+        self.thawline_paca_delta = nn.ParameterDict()
+        self.thawline_paca_indices = BufferDict(persistent=True)
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        _check_weight(base_layer, name)
+        self._start()
+        self.register_state_dict_post_hook(_put_original_weight)
+        self.register_load_state_dict_post_hook(_after_load)
+
+    # What a type of layer must say of itself.
+
+    @abstractmethod
+    def tap(self, y: Tensor, x: Tensor, name: str, on_backward: Callable[[], None] | None) -> Tensor:
+        """Give adapter `name` its gradient from the layer's output and input; returns y."""
+
+    @abstractmethod
+    def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
+        """The adapter as stock LoRA weights (A, B), exact, its scale within B.
+
+        Raises: ConfigError: if no LoRA can say the same.
+        """
+
+    # Forward.
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output; its gradient reaches the active adapters' columns."""
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self._compiled = True
+        elif not self._is_current():
+            self.sync()
+        y = self.base_layer(x, *args, **kwargs)
+        if self._trained and torch.is_grad_enabled():
+            for name in self._trained:
+                if self.thawline_paca_delta[name].requires_grad:
+                    # The partial is made here, not kept: kept, it would hold the layer in a cycle.
+                    y = self.tap(
+                        y, x, name, None if compiling else partial(self._before_backward, self._wanted)
+                    )
+        return y
+
+    def columns_of(self, weight: Tensor) -> Tensor:
+        """View a weight of this layer as (O, I, ...), its selectable inputs on axis 1."""
+        return self._view(weight)
+
+    # Adapters: adding, choosing, removing.
+
+    def update_layer(
+        self, adapter_name: str, index: Tensor, scale: float, init_weights: bool, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter on the columns `index`, or put it in the place of one of the same name."""
+        weight = self.base_layer.weight
+        if adapter_name in self.thawline_paca_delta:
+            self.evict()
+        self.r[adapter_name] = len(index)
+        self.scaling[adapter_name] = self.base_scaling[adapter_name] = scale
+        self.thawline_paca_indices[adapter_name] = index.to(weight.device)
+        shape = list(self.columns_of(weight).shape)
+        shape[1] = len(index)
+        delta = torch.zeros(
+            shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
+        )
+        if not init_weights:
+            delta.normal_(std=0.02)
+        self.thawline_paca_delta[adapter_name] = nn.Parameter(delta)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active, trainable ones, and bring their columns in."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._rethink()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Bring the columns in, or the original weight back."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+        self._rethink()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take the adapter's columns out and forget it."""
+        self.evict()
+        self.base_scaling.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+        self._rethink()
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale the adapter's change by `scale` times its own alpha / r."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.base_scaling[adapter]
+            self.sync()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+        self.sync()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters, or with None give them back their own."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.base_scaling[name] if scale is None else self.scaling[name] / scale
+        self.sync()
+
+    # Merging: the columns are in the weight already, so it is a change of flag.
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Leave the adapters' columns in the weight and stop training them.
+
+        Raises: ConfigError: with `safe_merge`, if the merged columns hold NaN or infinity.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.thawline_paca_delta]
+        if not names:
+            return
+        before = list(self.merged_adapters)
+        self.merged_adapters = before + names
+        self._rethink()
+        if safe_merge and not self._resident.is_finite():
+            self.merged_adapters = before
+            self._rethink()
+            raise ConfigError(
+                f"NaN or infinity in the merged columns of '{self.name}': adapter {names} seems broken."
+            )
+
+    def unmerge(self) -> None:
+        """Go back to the active adapters."""
+        self.merged_adapters = []
+        self._rethink()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer alone: with the columns for good, or as it was."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self._resident.forget()
+        else:
+            self.evict()
+        self._released = True
+        return self.base_layer
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's change of the whole weight, in the weight's shape and δ's dtype."""
+        delta = self.thawline_paca_delta[adapter].detach()
+        change = torch.zeros(self.base_layer.weight.shape, dtype=delta.dtype, device=delta.device)
+        self.columns_of(change).index_copy_(
+            1, self.thawline_paca_indices[adapter], delta * self.scaling[adapter]
+        )
+        return change
+
+    # The columns' way in and out of the weight.
+
+    def sync(self) -> None:
+        """Make the weight hold what the wanted adapters say now."""
+        weight = self.base_layer.weight
+        if self._released or self._is_gathered(weight):
+            return
+        changes = [
+            Change(self.thawline_paca_delta[n], self.thawline_paca_indices[n], self.scaling[n])
+            for n in self._wanted
+        ]
+        if any(change.delta.is_meta for change in changes):
+            return  # being loaded; _after_load or the next forward comes back
+        self._check_in_place(weight)
+        self._resident.install(weight, changes)
+        self._inside, self._dirty, self._pending = self._wanted, False, False
+
+    def evict(self) -> None:
+        """Bring back every bit of the original weight; the next forward brings the columns in again."""
+        if not self._released:
+            self._resident.evict(self.base_layer.weight)
+            self._inside, self._dirty = (), True
+
+    def after_step(self, moved: set[int]) -> None:
+        """An optimiser stepped (see `watch`): write now if it holds δ, else before the next forward."""
+        weight = self.base_layer.weight
+        self._gathered = False
+        self._dirty = True
+        if any(id(self.thawline_paca_delta[name]) in moved for name in self._wanted):
+            self._claimed = True
+            self.sync()
+        elif is_sharded(weight):
+            self.sync()
+
+    _wanted: tuple[str, ...]  # adapters whose columns the weight should hold
+    _inside: tuple[str, ...]  # … and does, as far as we wrote them
+    _trained: tuple[str, ...]  # adapters that forward gives a gradient
+
+    def _start(self) -> None:
+        """Nothing is inside the weight."""
+        self._resident = Resident(self.name, self._view)
+        self._wanted = self._inside = self._trained = ()
+        self._dirty = True  # write before the next forward
+        self._pending = False  # a gradient was emitted since the last write
+        self._claimed = False  # an optimiser that tells of its steps holds our change
+        self._gathered = False  # FSDP2 shows a gathered weight in forward; the shards are what counts
+        self._compiled = False  # forward was compiled: it cannot look before it runs
+        self._released = False  # the base layer went its own way
+        watch(self)
+
+    def _rethink(self) -> None:
+        """Draw the consequences of a change of adapters, flags or merging, and write."""
+        names = self.merged_adapters or self.active_adapters
+        self._wanted = (
+            () if self._disable_adapters else tuple(n for n in names if n in self.thawline_paca_delta)
+        )
+        self._trained = () if self.merged else self._wanted
+        self.sync()
+
+    def _is_current(self) -> bool:
+        """Whether the weight surely holds the wanted columns."""
+        if self._gathered:
+            return True
+        if self._dirty or self._inside != self._wanted:
+            return False
+        for name, change in zip(self._wanted, self._resident.changes, strict=True):
+            delta = self.thawline_paca_delta[name]
+            if not change.is_unmoved(delta, self.thawline_paca_indices[name], self.scaling[name]):
+                return False
+            if delta.grad is None:
+                if self._pending:  # emitted and gone: somebody may have applied it
+                    return False
+            elif not self._claimed:  # somebody may be applying it, again and again
+                return False
+        return not self._wanted or self._resident.is_in(self.base_layer.weight)
+
+    def _before_backward(self, inside: tuple[str, ...]) -> None:
+        """Before the base layer's own backward: bring back what its forward ran with, should it have been
+        changed.
+
+        A reference pass with adapters disabled, or another adapter's forward, may lie between the two.
+        """
+        if self._inside != inside and not self._gathered:
+            wanted, self._wanted = self._wanted, inside
+            self.sync()
+            self._wanted, self._dirty = wanted, True
+        self._pending = True
+
+    def _is_gathered(self, weight: Tensor) -> bool:
+        """Whether FSDP2 shows a gathered copy of the weight, which dies with this forward.
+
+        Then nothing is written: `after_step` writes the shards, and this copy came from them.
+        """
+        if is_sharded(weight) or not torch.distributed.is_initialized():
+            self._gathered = False
+        elif self._resident.changes and not self._resident.is_in(weight):
+            self._gathered = True
+        return self._gathered
+
+    def _check_in_place(self, weight: Tensor) -> None:
+        if weight.is_meta:
+            raise ConfigError(
+                f"The weight of '{self.name}' is offloaded (meta device). PaCA writes columns in place: "
+                "load the model without CPU or disk offload."
+            )
+        if weight.dim() != self._weight_dim or hasattr(weight, "ds_id"):
+            raise ConfigError(
+                f"The weight of '{self.name}' was flattened or partitioned (FSDP1 or ZeRO-3). PaCA writes "
+                "columns in place: use FSDP2, ZeRO-1, ZeRO-2 or DDP."
+            )
+        if is_sharded(weight) and not self._rows_are_outputs:
+            raise ConfigError(
+                f"'{self.name}' ({type(self.base_layer).__name__}) keeps its inputs on the sharded axis. Use "
+                "DDP, or exclude the module."
+            )
+
+    _rows_are_outputs = True
+    _weight_dim = 2
+
+    # Moving, saving, loading, copying: never a changed column.
+
+    def train(self, mode: bool = True) -> PacaLayer:
+        """Switch mode; an optimiser may have swapped parameters along with it."""
+        if mode != self.training:
+            self._dirty = True
+            if self._compiled:
+                self.sync()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
+        """Move or cast the layer. δ follows to another device but stays fp32: steps are lost in 16 bits."""
+        self.evict()
+        masters = {id(delta) for delta in self.thawline_paca_delta.values()}
+
+        def keep_master(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in masters and moved.dtype in HALF else moved
+
+        super()._apply(keep_master, recurse)
+        self.sync()
+        return self
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """As PEFT's, but δ keeps its dtype."""
+        device = self.base_layer.weight.device if device is None else device
+        if adapter_name not in self.thawline_paca_delta:
+            return
+        delta = self.thawline_paca_delta[adapter_name]
+        if device.type == "meta" or delta.is_meta:
+            return
+        if delta.device != device:
+            self.thawline_paca_delta[adapter_name] = nn.Parameter(
+                delta.detach().to(device), delta.requires_grad
+            )
+        self.thawline_paca_indices[adapter_name] = self.thawline_paca_indices[adapter_name].to(device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Others than eager forwards cannot bring evicted columns in again: see _put_original_weight.
+        if not (self.merged or self._compiled or is_sharded(self.base_layer.weight)):
+            self.evict()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            self.evict()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PacaLayer:
+        self.evict()
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        self.sync()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.evict()
+        return {k: v for k, v in self.__dict__.items() if k not in RUNTIME}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+        self._rethink()
+
+    def __repr__(self) -> str:
+        return f"thawline.{super().__repr__()}"
+
+
+RUNTIME = (
+    "_resident", "_wanted", "_inside", "_trained",
+    "_dirty", "_pending", "_claimed", "_gathered", "_compiled", "_released",
+)  # fmt: skip
+
+
+class PacaLinear(PacaLayer):
+    """PaCA on `nn.Linear`, and on transformers' `Conv1D`, a Linear with its weight stored (I, O)."""
+
+    def __init__(self, base_layer: nn.Linear | Conv1D, name: str) -> None:
+        transposed = isinstance(base_layer, Conv1D)
+        super().__init__(base_layer, name, torch.t if transposed else as_it_is)
+        self._rows_are_outputs = not transposed
+
+    def tap(self, y: Tensor, x: Tensor, name: str, on_backward: Callable[[], None] | None) -> Tensor:
+        """See `tap_columns`."""
+        delta, index = self.thawline_paca_delta[name], self.thawline_paca_indices[name]
+        return tap_columns(y, x, delta, index, self.scaling[name], on_backward)
+
+    def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
+        """A picks the columns, (R, I); B is their scaled change, (O, R)."""
+        delta, index = _adapter(self, adapter_name, task)
+        n = self.columns_of(self.base_layer.weight).shape[1]
+        return nn.functional.one_hot(index, n).to(delta.dtype), delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's convert_to_lora works; `thawline.to_lora` is exact."""
+        return True
+
+
+class PacaConv2d(PacaLayer):
+    """PaCA on `nn.Conv2d`: columns are the filters that read a channel."""
+
+    _weight_dim = 4
+
+    def __init__(self, base_layer: nn.Conv2d, name: str) -> None:
+        geometry = ConvGeometry.of(base_layer)
+        super().__init__(base_layer, name, partial(conv_columns, geometry=geometry))
+        self._geometry = geometry
+        self._rows_are_outputs = not geometry.depthwise
+
+    def tap(self, y: Tensor, x: Tensor, name: str, on_backward: Callable[[], None] | None) -> Tensor:
+        """See `tap_channels`."""
+        delta, index = self.thawline_paca_delta[name], self.thawline_paca_indices[name]
+        return tap_channels(y, x, delta, index, self._geometry, self.scaling[name], on_backward)
+
+    def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
+        """A picks one channel at one place of the kernel, (R·K·K, C, K, K); B is its change, (O, R·K·K, 1,
+        1).
+
+        Raises: ConfigError: for groups, dilation and padding modes, which PEFT's LoRA of a convolution lacks.
+        """
+        conv = self.base_layer
+        wanting = {
+            "groups": conv.groups != 1,
+            "dilation": set(conv.dilation) != {1},
+            "padding_mode": conv.padding_mode != "zeros",
+        }
+        for field, is_wanting in wanting.items():
+            if is_wanting:
+                raise ConfigError(
+                    f"'{self.name}' has {field}={getattr(conv, field)}, which PEFT's LoRA of a convolution "
+                    "cannot express. Use merge_and_unload, or train without this module."
+                )
+        delta, index = _adapter(self, adapter_name, task)
+        place = delta.shape[2] * delta.shape[3]
+        pick = (
+            nn.functional.one_hot(index, conv.in_channels)[:, None, :, None]
+            * torch.eye(place, device=index.device)[:, None, :]
+        )
+        a = pick.reshape(len(index) * place, conv.in_channels, *delta.shape[2:])
+        return a.to(delta.dtype), delta.flatten(1)[:, :, None, None]
+
+
+LAYERS: dict[type[nn.Module], Callable[[nn.Module, str], PacaLayer]] = {
+    nn.Linear: PacaLinear,
+    Conv1D: PacaLinear,
+    nn.Conv2d: PacaConv2d,
+}
+
+
+def as_it_is(weight: Tensor) -> Tensor:
+    """The view of a weight that is stored (O, I)."""
+    return weight
+
+
+def _adapter(layer: PacaLayer, name: str, task: str | int | None) -> tuple[Tensor, Tensor]:
+    """An adapter's scaled change and its columns."""
+    if task is not None:
+        raise ConfigError(f"task={task!r}: a PaCA adapter serves one task. Leave `task` out.")
+    delta = layer.thawline_paca_delta[name].detach() * layer.scaling[name]
+    return delta, layer.thawline_paca_indices[name]
+
+
+def _check_weight(base_layer: nn.Module, name: str) -> None:
+    """Raises: ConfigError: if columns of this weight cannot be written, or another layer writes them."""
+    weight = base_layer.weight
+    if is_sharded(weight) or hasattr(weight, "ds_id"):
+        raise ConfigError(
+            f"The weight of '{name}' is sharded already. Call get_peft_model first, then shard the model."
+        )
+    if weight.dtype not in FLOATS or type(weight) is not nn.Parameter:
+        raise ConfigError(
+            f"The weight of '{name}' is {type(weight).__name__} of {weight.dtype}: quantised weights have no "
+            "columns to write. Load the base in float32, bfloat16 or float16, or exclude the module."
+        )
+    for other in watched():
+        theirs = other.base_layer.weight
+        if not other._released and not weight.is_meta and theirs.data_ptr() == weight.data_ptr():
+            raise ConfigError(
+                f"The weight of '{name}' already holds the columns of another PaCA layer ('{other.name}'). "
+                "Unload that model first (model.unload()), or give each its own copy of the base."
+            )
+
+
+def _put_original_weight(
+    layer: PacaLayer, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """In a state dict, a copy of the original weight where it could not simply be evicted."""
+    key = f"{prefix}base_layer.weight"
+    weight = layer.base_layer.weight
+    if key in state_dict and not layer.merged and (layer._compiled or is_sharded(weight)):
+        state_dict[key] = layer._resident.original(weight)
+
+
+def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
+    layer.sync()

@@ -1,0 +1,119 @@
+"""Every way to choose the columns of one layer.
+
+A selection gives `r` of a layer's `n` input features, sorted. `random` is the paper's (Woo et al., PaCA, ICLR
+2025); the weight norm appears commented out in the authors' code, a gradient-based one was in it for a while.
+Scores from data come from `thawline.select_columns`, which runs batches through the model and hands the
+result on as explicit indices.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SELECTIONS", "choose_columns", "random_columns", "top_columns"]
+
+import zlib
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thawline.errors import ConfigError
+
+
+class Selection(Protocol):
+    """Choose `r` columns of `weight`, (O, n, ...), input features on axis 1; `name` is the layer's."""
+
+    def __call__(self, weight: Tensor, r: int, name: str, seed: int) -> Tensor: ...
+
+
+def random_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
+    """`r` columns drawn without replacement, from the seed and the layer's name alone.
+
+    NumPy froze the stream of `RandomState` for good (NEP 19); torch's may change between versions and
+    devices.
+    """
+    mixed = (seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**32
+    drawn = np.random.RandomState(mixed).permutation(weight.shape[1])[:r]
+    return torch.from_numpy(np.sort(drawn)).long()
+
+
+def weight_norm_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
+    """The `r` columns of largest L2 norm."""
+    if weight.device.type == "meta":
+        raise ConfigError(
+            f"selection='weight_norm' needs the weights of '{name}', which are not loaded yet (meta device). "
+            "Load the base model first, or use selection='random'."
+        )
+    return top_columns(column_energy(weight), r)
+
+
+def calibrated_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
+    """Nothing to choose without data.
+
+    Raises: ConfigError: always; reached only where `indices` are missing.
+    """
+    raise ConfigError(
+        f"'{name}': selections 'activation' and 'gradient' look at data. Calibrate first: "
+        "config = thawline.select_columns(model, config, batches)."
+    )
+
+
+SELECTIONS: dict[str, Selection] = {
+    "random": random_columns,
+    "weight_norm": weight_norm_columns,
+    "activation": calibrated_columns,
+    "gradient": calibrated_columns,
+    "explicit": calibrated_columns,
+}
+
+
+def choose_columns(
+    weight: Tensor, r: int, name: str, selection: str, seed: int, indices: Sequence[int] | None
+) -> Tensor:
+    """The columns to adapt: `indices` where given, else what `selection` says.
+
+    Args:
+        weight: (O, n, ...), input features on axis 1.
+        r: how many.
+        name: the layer's, for messages and for mixing into the seed.
+        selection: a key of SELECTIONS.
+        seed: of the random choice.
+        indices: explicit columns, or None.
+    Returns: (r,), int64, sorted, unique, on the CPU.
+    Raises: ConfigError: r above n; indices that repeat, leave [0, n), or are not r many; selection without
+        calibration.
+    """
+    n = weight.shape[1]
+    if r > n:
+        raise ConfigError(
+            f"r={r} is more than the {n} input features of '{name}'. Use r <= {n}, set "
+            f"rank_pattern={{'{name}': {n}}}, or exclude the module."
+        )
+    if indices is None:
+        return SELECTIONS[selection](weight, r, name, seed)
+    chosen = sorted(indices)
+    if len(chosen) != r:
+        raise ConfigError(
+            f"r={r} but {len(chosen)} indices for '{name}'. Set r={len(chosen)}, or "
+            f"rank_pattern={{'{name}': {len(chosen)}}}."
+        )
+    repeated = sorted({i for i, j in pairwise(chosen) if i == j})
+    if repeated:
+        raise ConfigError(f"The indices of '{name}' repeat {repeated}. Name every column once.")
+    outside = [i for i in chosen if not 0 <= i < n]
+    if outside:
+        raise ConfigError(f"The indices {outside} of '{name}' are outside its input features, 0 to {n - 1}.")
+    return torch.tensor(chosen, dtype=torch.long)
+
+
+def top_columns(scores: Tensor, r: int) -> Tensor:
+    """The `r` highest scores, ties to the lower index; sorted indices on the CPU."""
+    order = torch.sort(scores.detach().double().cpu(), descending=True, stable=True).indices
+    return order[:r].sort().values
+
+
+def column_energy(weight: Tensor) -> Tensor:
+    """Squared L2 norm of every column of (O, n, ...): (n,), double."""
+    return weight.detach().double().square().transpose(0, 1).flatten(1).sum(1)
