@@ -1,0 +1,406 @@
+"""The command line: a table of verbs, one function each.
+
+`thawline --help` and `thawline list` import no framework, so that they answer at once. The options of train
+and eval are the recipe's dataclasses, through jsonargparse; an unknown one is answered with the nearest. A
+user's mistake ends in one line on stderr and exit status 2 (what was asked for) or 1 (what was found).
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+__all__ = ["VERBS", "main"]
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import thawline
+from thawline import recipe
+from thawline.errors import ConfigError, ThawlineError, did_you_mean
+from thawline.recipe import LEADING_FIELD, RunConfig
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def train(argv: list[str]) -> int:
+    """Train a tuner, or a whole model, as a recipe says."""
+    parser = _parser("train", train)
+    parser.add_argument(
+        "--config", action="append", default=[], help="Recipe (YAML). Given twice, the later one wins."
+    )
+    parser.add_argument("--resume", action="store_true", help="Go on from the run's newest checkpoint.")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Build everything, write plan.json, take no step."
+    )
+    config, options = _parse_recipe(parser, argv, _read_recipes(argv))
+    if options.print_config:
+        return _say(_to_yaml(config))
+    _prepare()
+    from thawline.run import run
+
+    result = run(config, resume=options.resume, dry_run=options.dry_run)
+    if result.status == "interrupted":
+        logger.warning(
+            "Stopped at step %d. Go on with: thawline train --config %s/config.yaml --resume",
+            result.steps,
+            result.folder,
+        )
+        return INTERRUPTED
+    if options.json:
+        return _say(_to_json(dataclasses.asdict(result)))
+    if result.status == "planned":
+        return _say((result.folder / "plan.json").read_text(encoding="utf-8"))
+    _say_evaluation(result.metrics, result.parts)
+    return _say(f"{result.folder}: {result.steps} steps in {result.seconds:.1f} s")
+
+
+def evaluate(argv: list[str]) -> int:
+    """Evaluate a run, an adapter or a model on held-out rows."""
+    parser = _parser("eval", evaluate)
+    parser.add_argument("model", help="Folder of a run, adapter or model, or a model's Hub id.")
+    parser.add_argument("--out", help="Write what was predicted here, one JSON row a line.")
+    target = next((token for token in argv if not token.startswith("-")), None)
+    mapping: dict[str, Any] = {}
+    if target is not None:
+        _prepare()
+        from thawline.run import saved_config
+
+        mapping = saved_config(target).to_mapping()
+        if any(token.split("=")[0] in ("--data", "--data.path") for token in argv):
+            mapping["data"]["eval_path"] = None
+    config, options = _parse_recipe(parser, argv, mapping)
+    if options.print_config:
+        return _say(_to_yaml(config))
+    from thawline.run import evaluate as evaluate_model
+
+    found = evaluate_model(options.model, config=config)
+    if options.out:
+        Path(options.out).write_text(
+            "".join(f"{_to_json(row, None)}\n" for row in found.rows), encoding="utf-8"
+        )
+    if options.json:
+        return _say(_to_json({"metrics": found.metrics, "parts": found.parts}))
+    return _say_evaluation(found.metrics, found.parts)
+
+
+def predict(argv: list[str]) -> int:
+    """Answer texts: arguments, the lines of a file, or those of standard input."""
+    parser = _parser("predict", predict)
+    parser.add_argument("model", help="Folder of a run, adapter or model, or a model's Hub id.")
+    parser.add_argument(
+        "texts", nargs="*", help="What to answer. None: the lines of --file or of standard input."
+    )
+    parser.add_argument("--file", help="Answer the lines of this file.")
+    parser.add_argument("--choices", help="Pick the likeliest of these, parted by commas.")
+    parser.add_argument("--max_new_tokens", type=int, help="Longest answer.")
+    parser.add_argument("--temperature", type=float, help="Draw instead of taking the likeliest token.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Texts at a time.")
+    options = _parse(parser, argv)
+    texts = list(options.texts)
+    if options.file is not None:
+        texts += _lines(options.file)
+    elif not texts:
+        texts = [line.rstrip("\n") for line in sys.stdin]
+    _prepare()
+    from thawline.run import predict as answer
+
+    sampling: dict[str, Any] = {}
+    if options.max_new_tokens is not None:
+        sampling["max_new_tokens"] = options.max_new_tokens
+    if options.temperature is not None:
+        sampling |= {"do_sample": True, "temperature": options.temperature}
+    choices = [choice.strip() for choice in options.choices.split(",")] if options.choices else []
+    answers = answer(options.model, texts, choices=choices, batch_size=options.batch_size, **sampling)
+    if options.json:
+        answers = [_to_json({"input": t, "output": a}, None) for t, a in zip(texts, answers, strict=True)]
+    return _say("\n".join(answers))
+
+
+def list_choices(argv: list[str]) -> int:
+    """What there is to choose from: tuners, objectives, formats, metrics, …"""
+    from thawline.choices import CHOICES
+
+    parser = argparse.ArgumentParser(prog="thawline list", description=list_choices.__doc__)
+    parser.add_argument("topics", nargs="*", help=f"Among {', '.join(CHOICES)}. None: all.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    options = parser.parse_args(argv)
+    for topic in options.topics:
+        if topic not in CHOICES:
+            raise ConfigError(f"Nothing called '{topic}' to list. {did_you_mean(topic, CHOICES)}")
+    tables = {topic: CHOICES[topic]() for topic in options.topics or CHOICES}
+    if options.json:
+        return _say(_to_json(tables))
+    for topic, table in tables.items():
+        _say("\n".join([topic, *_choice_lines(table)]))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "list": list_choices,
+}
+"""Verb → what it does with the rest of the command line; its docstring is its help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        return _say(_help())
+    if words[0] == "--version":
+        return _say(thawline.__version__)
+    try:
+        if words[0] not in VERBS:
+            raise ConfigError(f"Unknown command '{words[0]}'. {did_you_mean(words[0], VERBS)}")
+        return VERBS[words[0]](words[1:])
+    except ThawlineError as error:
+        sys.stderr.write(f"thawline: {' '.join(str(error).split())}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("thawline: interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; without this the interpreter complains on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {_first_line(verb)}" for name, verb in VERBS.items())
+    return (
+        "usage: thawline COMMAND …\n\nAdapt pretrained, frozen models: base × tuner × objective.\n\n"
+        f"{verbs}\n\n`thawline COMMAND --help` lists its options, `thawline list` what there is to choose."
+    )
+
+
+def _choice_lines(table: Mapping[str, str]) -> list[str]:
+    """One line a choice; choices that share their text (PEFT's many methods) stand together above it."""
+    names_of: dict[str, list[str]] = {}
+    for name, text in table.items():
+        names_of.setdefault(text, []).append(name)
+    width = max(len(names[0]) for names in names_of.values())
+    lines = []
+    for text, names in names_of.items():
+        if len(names) > 2:
+            block = textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  ")
+            lines += [*block.splitlines(), f"  {'':{width}}  {text}"]
+        else:
+            lines += [f"  {name:{width}}  {text}" for name in names]
+    return lines
+
+
+def _parser(verb: str, function: Callable[[list[str]], int]) -> jsonargparse.ArgumentParser:
+    """An empty parser that raises instead of exiting. It takes 0.2 s to import, hence here."""
+    import jsonargparse
+
+    # Attribute docstrings of the recipe's dataclasses are the options' help.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"thawline {verb}", description=_first_line(function), exit_on_error=False
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    return parser
+
+
+def _read_recipes(argv: Sequence[str]) -> dict[str, Any]:
+    """The values of all --config files, later ones over earlier ones."""
+    values: dict[str, Any] = {}
+    for i, token in enumerate(argv):
+        name, is_joined, path = token.partition("=")
+        if name == "--config" and (is_joined or i + 1 < len(argv)):
+            path = path if is_joined else argv[i + 1]
+            for key, value in recipe.check_mapping(recipe.read_mapping(path), path).items():
+                values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return values
+
+
+def _parse_recipe(
+    parser: jsonargparse.ArgumentParser, argv: Sequence[str], values: Mapping[str, Any]
+) -> tuple[RunConfig, jsonargparse.Namespace]:
+    """A recipe's values under what the command line says; and the parser's own options."""
+    argv = _write_out_sections(argv)
+    values = recipe.expand_sections(values)
+    objective = _option(argv, "--objective.kind") or values["objective"].get("kind", "text")
+    method = _option(argv, "--tuner.method") or values["tuner"].get("method", "lora")
+    types = recipe.section_types(objective, method)
+    # The recipe's values alone first: what the parser demands beside them would be missing there.
+    of_recipe = _parser("", train)
+    for target in (of_recipe, parser):
+        _add_sections(target, types)
+    parser.add_argument(
+        "--print_config", action="store_true", help="Print the recipe as it would run, and exit."
+    )
+    for section, wanted in types.items():
+        # `--tuner frozen` over a LoRA recipe is a comparison, not a mistake: what frozen lacks is left out.
+        known = {field.name for field in dataclasses.fields(wanted)}
+        if dropped := sorted(set(values[section]) - known):
+            logger.info("Left out, since '%s' has no such field: %s.", method, ", ".join(dropped))
+        values[section] = {name: value for name, value in values[section].items() if name in known}
+    values |= {
+        section: {**values[section], leading: choice}
+        for section, leading, choice in (("objective", "kind", objective), ("tuner", "method", method))
+    }
+    try:
+        start = of_recipe.parse_object(values)
+    except argparse.ArgumentError as error:
+        raise ConfigError(_explain(error, types)) from error
+    # jsonargparse keeps the name --print_config to itself.
+    options = _parse(parser, [token for token in argv if token != "--print_config"], start, types)
+    options.print_config = "--print_config" in argv
+    built = parser.instantiate(options)
+    return RunConfig(
+        **{field.name: getattr(built, field.name) for field in dataclasses.fields(RunConfig)}
+    ), options
+
+
+def _add_sections(parser: jsonargparse.ArgumentParser, types: Mapping[str, type]) -> None:
+    """The options of a recipe with these sections."""
+    parser.add_class_arguments(RunConfig, skip=set(types))
+    for section, wanted in types.items():
+        parser.add_class_arguments(wanted, section)
+    for action in parser._actions:
+        if action.dest in LEADING_FIELD:
+            action.help, action.metavar = f"Short for --{action.dest}.{LEADING_FIELD[action.dest]}.", "VALUE"
+        elif action.dest in types:
+            action.help = argparse.SUPPRESS
+
+
+def _parse(
+    parser: jsonargparse.ArgumentParser,
+    argv: Sequence[str],
+    start: jsonargparse.Namespace | None = None,
+    types: Mapping[str, type] | None = None,
+) -> jsonargparse.Namespace:
+    try:
+        return parser.parse_args(list(argv), namespace=start)
+    except argparse.ArgumentError as error:
+        known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
+        raise ConfigError(_explain(error, types or {}, known)) from error
+
+
+def _explain(error: argparse.ArgumentError, types: Mapping[str, type], known: Sequence[str] = ()) -> str:
+    """jsonargparse's message in one line: what the option takes and got, or the nearest known option."""
+    message = str(error)
+    if unknown := re.search(r"unrecognized arguments: --([\w.+-]+)", message):
+        name = unknown[1]
+        if types:
+            return f"Unknown option '--{name}'. {recipe.nearest_key(name, types, known)}"
+        return f"Unknown option '--{name}'. {did_you_mean(name, known)}"
+    key = re.search(r'Parser key "(.+?)":', message)
+    got = re.search(r"(?:Got value|Given value): (.*)", message)
+    wanted = [
+        re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", name)
+        for name in re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", message, re.MULTILINE)
+    ]
+    if key and got and wanted:
+        return f"'{key[1]}' takes {' or '.join(wanted)}, got {got[1]!r}."
+    return message
+
+
+def _write_out_sections(argv: Sequence[str]) -> list[str]:
+    """`--tuner lora` as `--tuner.method lora`, and so on for every section with a leading field."""
+    written = []
+    for token in argv:
+        name, is_joined, value = token.partition("=")
+        section = name.removeprefix("--")
+        if name.startswith("--") and section in LEADING_FIELD:
+            name = f"--{section}.{LEADING_FIELD[section]}"
+        written.append(f"{name}{is_joined}{value}")
+    return written
+
+
+def _option(argv: Sequence[str], option: str) -> str | None:
+    """The last value given for an option, before there is a parser to ask."""
+    found = None
+    for i, token in enumerate(argv):
+        name, is_joined, value = token.partition("=")
+        if name == option and (is_joined or i + 1 < len(argv)):
+            found = value if is_joined else argv[i + 1]
+    return found
+
+
+def _prepare() -> None:
+    """What a command does before it imports frameworks: show our log on stderr, and hush their notices."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("thawline")
+    if not package.handlers:
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+    # Notices between libraries, which a user can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+
+
+def _say(text: str) -> int:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+def _say_evaluation(metrics: Mapping[str, float], parts: Mapping[str, Mapping[str, float]]) -> int:
+    """A table of one line a part, with the mean over parts and over everything below it."""
+    if not metrics:
+        return _say("No held-out rows: nothing was evaluated.")
+    names = list(metrics)
+    rows = [
+        [name, str(part.get("rows", "")), *(_round(part[key]) for key in names)]
+        for name, part in parts.items()
+    ]
+    if len(parts) > 1:
+        means = [sum(part[key] for part in parts.values()) / len(parts) for key in names]
+        rows.append(["mean over tasks", "", *map(_round, means)])
+        total = sum(int(part.get("rows", 0)) for part in parts.values())
+        rows.append(["all rows", str(total), *(_round(metrics[key]) for key in names)])
+    header = ["task", "rows", *names]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in [header, *rows]
+    ]
+    return _say("\n".join(lines))
+
+
+def _round(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"Cannot read '{path}': {error.strerror}.") from error
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").splitlines()[0]
+
+
+def _to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.to_mapping(), sort_keys=False, allow_unicode=True)
+
+
+def _to_json(value: Any, indent: int | None = 2) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False, default=str)

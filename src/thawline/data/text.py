@@ -1,0 +1,452 @@
+"""Rows of text: read from JSONL, whatever their keys, and turned into tokens of which answers are learned.
+
+    file ── load_examples ──► Example(prompt, completion | messages, choices, task, split)
+                                  └── TextEncoder ──► {"input_ids", "labels"}, label −100 where not learned
+
+Prompt and completion are tokenised apart and joined, so that the prompt's tokens in training are those that
+generation and choice ranking start from, whatever a tokenizer would merge across the seam.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "FORMATS",
+    "IGNORED",
+    "Example",
+    "Split",
+    "TextEncoder",
+    "collate_tokens",
+    "format_prompt",
+    "load_examples",
+    "prompt_example",
+    "split_examples",
+]
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from thawline.errors import ConfigError, DataError, did_you_mean
+
+IGNORED = -100
+"""Label of a token that is not learned; PyTorch's cross-entropy and transformers skip it."""
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "input-output": ("input", "output"),
+    "text": ("text",),
+}
+"""Format → the keys a row must have. Looked at in this order: rows may carry more keys than they need."""
+
+TEMPLATES = {
+    "prompt-completion": "{prompt}",
+    "instruction": "### Instruction:\n{instruction}\n\n### Response:\n",
+    "input-output": "{input}\n",
+}
+INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+# No space ends the generation prompt: many tokenizers would merge it with the answer's first word.
+PLAIN_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
+"""Values of `split`, and file stems, that mark held-out rows; the first one present is taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row, as its file holds it but for the names of its keys."""
+
+    prompt: str = ""
+    completion: str = ""
+    messages: tuple[Mapping[str, str], ...] = ()
+    """A chat; then `prompt` and `completion` are empty."""
+    choices: tuple[str, ...] = ()
+    """The answers to choose from, `completion` among them. Empty: open."""
+    task: str = ""
+    split: str = ""
+    format: str = "text"
+    where: str = ""
+    """File and line, for messages."""
+
+    @property
+    def answer(self) -> str:
+        """What a model should answer: the completion, or a chat's last turn."""
+        return self.messages[-1]["content"] if self.messages else self.completion
+
+
+class Split(NamedTuple):
+    """Rows to learn from and rows held out."""
+
+    train: list[Example]
+    held_out: list[Example]
+
+
+def load_examples(
+    path: str | Path | Sequence[str], *, format: str = "auto", template: str | None = None
+) -> list[Example]:
+    """Read every row of a JSONL or JSON file, of several, or of all such files below a folder.
+
+    Args:
+        path: file, folder or a list of them.
+        format: one of FORMATS, or "auto": by the keys of each file's first row.
+        template: prompt made of a row's fields (`"{input}\\n"`). None: the format's own.
+
+    Raises: DataError: naming file and line, for a row that cannot be read as asked.
+    """
+    if format not in ("auto", *FORMATS):
+        raise ConfigError(f"Unknown format '{format}'. {did_you_mean(format, FORMATS)}")
+    examples: list[Example] = []
+    for file in _files(path):
+        examples += _read_file(file, format, template)
+    return examples
+
+
+def split_examples(
+    examples: Sequence[Example],
+    held_out: Sequence[Example] | None = None,
+    *,
+    fraction: float = 0.0,
+    seed: int = 0,
+) -> Split:
+    """Part the rows to learn from the held-out ones: those given, else those marked, else a drawn share."""
+    marked = [name for name in HELD_OUT if any(example.split == name for example in examples)]
+    train = [example for example in examples if example.split not in HELD_OUT]
+    if held_out is not None:
+        return Split(train or list(examples), list(held_out))
+    if marked:
+        return Split(train, [example for example in examples if example.split == marked[0]])
+    if fraction:
+        order = random.Random(seed).sample(range(len(train)), len(train))
+        cut = max(1, round(fraction * len(train)))
+        return Split([train[i] for i in sorted(order[cut:])], [train[i] for i in sorted(order[:cut])])
+    return Split(train, [])
+
+
+def format_prompt(row: Mapping[str, Any], format: str, template: str | None, where: str) -> str:
+    """The prompt a row's fields make. Raises: DataError: for a field of the template that the row lacks."""
+    if template is None:
+        template = TEMPLATES[format]
+        if format == "instruction" and row.get("input"):
+            template = INSTRUCTION_WITH_INPUT
+    fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    missing = [name for name in fields if name not in row]
+    if missing:
+        raise DataError(f"{where}: the template asks for '{missing[0]}', the row has {_names(row)}.")
+    return template.format(**{name: row[name] for name in fields})
+
+
+def prompt_example(text: str, format: str, template: str | None, choices: Sequence[str] = ()) -> Example:
+    """An example without an answer: `text` in the place of the format's first field, or a user's turn."""
+    if format == "messages":
+        return Example(messages=({"role": "user", "content": text},), choices=tuple(choices), format=format)
+    if format in TEMPLATES:
+        text = format_prompt({FORMATS[format][0]: text}, format, template, "the text")
+    return Example(prompt=text, choices=tuple(choices), format=format)
+
+
+class TextEncoder:
+    """Turns examples into token ids and labels for one tokenizer and one kind of model.
+
+    Args:
+        tokenizer: any of transformers' tokenizers.
+        max_length: longest sequence; a longer prompt loses its beginning, a longer completion its end.
+        learn_prompt: learn prompts too (and, in chats, every role's turns).
+        seq2seq: prompt to the encoder, completion to the decoder.
+        chat_template: Jinja text for `messages`, "plain", or None for the tokenizer's own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 512,
+        learn_prompt: bool = False,
+        seq2seq: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.learn_prompt = learn_prompt
+        self.seq2seq = seq2seq
+        self.chat_template = _chat_template(tokenizer, chat_template)
+        self.n_cut = 0
+        """Examples that were longer than `max_length` so far."""
+
+    def __call__(self, example: Example) -> dict[str, list[int]]:
+        """Token ids and labels of one example.
+
+        Raises: DataError: if nothing of the example would be learned.
+        """
+        if example.messages and not self.seq2seq:
+            row = self._encode_chat(example)
+        else:
+            row = self.join(self.prompt_ids(example), self.answer_ids(example.answer))
+        # A causal LM never predicts its first token.
+        if all(label == IGNORED for label in row["labels"][not self.seq2seq :]):
+            raise DataError(
+                f"{example.where}: nothing is left to learn in max_length={self.max_length} tokens."
+            )
+        return row
+
+    def join(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
+        """One row: a prompt and the answer to learn after it. Too long a prompt loses its beginning."""
+        if self.seq2seq:
+            self.n_cut += max(len(prompt), len(answer)) > self.max_length
+            return {"input_ids": self._keep_end(prompt, self.max_length), "labels": answer[: self.max_length]}
+        self.n_cut += len(prompt) + len(answer) > self.max_length
+        answer = answer[: self.max_length - bool(prompt)]
+        prompt = self._keep_end(prompt, self.max_length - len(answer))
+        return {
+            "input_ids": prompt + answer,
+            "labels": (prompt if self.learn_prompt else [IGNORED] * len(prompt)) + answer,
+        }
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """What an answer starts from: the tokenizer's opening tokens and the prompt, not closed."""
+        if example.messages:
+            turns = example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
+            return self._ids(self._chat_text(turns, add_generation_prompt=True))
+        if self.seq2seq:
+            return list(self.tokenizer(example.prompt).input_ids)
+        return self._opening_ids() + self._ids(example.prompt)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The answer's tokens, closed by the end-of-sequence token."""
+        end = self.tokenizer.eos_token_id
+        return self._ids(text) + ([] if end is None else [end])
+
+    def _encode_chat(self, example: Example) -> dict[str, list[int]]:
+        """Tokens of the whole chat; those of the assistant's turns are learned."""
+        text = self._chat_text(example.messages)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoded.input_ids)
+        if self.learn_prompt:
+            labels = list(ids)
+        else:
+            spans = self._answer_spans(example, text)
+            labels = [
+                token
+                if any(start < span_end and end > span_start for span_start, span_end in spans)
+                else IGNORED
+                for token, (start, end) in zip(ids, encoded.offset_mapping, strict=True)
+            ]
+        self.n_cut += len(ids) > self.max_length
+        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+
+    def _answer_spans(self, example: Example, text: str) -> list[tuple[int, int]]:
+        """Where the assistant's turns lie in the chat's text: a turn is what it adds to those before it."""
+        spans = []
+        for i, turn in enumerate(example.messages):
+            if turn["role"] != "assistant":
+                continue
+            before = self._chat_text(example.messages[:i], add_generation_prompt=True)
+            after = self._chat_text(example.messages[: i + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise DataError(
+                    f"{example.where}: the chat template rewrites earlier turns, so what turn {i + 1} adds "
+                    'cannot be told. Use another `data.chat_template` (a Jinja file, or "plain").'
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+    def _chat_text(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+        if self.chat_template is None:
+            raise ConfigError(
+                f"The tokenizer '{self.tokenizer.name_or_path}' has no chat template for rows of `messages`. "
+                'Set `data.chat_template` to a Jinja file, or to "plain".'
+            )
+        return self.tokenizer.apply_chat_template(
+            list(turns),
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+
+    def _keep_end(self, ids: list[int], length: int) -> list[int]:
+        """The opening tokens and the end of `ids`, at most `length` together."""
+        if len(ids) <= length:
+            return ids
+        opening = self._opening_ids()[:length]
+        return opening + ids[len(ids) - (length - len(opening)) :]
+
+    def _opening_ids(self) -> list[int]:
+        """Tokens the tokenizer puts in front of every text (Llama's <s>), but no closing one (T5's </s>)."""
+        return [token for token in self.tokenizer("").input_ids if token != self.tokenizer.eos_token_id]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def collate_tokens(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad rows on the right to the longest: `input_ids`, `attention_mask` (B, T), `labels` (B, L).
+
+    A key that holds one number a row (a class, a task's id) becomes (B,).
+    """
+    batch = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        if isinstance(values[0], int):
+            batch[key] = torch.tensor(values)
+        else:
+            batch[key] = _pad(values, IGNORED if key == "labels" else pad_token_id)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    return batch
+
+
+def _pad(rows: list[list[int]], value: int) -> Tensor:
+    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+    return padded
+
+
+def _files(path: str | Path | Sequence[str]) -> Iterable[Path]:
+    paths = [path] if isinstance(path, (str, Path)) else path
+    for root in map(Path, paths):
+        if root.is_file():
+            yield root
+            continue
+        if not root.is_dir():
+            raise DataError(f"No such file or folder: '{root}'.")
+        found = sorted(file for suffix in ("jsonl", "json") for file in root.rglob(f"*.{suffix}"))
+        found = [file for file in found if file.name != "manifest.json"]
+        if not found:
+            raise DataError(f"'{root}' holds no .jsonl or .json file.")
+        yield from found
+
+
+def _read_file(file: Path, format: str, template: str | None) -> list[Example]:
+    examples: list[Example] = []
+    for where, row in _rows(file):
+        if format == "auto":
+            format = _format_of(row, where)
+        examples.append(_example(row, format, template, where, file))
+    if not examples:
+        raise DataError(f"{file}: no rows.")
+    return examples
+
+
+def _rows(file: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """Place and content of every row of a JSONL file, or of a JSON file holding a list."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text (byte {error.start}).") from error
+    if file.suffix == ".json":
+        rows = _parse(text, str(file))
+        if not isinstance(rows, list):
+            raise DataError(
+                f"{file}: expected a list of rows, got {type(rows).__name__}. Or use .jsonl, one row a line."
+            )
+        numbered = ((f"{file}: row {i}", row) for i, row in enumerate(rows, 1))
+    else:
+        lines = enumerate(text.splitlines(), 1)
+        numbered = ((f"{file}:{i}", _parse(line, f"{file}:{i}")) for i, line in lines if line.strip())
+    for where, row in numbered:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected an object with keys, got {type(row).__name__}.")
+        yield where, row
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}.") from error
+
+
+def _format_of(row: Mapping[str, Any], where: str) -> str:
+    for name, keys in FORMATS.items():
+        if all(key in row for key in keys):
+            return name
+    formats = "; ".join(f"{name}: {' + '.join(keys)}" for name, keys in FORMATS.items())
+    raise DataError(f"{where}: cannot tell the format from the keys {_names(row)}. Known: {formats}.")
+
+
+def _example(row: Mapping[str, Any], format: str, template: str | None, where: str, file: Path) -> Example:
+    missing = [key for key in FORMATS[format] if key not in row]
+    if missing:
+        raise DataError(f"{where}: a row of format '{format}' needs '{missing[0]}', got {_names(row)}.")
+    split = str(row.get("split") or (file.stem if file.stem in ("train", *HELD_OUT) else ""))
+    shared: dict[str, Any] = {
+        "task": str(
+            row.get("task") or (file.parent.name if file.stem in ("train", *HELD_OUT) else file.stem)
+        ),
+        "split": split,
+        "format": format,
+        "where": where,
+    }
+    if format == "text":
+        return Example(completion=_text(row, "text", where), **shared)
+    if format == "messages" or isinstance(row.get("prompt"), list):
+        return Example(messages=_messages(row, where), **{**shared, "format": "messages"})
+    answer = "completion" if format == "prompt-completion" else "output"
+    for key in (*FORMATS[format], answer):
+        _text(row, key, where)
+    completion = _text(row, answer, where)
+    return Example(
+        prompt=format_prompt(row, format, template, where),
+        completion=completion,
+        choices=_choices(row, completion, where),
+        **shared,
+    )
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    if not isinstance(row[key], str):
+        raise DataError(f"{where}: '{key}' must be text, got {type(row[key]).__name__}.")
+    return row[key]
+
+
+def _choices(row: Mapping[str, Any], completion: str, where: str) -> tuple[str, ...]:
+    choices = row.get("choices") or ()
+    if choices and completion not in choices:
+        raise DataError(f"{where}: the answer {completion!r} is not among the choices {list(choices)!r}.")
+    return tuple(choices)
+
+
+def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
+    """The turns of a chat, whole or as prompt and completion lists."""
+    turns = row["messages"] if "messages" in row else [*row["prompt"], *_as_turns(row["completion"])]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{where}: `messages` must be a list of turns, got {turns!r}.")
+    for i, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+            raise DataError(f"{where}: turn {i} needs 'role' and 'content', got {turn!r}.")
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise DataError(f"{where}: no turn of role 'assistant', so there is nothing to learn.")
+    return tuple(turns)
+
+
+def _as_turns(completion: Any) -> list[Mapping[str, str]]:
+    return completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, chosen: str | None) -> str | None:
+    if chosen is None:
+        return tokenizer.chat_template
+    if chosen == "plain":
+        return PLAIN_CHAT
+    file = Path(chosen)
+    if not file.is_file():
+        raise ConfigError(f"`data.chat_template`: no such file '{chosen}'. Give a Jinja file, or \"plain\".")
+    return file.read_text(encoding="utf-8")
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"'{name}'" for name in row) or "no keys"

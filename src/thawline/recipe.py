@@ -1,0 +1,489 @@
+"""What a recipe may say: frozen dataclasses, free of frameworks, so that the command line answers at once.
+
+A recipe is base × tuner × objective, on data, trained somehow:
+
+    objective: text                             what is asked: decides the fields of base, data and objective
+    base: {model: ../models/llama}              what is frozen
+    tuner: {method: lora, r: 8}                 what moves: `method` decides the other fields
+    data: {path: train.jsonl}
+    training: {epochs: 3, lr: 2.0e-4}
+
+`TUNERS` and `OBJECTIVES` hold the choices; adding one is a dataclass and a line there, and the command line,
+its help and `thawline list` pick it up. A section may be given as its leading field alone (`tuner: lora`).
+Where fields mirror another library's, tests/test_recipe.py holds them to it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "FULL",
+    "OBJECTIVES",
+    "PEFT_METHODS",
+    "TUNERS",
+    "Adapter",
+    "Frozen",
+    "Full",
+    "Lora",
+    "PeftMethod",
+    "RunConfig",
+    "TextBase",
+    "TextData",
+    "TextSettings",
+    "Training",
+    "TunerSettings",
+    "check_mapping",
+    "expand_sections",
+    "load_recipe",
+    "nearest_key",
+    "read_mapping",
+    "section_types",
+]
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from thawline.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBase:
+    """The pretrained transformers model that is adapted."""
+
+    model: str = ""
+    """Folder or Hub id of the model."""
+    head: Literal["auto", "causal-lm", "seq2seq-lm", "classifier"] = "auto"
+    """What the model computes. auto: as its config says. A classifier gets the data's labels."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory. auto: bfloat16 for a frozen base where `training.precision` comes out as
+    bf16, else float32."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub. None: the default branch."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name (sdpa, flash_attention_2, …). None: transformers' choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you trust."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.model,
+            "`base.model` is missing: give a folder or Hub id, e.g. `--base.model ../models/llama`.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """No tuner: every weight of the base trains."""
+
+    usual_lr: ClassVar[float] = 2e-5
+    method: Literal["none"] = "none"
+    """none: full fine-tuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """Nothing trains: the run only evaluates. The floor that every tuner is measured against."""
+
+    usual_lr: ClassVar[float] = 0.0
+    method: Literal["frozen"] = "frozen"
+    """frozen: the base as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What every adapter has in common; the names are PEFT's."""
+
+    target_modules: str | list[str] | None = "all-linear"
+    """Modules to adapt: "all-linear" (all but the head), name endings, or one regular expression.
+    None: PEFT's own mapping for the architecture."""
+    exclude_modules: str | list[str] | None = None
+    """Modules to leave out of `target_modules`."""
+    layers_to_transform: int | list[int] | None = None
+    """Layer indices to adapt. None: all."""
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and saved beside the adapter. A classifier's new head is added by itself."""
+    start_from: str | None = None
+    """Folder of a saved adapter of the same method to go on from. None: a fresh one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Adapter):
+    """Low-rank updates by PEFT: LoRA, or DoRA, which learns magnitudes apart from directions."""
+
+    usual_lr: ClassVar[float] = 2e-4
+    method: Literal["lora", "dora"] = "lora"
+    """lora, or dora (LoRA on the direction of each weight, with a learned magnitude)."""
+    r: int = 8
+    """Rank of the update."""
+    alpha: float | None = None
+    """The update is scaled by alpha / r. None: 2 r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, in [0, 1)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Any other field of `peft.LoraConfig`, by its name there (`{use_rslora: true}`)."""
+
+    def __post_init__(self) -> None:
+        _at_least("tuner.r", self.r, 1)
+        _fraction("tuner.dropout", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftMethod:
+    """Another method of PEFT, by the fields of its own config (`tuner.args`)."""
+
+    usual_lr: ClassVar[float] = 1e-3
+    method: str = "ia3"
+    """PEFT's name of the method, in lower case."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The fields of the method's PEFT config, by their names there."""
+    start_from: str | None = None
+    """Folder of a saved adapter of the same method to go on from. None: a fresh one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Rows of text: JSONL (or JSON) files."""
+
+    path: str | list[str] = ""
+    """File or folder, or several. Rows with a `split` of validation, dev, eval or test are held out, as are
+    files with such a name."""
+    eval_path: str | list[str] | None = None
+    """Held-out rows. None: those held out in `path`, or `eval_fraction` of them."""
+    eval_fraction: float = 0.0
+    """Share of the training rows to hold out, drawn by `seed`, where nothing else is held out."""
+    format: Literal["auto", "prompt-completion", "messages", "instruction", "input-output", "text"] = "auto"
+    """How to read a row. auto: by looking at its keys."""
+    template: str | None = None
+    """Prompt made of a row's fields, e.g. "Question: {input}\\nAnswer:". None: the format's own."""
+    chat_template: str | None = None
+    """For `messages`: a Jinja file, or "plain" (`user: …` lines). None: the tokenizer's own."""
+    max_length: int = 512
+    """Longest sequence, in tokens. A longer prompt loses its beginning, a longer completion its end."""
+    max_rows: int | None = None
+    """Use this many training rows, drawn by `seed`. None: all."""
+    max_eval_rows: int | None = None
+    """Evaluate on this many held-out rows, drawn by `seed`. None: all."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.path, "`data.path` is missing: give a JSONL file or a folder, e.g. `--data train.jsonl`."
+        )
+        _at_least("data.max_length", self.max_length, 2)
+        _fraction("data.eval_fraction", self.eval_fraction)
+        for name in ("max_rows", "max_eval_rows"):
+            if getattr(self, name) is not None:
+                _at_least(f"data.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Predict text: next tokens, or a label where the base is a classifier."""
+
+    kind: Literal["text"] = "text"
+    """text."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """What is learned: completions (assistant turns), or prompts too. `text` rows are learned whole."""
+    metrics: Literal["auto"] | list[str] = "auto"
+    """What to evaluate beside the loss: choice_accuracy, exact_match, rouge_l. auto: choice_accuracy where
+    rows have choices; exact_match and rouge_l for other short answers; nothing more for chats and texts."""
+    max_new_tokens: int | None = None
+    """Longest generated answer in evaluation. None: the longest held-out answer, at most 256."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            _at_least("objective.max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How it is trained: the common fields of TrainingArguments by shorter names, the rest in `args`."""
+
+    epochs: float = 3.0
+    """Passes over the data, where `max_steps` is None."""
+    max_steps: int | None = None
+    """Optimiser steps. None: by `epochs`."""
+    batch_size: int = 8
+    """Rows per device and forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimiser step."""
+    lr: float | None = None
+    """Peak learning rate. None: the tuner's usual one (see docs/running.md)."""
+    schedule: str = "linear"
+    """The learning rate after warm-up, by transformers' name (linear, cosine, constant_with_warmup, …)."""
+    warmup: float = 0.03
+    """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm. 0: not."""
+    optimizer: str = "adamw_torch_fused"
+    """By transformers' name (adamw_torch_fused, adamw_8bit, …)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of training. auto: bf16 on a GPU that supports it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward instead of keeping them: less memory, about a third more time."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int | Literal["epoch", "end"] = "epoch"
+    """Steps between evaluations, or once an epoch, or at the end only. The end is always evaluated."""
+    eval_batch_size: int | None = None
+    """Rows per device in evaluation. None: `batch_size`."""
+    save_every: int | Literal["epoch", "end"] = "epoch"
+    """Steps between checkpoints, or once an epoch, or at the end only. A run resumes from its newest one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the best one is kept beside them."""
+    best_metric: str | None = None
+    """Metric that chooses the checkpoint the run ends with (loss, choice_accuracy, …). None: the last one."""
+    report_to: str | list[str] = "none"
+    """Trackers as transformers knows them (tensorboard, wandb, mlflow, …)."""
+    workers: int = 0
+    """Processes that load data beside the training one."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Any other field of `transformers.TrainingArguments`, by its name there (`{neftune_noise_alpha: 5}`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"):
+            _at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("max_steps", "eval_batch_size"):
+            if getattr(self, name) is not None:
+                _at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("eval_every", "save_every"):
+            if not isinstance(getattr(self, name), str):
+                _at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("warmup", "weight_decay", "max_grad_norm", "workers"):
+            _at_least(f"training.{name}", getattr(self, name), 0)
+        if self.max_steps is None and not self.epochs > 0:
+            raise ConfigError(f"`training.epochs` must be positive, got {self.epochs}.")
+        if self.lr is not None and not self.lr > 0:
+            raise ConfigError(
+                f"`training.lr` must be positive, got {self.lr}. None takes the tuner's usual one."
+            )
+
+
+PEFT_METHODS = (
+    "adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora",
+    "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr",
+    "miss", "multitask_prompt_tuning", "oft", "osf", "p_tuning", "peanut", "poly", "prefix_tuning",
+    "prompt_tuning", "psoft", "pvera", "randlora", "road", "shadow", "shira", "supertuning", "tinylora",
+    "trainable_tokens", "unilora", "vblora", "vera", "waveft", "xlora",
+)  # fmt: skip
+
+TunerSettings = Full | Frozen | Lora | PeftMethod
+FULL = Full()
+TUNERS: dict[str, type] = {
+    "none": Full,
+    "frozen": Frozen,
+    "lora": Lora,
+    "dora": Lora,
+    **dict.fromkeys(PEFT_METHODS, PeftMethod),
+}
+"""What may move: `tuner.method` → the dataclass of its fields."""
+
+OBJECTIVES: dict[str, dict[str, type]] = {
+    "text": {"objective": TextSettings, "base": TextBase, "data": TextData},
+}
+"""What may be asked: `objective.kind` → the dataclasses of the sections that depend on it."""
+
+LEADING_FIELD = {"objective": "kind", "base": "model", "tuner": "method", "data": "path"}
+"""A section given as a single value gives this field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: base × tuner × objective, on data, trained somehow."""
+
+    objective: TextSettings = field(default_factory=TextSettings)
+    base: TextBase = field(default_factory=TextBase)
+    tuner: TunerSettings = field(default_factory=Lora)
+    data: TextData = field(default_factory=TextData)
+    training: Training = field(default_factory=Training)
+    name: str | None = None
+    """Name of the run's folder. None: made of base, tuner and data."""
+    folder: str = "runs"
+    """Where run folders are made."""
+    seed: int = 0
+    """Seeds the adapter's start, the order of the data and dropout."""
+    lean: bool = False
+    """Swap norms and gated MLPs for versions that keep less for backward (`thawline.apply_lean`)."""
+
+    def __post_init__(self) -> None:
+        for section, wanted in section_types(self.objective.kind, self.tuner.method).items():
+            if not isinstance(getattr(self, section), wanted):
+                got = type(getattr(self, section)).__name__
+                raise ConfigError(f"`{section}` must be a {wanted.__name__} in this recipe, got a {got}.")
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+            raise ConfigError(
+                f"`name` must be a plain folder name, got {self.name!r}. `folder` says where it lies."
+            )
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], source: str = "the recipe") -> RunConfig:
+        """Build a config from nested plain values, as a YAML file holds them.
+
+        Raises: ConfigError: naming an unknown key and its nearest known one, or a value that cannot work.
+        """
+        values = check_mapping(mapping, source)
+        types = _types_of(values)
+        sections = {name: types[name](**section) for name, section in values.items() if name in types}
+        return cls(**{**values, **sections})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Nested plain values, ready for YAML or JSON; `from_mapping` reads them back."""
+        return dataclasses.asdict(self)
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or one made of base, tuner and data."""
+        if self.name is not None:
+            return self.name
+        paths = [self.data.path] if isinstance(self.data.path, str) else self.data.path
+        parts = [Path(self.base.model).name, self.tuner.method, Path(paths[0]).stem]
+        return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of this run."""
+        return Path(self.folder) / self.run_name
+
+
+def load_recipe(path: str | Path) -> RunConfig:
+    """Read a recipe, or the config.yaml of a run folder.
+
+    Raises: ConfigError: if the file is missing, is not YAML, or says something that cannot work.
+    """
+    return RunConfig.from_mapping(read_mapping(path), str(path))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The nested plain values of a YAML file. Raises: ConfigError: if it is missing or not a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot read recipe '{path}': {error.strerror}.") from error
+    try:
+        mapping = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Recipe '{path}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"Recipe '{path}' must hold keys and values, got {type(mapping).__name__}.")
+    return mapping
+
+
+def section_types(objective: str, method: str) -> dict[str, type]:
+    """The dataclass of each section of a recipe. Raises: ConfigError: for an unknown choice."""
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"Unknown objective '{objective}'. {did_you_mean(objective, OBJECTIVES)}")
+    if method not in TUNERS:
+        raise ConfigError(f"Unknown tuner '{method}'. {did_you_mean(method, TUNERS)}")
+    return {**OBJECTIVES[objective], "tuner": TUNERS[method], "training": Training}
+
+
+def check_mapping(mapping: Mapping[str, Any], source: str = "the recipe") -> dict[str, Any]:
+    """A recipe's nested values with its sections written out. Raises: ConfigError: naming an unknown key."""
+    values = expand_sections(mapping, source)
+    types = _types_of(values)
+    known = set(known_keys(types))
+    for section, value in values.items():
+        for key in [f"{section}.{name}" for name in value] if section in types else [section]:
+            if key not in known:
+                raise ConfigError(f"Unknown key '{key}' in {source}. {nearest_key(key, types)}")
+    return values
+
+
+def expand_sections(mapping: Mapping[str, Any], source: str = "the recipe") -> dict[str, Any]:
+    """Write out sections given as their leading field alone (`tuner: lora`)."""
+    values = dict(mapping)
+    for section in (*LEADING_FIELD, "training"):
+        value = values.get(section, {})
+        if section in LEADING_FIELD and isinstance(value, (str, list)):
+            value = {LEADING_FIELD[section]: value}
+        if not isinstance(value, dict):
+            raise ConfigError(f"`{section}` in {source} must hold keys and values, got {value!r}.")
+        values[section] = dict(value)
+    return values
+
+
+def nearest_key(key: str, types: Mapping[str, type], more: Sequence[str] = ()) -> str:
+    """The end of an "unknown key" message: the nearest known key, or ours for another library's name."""
+    known = [*known_keys(types), *more]
+    section, _, name = key.partition(".")
+    if section == "training" and name in TRAINING_ARGUMENTS:
+        return f"Here it is called 'training.{TRAINING_ARGUMENTS[name]}'."
+    # The same last name in another section is nearer than a similar spelling.
+    same = [other for other in known if other.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    close = same or get_close_matches(key, known, n=1)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    inside = [other.partition(".")[2] for other in known if other.startswith(f"{section}.")]
+    return (
+        f"'{section}' has: {', '.join(sorted(inside))}." if inside else f"Known: {', '.join(sorted(known))}."
+    )
+
+
+def known_keys(types: Mapping[str, type]) -> Iterator[str]:
+    """Every dotted key a recipe with these sections may have."""
+    for config_field in dataclasses.fields(RunConfig):
+        if config_field.name in types:
+            yield from (
+                f"{config_field.name}.{inner.name}" for inner in dataclasses.fields(types[config_field.name])
+            )
+        else:
+            yield config_field.name
+
+
+TRAINING_ARGUMENTS = {
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "optim": "optimizer",
+    "activation_checkpointing": "gradient_checkpointing",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "metric_for_best_model": "best_metric",
+    "report_to": "report_to",
+    "dataloader_num_workers": "workers",
+}
+"""TrainingArguments' names and ours."""
+
+
+def _types_of(values: Mapping[str, Any]) -> dict[str, type]:
+    return section_types(values["objective"].get("kind", "text"), values["tuner"].get("method", Lora.method))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number; YAML 1.1, and so PyYAML, takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _require(value: object, message: str) -> None:
+    if not value:
+        raise ConfigError(message)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
+        raise ConfigError(f"`{name}` must be a number of at least {least}, got {value!r}.")
+
+
+def _fraction(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ConfigError(f"`{name}` must be in [0, 1), got {value!r}.")

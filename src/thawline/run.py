@@ -1,0 +1,410 @@
+"""One run, from recipe to folder; and what can be done with the folder: evaluate, predict.
+
+A run's folder, every name stable:
+
+    config.yaml       the recipe with every value written out; train with it and --resume to go on
+    env.json          machine and versions; one entry for every time the run was started
+    plan.json         steps, parameter groups, first batch
+    objective.json    what predicting needs beyond the model: the prompt's template, a classifier's labels
+    sample.txt        one training row as the model sees it; what is learned stands in ⟦ ⟧
+    metrics.jsonl     every logged value, one JSON object a line
+    checkpoint-<n>/   model, optimiser, schedule and random state after step n
+    model/            what the run ends with: an adapter or a whole model, and its tokenizer
+    result.json       metrics of the last evaluation, over all held-out rows and by part
+    predictions.jsonl what was predicted in it
+"""
+
+from __future__ import annotations
+
+__all__ = ["RunResult", "evaluate", "predict", "run", "saved_config"]
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import set_seed
+
+from thawline.errors import CheckpointError, ConfigError, did_you_mean
+from thawline.recipe import Frozen, RunConfig, load_recipe
+from thawline.training.build import build_model, build_objective, load_tuned, n_parameters, saved_model_folder
+from thawline.training.objective import Evaluation, Objective
+from thawline.training.trainer import (
+    StopOnSignal,
+    Trainer,
+    newest_checkpoint,
+    remove_torn_checkpoints,
+    training_arguments,
+    write_text,
+)
+
+logger = logging.getLogger(__name__)
+
+NO_DATA = "-"
+"""`data.path` of a recipe made up for a model that no run of ours trained."""
+
+MAY_CHANGE = ("folder", "training.report_to", "training.workers", "training.keep_checkpoints")
+"""What a resumed run may set anew: everything else would make it another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run came to."""
+
+    folder: Path
+    status: str
+    """finished, interrupted or planned."""
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation, over all held-out rows."""
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same by part (task)."""
+    trainable: int = 0
+    """Trainable parameters."""
+    seconds: float = 0.0
+    """Wall time of training."""
+    signal: int | None = None
+    """What interrupted it."""
+
+
+def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> RunResult:
+    """Train and evaluate as `config` says, in its folder.
+
+    Args:
+        config: the recipe.
+        resume: go on from the folder's newest checkpoint; bit for bit as if it had never stopped.
+        dry_run: build everything, write plan.json, take no step.
+
+    Raises: CheckpointError: if the folder holds a run and `resume` is False, or none and it is True.
+        ConfigError, DataError: for what cannot work, before anything is written.
+    """
+    folder = config.run_folder
+    if resume:
+        _check_resumable(config)
+        if (folder / "result.json").is_file():
+            logger.info("%s has already finished.", folder)
+            return _read_result(folder)
+    elif _holds_run(folder):
+        raise CheckpointError(_in_use(folder))
+
+    set_seed(config.seed)
+    objective = build_objective(config)
+    model = build_model(config, objective)
+    use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+    arguments = training_arguments(
+        config.training, folder=folder, tuner=config.tuner, seed=config.seed,
+        smaller_is_better=objective.smaller_is_better,
+    )  # fmt: skip
+    stop = StopOnSignal()
+    trainer = Trainer(model, arguments, objective, callbacks=[stop])
+    plan = _plan(config, trainer)
+    _describe(config, objective, plan)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "plan.json", _to_json(plan))
+        if not dry_run:
+            _open_folder(config, objective)
+    trainable, _ = n_parameters(model)
+    if dry_run:
+        return RunResult(folder=folder, status="planned", trainable=trainable)
+
+    start = time.perf_counter()
+    if not isinstance(config.tuner, Frozen):
+        remove_torn_checkpoints(folder)
+        checkpoint = newest_checkpoint(folder)
+        if resume:
+            logger.info("Going on from %s.", checkpoint or "step 0: the run had saved no checkpoint")
+        with stop.listen():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - start
+    steps = trainer.state.global_step
+    if stop.signal is not None:
+        return RunResult(
+            folder=folder, status="interrupted", steps=steps, trainable=trainable, signal=stop.signal
+        )
+    if use_cache is not None:
+        model.config.use_cache = use_cache
+    if not isinstance(config.tuner, Frozen):
+        _save_model(trainer, folder / "model")
+    evaluation = _last_evaluation(trainer)
+    result = RunResult(
+        folder=folder, status="finished", steps=steps, trainable=trainable, seconds=round(seconds, 3),
+        metrics=evaluation.metrics, parts=evaluation.parts,
+    )  # fmt: skip
+    if trainer.is_world_process_zero():
+        write_text(
+            folder / "predictions.jsonl", "".join(f"{_to_json(row, None)}\n" for row in evaluation.rows)
+        )
+        write_text(folder / "result.json", _to_json(dataclasses.asdict(result)))
+    return result
+
+
+def evaluate(model: str | Path, *, config: RunConfig | None = None) -> Evaluation:
+    """Evaluate on held-out rows.
+
+    Args:
+        model: a run's folder, an adapter's folder, or folder or Hub id of a plain model.
+        config: how; None: as the run was trained (`saved_config`), which a plain model does not tell.
+
+    Raises: ConfigError: if there are no held-out rows.
+    """
+    config = config or saved_config(model)
+    if config.data.path == NO_DATA:
+        raise ConfigError(f"'{model}' does not say what to evaluate on. Give rows: --data FILE.")
+    objective = build_objective(config, read="held-out", described=_described(Path(model)))
+    if not objective.held_out_rows:
+        raise ConfigError(
+            f"'{config.data.path}' holds no held-out rows. Give `data.eval_path` or `data.eval_fraction`."
+        )
+    tuned = _to_device(load_tuned(config, objective, _saved_folder(model)))
+    return objective.evaluate(tuned, config.training.eval_batch_size or config.training.batch_size)
+
+
+def predict(
+    model: str | Path,
+    texts: Sequence[str],
+    *,
+    config: RunConfig | None = None,
+    choices: Sequence[str] = (),
+    batch_size: int = 8,
+    **sampling: Any,
+) -> list[str]:
+    """Answer texts, each put into the prompt the model was trained with.
+
+    Args:
+        model: as for `evaluate`.
+        texts: inputs, instructions, users' turns or texts to go on from, by the format trained on.
+        config: as for `evaluate`.
+        choices: pick the likeliest of these instead of writing freely.
+        batch_size: texts a forward.
+        sampling: forwarded to `generate` (do_sample, temperature, top_p, …).
+    """
+    config = config or saved_config(model)
+    described = _described(Path(model))
+    objective: Any = build_objective(config, read="none", described=described)
+    tuned = _to_device(load_tuned(config, objective, _saved_folder(model)))
+    return objective.predict(
+        tuned, texts, described=described, choices=choices, batch_size=batch_size, **sampling
+    )
+
+
+def saved_config(model: str | Path) -> RunConfig:
+    """The recipe of a run's folder; for an adapter or a plain model, one that loads it as it is.
+
+    Raises: CheckpointError: if a folder is meant and there is none.
+    """
+    path = Path(model)
+    if (path / "config.yaml").is_file():
+        return load_recipe(path / "config.yaml")
+    if (path / "adapter_config.json").is_file():
+        saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        tuner = {"method": saved["peft_type"].lower(), "start_from": str(path)}
+        return RunConfig.from_mapping(
+            {"base": saved["base_model_name_or_path"], "data": NO_DATA, "tuner": tuner}
+        )
+    if not path.is_dir() and (path.is_absolute() or path.parts[:1] in ((".",), ("..",), ("runs",))):
+        raise CheckpointError(f"No such run or model: '{model}'.{_similar(path)}")
+    return RunConfig.from_mapping({"base": str(model), "data": NO_DATA, "tuner": "frozen"})
+
+
+def _saved_folder(model: str | Path) -> Path | None:
+    """Where trained weights lie: a run's or an adapter's; None for a plain model, which is its own base."""
+    path = Path(model)
+    if (path / "config.yaml").is_file():
+        return (
+            None if isinstance(load_recipe(path / "config.yaml").tuner, Frozen) else saved_model_folder(path)
+        )
+    return path if (path / "adapter_config.json").is_file() else None
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    file = folder / "objective.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _to_device(model: nn.Module) -> nn.Module:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether anything in the folder could be lost. A plan costs nothing to make again."""
+    return folder.exists() and any(path.name != "plan.json" for path in folder.iterdir())
+
+
+def _in_use(folder: Path) -> str:
+    if (folder / "result.json").is_file():
+        return f"{folder} holds a finished run. Give this one another name: --name {folder.name}-2."
+    checkpoint = newest_checkpoint(folder)
+    state = f"a run that stands at {checkpoint.name}" if checkpoint else "a run without a checkpoint"
+    return f"{folder} holds {state}. Add --resume to go on with it, or --name {folder.name}-2 for a new one."
+
+
+def _check_resumable(config: RunConfig) -> None:
+    folder = config.run_folder
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"Nothing to resume: '{folder}' holds no run.{_similar(folder)}")
+    before, now = (_flat(c.to_mapping()) for c in (load_recipe(folder / "config.yaml"), config))
+    changed = [key for key in now if before.get(key) != now[key] and key not in (*MAY_CHANGE, "name")]
+    if changed:
+        key = changed[0]
+        others = f" (and {', '.join(changed[1:])})" if changed[1:] else ""
+        raise ConfigError(
+            f"The run in '{folder}' has {key}={before.get(key)!r}, not {now[key]!r}{others}: resuming must "
+            f"not change it. To go on as it is: thawline train --config {folder}/config.yaml --resume"
+        )
+
+
+def _similar(folder: Path) -> str:
+    names = [path.name for path in folder.parent.glob("*") if (path / "config.yaml").is_file()]
+    return f" {did_you_mean(folder.name, names)}" if names else ""
+
+
+def _open_folder(config: RunConfig, objective: Objective) -> None:
+    """Write what says which run this is. config.yaml comes last: it is what makes the folder a run."""
+    folder = config.run_folder
+    env_file = folder / "env.json"
+    starts = json.loads(env_file.read_text(encoding="utf-8")) if env_file.is_file() else []
+    write_text(env_file, _to_json([*starts, environment()]))
+    write_text(folder / "objective.json", _to_json(objective.describe()))
+    write_text(folder / "sample.txt", objective.preview() + "\n")
+    named = dataclasses.replace(config, name=config.run_name)
+    text = yaml.safe_dump(named.to_mapping(), sort_keys=False, allow_unicode=True)
+    write_text(folder / "config.yaml", text)
+
+
+def _save_model(trainer: Trainer, target: Path) -> None:
+    """Write model/ whole or not at all."""
+    beside = target.with_name(".model")
+    shutil.rmtree(beside, ignore_errors=True)
+    trainer.save_model(str(beside))
+    if trainer.is_world_process_zero():
+        shutil.rmtree(target, ignore_errors=True)
+        beside.rename(target)
+
+
+def _last_evaluation(trainer: Trainer) -> Evaluation:
+    """The evaluation of the model the run ends with: the one after the last step, if that is the model."""
+    if not trainer.objective.held_out_rows:
+        return Evaluation(metrics={})
+    is_last = (
+        trainer.last_evaluated_step == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    )
+    if trainer.last_evaluation is None or not is_last:
+        trainer.evaluate()
+    assert trainer.last_evaluation is not None
+    return trainer.last_evaluation
+
+
+def _plan(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """What is about to happen, as plain values."""
+    trainable, total = n_parameters(trainer.model)
+    plan: dict[str, Any] = {
+        "model": type(_base_of(trainer.model)).__name__,
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "device": str(trainer.args.device),
+        "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
+        "rows": {
+            "train": len(trainer.objective.train_rows),
+            "held_out": len(trainer.objective.held_out_rows),
+        },
+    }
+    if isinstance(config.tuner, Frozen):
+        return plan
+    groups = trainer.create_optimizer().param_groups
+    rows_a_step = (
+        trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    )
+    steps_an_epoch = -(-len(trainer.objective.train_rows) // rows_a_step)
+    steps = config.training.max_steps or round(steps_an_epoch * config.training.epochs)
+    batch = trainer.objective.collate(trainer.objective.train_rows[: trainer.args.train_batch_size])
+    return plan | {
+        "steps": steps,
+        "rows_a_step": rows_a_step,
+        "warmup_steps": trainer.args.get_warmup_steps(steps),
+        "schedule": config.training.schedule,
+        "parameter_groups": [
+            {
+                "lr": group["lr"],
+                "weight_decay": group["weight_decay"],
+                "tensors": len(group["params"]),
+                "parameters": sum(p.numel() for p in group["params"]),
+            }
+            for group in groups
+            if group["params"]
+        ],
+        "first_batch": {name: _summary(value) for name, value in batch.items()},
+    }
+
+
+def _describe(config: RunConfig, objective: Objective, plan: Mapping[str, Any]) -> None:
+    trainable, total = plan["trainable_parameters"], plan["parameters"]
+    logger.info("run      %s", config.run_folder)
+    logger.info("base     %s: %s, %s parameters", config.base.model, plan["model"], f"{total:,}")
+    logger.info(
+        "tuner    %s: %s trainable (%.2f %%)", config.tuner.method, f"{trainable:,}", 100 * trainable / total
+    )
+    logger.info(
+        "data     %s: %s",
+        config.data.path,
+        "{train:,} rows to learn, {held_out:,} held out".format(**plan["rows"]),
+    )
+    if "steps" in plan:
+        logger.info(
+            "training %s steps of %d rows, lr %.2g, %s on %s",
+            f"{plan['steps']:,}", plan["rows_a_step"], plan["parameter_groups"][0]["lr"], plan["precision"],
+            plan["device"],
+        )  # fmt: skip
+        logger.info("sample   %s  (⟦learned⟧)", objective.preview())
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and command of this process."""
+    packages = ("thawline", "torch", "transformers", "peft", "accelerate")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _summary(value: Tensor) -> dict[str, Any]:
+    return {"shape": list(value.shape), "least": value.min().item(), "greatest": value.max().item()}
+
+
+def _read_result(folder: Path) -> RunResult:
+    values = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return RunResult(**{**values, "folder": Path(values["folder"])})
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        nested = isinstance(value, dict) and not prefix
+        flat |= _flat(value, f"{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _to_json(value: Any, indent: int | None = 2) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False, default=str)

@@ -1,0 +1,249 @@
+"""Rows of text: every format is found by looking, and a faulty row is named by file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import byte_tokenizer
+from thawline.data.text import (
+    IGNORED,
+    TextEncoder,
+    collate_tokens,
+    load_examples,
+    prompt_example,
+    split_examples,
+)
+from thawline.errors import ConfigError, DataError
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "So long"},
+]
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "prompt", "answer"),
+    [
+        ({"prompt": "1+1=", "completion": "2"}, "prompt-completion", "1+1=", "2"),
+        ({"input": "Tom", "output": "male"}, "input-output", "Tom\n", "male"),
+        ({"text": "Once upon a time"}, "text", "", "Once upon a time"),
+        ({"messages": CHAT}, "messages", "", "So long"),
+        (
+            {"instruction": "Add.", "output": "2"},
+            "instruction",
+            "### Instruction:\nAdd.\n\n### Response:\n",
+            "2",
+        ),
+        (
+            {"instruction": "Add.", "input": "1 1", "output": "2"},
+            "instruction",
+            "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n",
+            "2",
+        ),
+    ],
+)
+def test_the_format_is_found_by_looking(tmp_path: Path, row, format, prompt, answer) -> None:
+    [example] = load_examples(write(tmp_path / "rows.jsonl", row))
+    assert (example.format, example.prompt, example.answer) == (format, prompt, answer)
+    assert example.task == "rows"
+
+
+def test_a_chat_may_come_as_prompt_and_completion_lists(tmp_path: Path) -> None:
+    [example] = load_examples(write(tmp_path / "a.jsonl", {"prompt": CHAT[:-1], "completion": CHAT[-1:]}))
+    assert example.messages == tuple(CHAT)
+
+
+def test_a_json_list_reads_like_jsonl_and_a_folder_like_its_files(tmp_path: Path) -> None:
+    rows = [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]
+    write(tmp_path / "one.jsonl", *rows)
+    (tmp_path / "two.json").write_text(json.dumps(rows))
+    (tmp_path / "manifest.json").write_text("{}")
+    examples = load_examples(str(tmp_path))
+    assert [example.task for example in examples] == ["one", "one", "two", "two"]
+    assert [example.prompt for example in examples[2:]] == ["a\n", "c\n"]
+
+
+def test_the_template_makes_the_prompt_of_any_field(tmp_path: Path) -> None:
+    row = {"input": "Tom", "output": "male", "lang": "en"}
+    path = write(tmp_path / "rows.jsonl", row)
+    [example] = load_examples(path, template="[{lang}] {input} is")
+    assert example.prompt == "[en] Tom is"
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the template asks for 'name', the row has 'input'"):
+        load_examples(path, template="{name}")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", r"rows.jsonl:2: not JSON: .* at column 2"),
+        ("[1]", r"rows.jsonl:2: expected an object with keys, got list"),
+        ({"question": "a"}, r"rows.jsonl:2: a row of format 'input-output' needs 'input', got 'question'"),
+        ({"input": "a", "output": 3}, r"rows.jsonl:2: 'output' must be text, got int"),
+        (
+            {"input": "a", "output": "b", "choices": ["c"]},
+            r"rows.jsonl:2: the answer 'b' is not among .*\['c'\]",
+        ),
+    ],
+)
+def test_a_faulty_row_is_named_by_file_and_line(tmp_path: Path, row, message) -> None:
+    path = write(tmp_path / "rows.jsonl", {"input": "x", "output": "y"}, row)
+    with pytest.raises(DataError, match=message):
+        load_examples(path)
+
+
+def test_faulty_chats_missing_files_and_unknown_formats_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"a.jsonl:1: cannot tell the format from the keys 'q'. Known: messages"
+    ):
+        load_examples(write(tmp_path / "a.jsonl", {"q": "a"}))
+    with pytest.raises(DataError, match="turn 1 needs 'role' and 'content'"):
+        load_examples(write(tmp_path / "a.jsonl", {"messages": [{"from": "human"}]}))
+    with pytest.raises(DataError, match="no turn of role 'assistant'"):
+        load_examples(write(tmp_path / "a.jsonl", {"messages": CHAT[:2]}))
+    with pytest.raises(DataError, match=r"No such file or folder: '.*nowhere'"):
+        load_examples(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="no rows"):
+        load_examples(write(tmp_path / "empty.jsonl"))
+    with pytest.raises(ConfigError, match="Unknown format 'txt'.*Did you mean 'text'"):
+        load_examples(str(tmp_path), format="txt")
+
+
+def test_held_out_rows_are_those_given_then_marked_then_drawn(tmp_path: Path) -> None:
+    rows = [{"input": str(i), "output": "x", "split": "test" if i % 5 == 0 else "train"} for i in range(10)]
+    marked = load_examples(write(tmp_path / "rows.jsonl", *rows))
+    assert [len(part) for part in split_examples(marked)] == [8, 2]
+    assert [len(part) for part in split_examples(marked, marked[:3])] == [8, 3]
+    plain = load_examples(write(tmp_path / "plain.jsonl", *({**row, "split": ""} for row in rows)))
+    assert [len(part) for part in split_examples(plain)] == [10, 0]
+    drawn = split_examples(plain, fraction=0.3, seed=1)
+    assert [len(part) for part in drawn] == [7, 3]
+    assert drawn == split_examples(plain, fraction=0.3, seed=1) != split_examples(plain, fraction=0.3, seed=2)
+    assert {e.where for e in drawn.train} | {e.where for e in drawn.held_out} == {e.where for e in plain}
+
+
+def test_files_named_by_split_take_their_task_from_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "sums").mkdir()
+    for split in ("train", "test"):
+        write(tmp_path / "sums" / f"{split}.jsonl", {"input": "a", "output": "b"})
+    examples = load_examples(str(tmp_path / "sums"))
+    assert {(example.task, example.split) for example in examples} == {("sums", "train"), ("sums", "test")}
+
+
+def learned_text(encoder: TextEncoder, row: dict[str, list[int]]) -> str:
+    return encoder.tokenizer.decode([token for token in row["labels"] if token != IGNORED])
+
+
+def test_only_the_completion_and_its_end_are_learned(tmp_path: Path) -> None:
+    [example] = load_examples(write(tmp_path / "a.jsonl", {"input": "Tom", "output": "male"}))
+    encode = TextEncoder(byte_tokenizer())
+    row = encode(example)
+    assert encode.tokenizer.decode(row["input_ids"]) == "<s>Tom\nmale</s>"
+    assert learned_text(encode, row) == "male</s>"
+    assert row["input_ids"][: len(encode.prompt_ids(example))] == encode.prompt_ids(example)
+    everything = TextEncoder(byte_tokenizer(), learn_prompt=True)(example)
+    assert everything["labels"] == everything["input_ids"]
+
+
+def test_plain_text_is_learned_whole(tmp_path: Path) -> None:
+    [example] = load_examples(write(tmp_path / "a.jsonl", {"text": "Once"}))
+    encode = TextEncoder(byte_tokenizer())
+    assert learned_text(encode, encode(example)) == "Once</s>"
+
+
+def test_only_the_assistants_turns_of_a_chat_are_learned(tmp_path: Path) -> None:
+    [example] = load_examples(write(tmp_path / "a.jsonl", {"messages": CHAT}))
+    encode = TextEncoder(byte_tokenizer(), chat_template="plain")
+    row = encode(example)
+    assert encode.tokenizer.decode(row["input_ids"]) == (
+        "<s>system: Be brief.\nuser: Hi\nassistant: Hello</s>\nuser: Bye\nassistant: So long</s>\n"
+    )
+    assert learned_text(encode, row) == " Hello</s>\n So long</s>\n"
+    assert encode.tokenizer.decode(encode.prompt_ids(example)).endswith("user: Bye\nassistant:")
+
+
+def test_chat_masks_agree_with_the_tokenizers_own_generation_marks(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "A:{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ m['role'] }}:{{ m['content'] }};{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    file = tmp_path / "chat.jinja"
+    file.write_text(template)
+    [example] = load_examples(write(tmp_path / "a.jsonl", {"messages": CHAT}))
+    row = TextEncoder(tokenizer, chat_template=str(file))(example)
+    marked = tokenizer.apply_chat_template(
+        CHAT, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert row["input_ids"] == marked["input_ids"]
+    assert [label != IGNORED for label in row["labels"]] == [bool(m) for m in marked["assistant_masks"]]
+
+
+def test_a_chat_without_template_and_one_that_rewrites_turns_are_refused(tmp_path: Path) -> None:
+    [example] = load_examples(write(tmp_path / "a.jsonl", {"messages": CHAT}))
+    with pytest.raises(ConfigError, match="has no chat template.*`data.chat_template`"):
+        TextEncoder(byte_tokenizer())(example)
+    file = tmp_path / "last.jinja"
+    file.write_text("{{ messages[-1]['content'] }}")
+    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template rewrites earlier turns.*turn 3"):
+        TextEncoder(byte_tokenizer(), chat_template=str(file))(example)
+
+
+def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_end(tmp_path: Path) -> None:
+    rows = [{"prompt": "abcdefgh", "completion": "xy"}, {"prompt": "ab", "completion": "stuvwxyz"}]
+    long_prompt, long_answer = load_examples(write(tmp_path / "a.jsonl", *rows))
+    encode = TextEncoder(byte_tokenizer(), max_length=7)
+    assert encode.tokenizer.decode(encode(long_prompt)["input_ids"]) == "<s>fghxy</s>"
+    row = encode(long_answer)
+    assert len(row["input_ids"]) == 7
+    assert learned_text(encode, row) == "stuvwx"
+    assert encode.n_cut == 2
+
+
+def test_encoder_decoders_get_prompt_and_answer_apart(tmp_path: Path) -> None:
+    [example] = load_examples(write(tmp_path / "a.jsonl", {"input": "Tom", "output": "male"}))
+    encode = TextEncoder(byte_tokenizer(), seq2seq=True)
+    row = encode(example)
+    assert encode.tokenizer.decode(row["input_ids"]) == "<s>Tom\n"
+    assert encode.tokenizer.decode(row["labels"]) == "male</s>"
+
+
+def test_batches_are_padded_on_the_right_and_padding_is_masked() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7], "task_ids": 3},
+        {"input_ids": [8], "labels": [8], "task_ids": 1},
+    ]
+    batch = collate_tokens(rows, pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["task_ids"].tolist() == [3, 1]
+
+
+def test_a_new_text_takes_the_place_of_the_formats_first_field() -> None:
+    assert prompt_example("Tom", "input-output", None).prompt == "Tom\n"
+    assert prompt_example("Tom", "input-output", "Name: {input}").prompt == "Name: Tom"
+    assert prompt_example("Hi", "messages", None).messages == ({"role": "user", "content": "Hi"},)
+    assert prompt_example("Once", "text", None).prompt == "Once"
+
+
+def test_real_tasks_all_read(shared: Path) -> None:
+    tasks = shared / "data" / "text"
+    manifest = {entry["task"]: entry for entry in json.loads((tasks / "manifest.json").read_text())}
+    examples = load_examples(str(tasks))
+    assert {example.task for example in examples} == set(manifest)
+    train, held_out = split_examples(examples)
+    assert len(train) == sum(entry["n_train"] for entry in manifest.values())
+    assert len(held_out) == sum(entry["n_test"] for entry in manifest.values())

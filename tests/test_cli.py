@@ -1,0 +1,206 @@
+"""The command line: quick to answer, strict, and one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import thawline
+from thawline.choices import CHOICES, literal_dict
+from thawline.cli import VERBS, main
+from thawline.data.text import FORMATS
+from thawline.metrics.text import METRICS
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    file = tmp_path / "letters.jsonl"
+    lines = [
+        {"input": f"{a}{b}", "output": a, "choices": ["a", "b"], "split": "test" if b == "z" else "train"}
+        for a in "ab"
+        for b in "wxyz"
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    status = main(argv)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return status, err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["--version"]])
+def test_help_and_list_answer_in_half_a_second(words: list[str]) -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "thawline", *words], check=True, capture_output=True, text=True
+        )
+        seconds.append(time.perf_counter() - start)
+        assert done.stdout
+        assert done.stderr == ""
+    assert min(seconds) < 0.5, seconds
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    for verb, function in VERBS.items():
+        assert verb in text
+        assert function.__doc__.splitlines()[0] in text
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{thawline.__version__}\n"
+
+
+def test_list_shows_what_the_homes_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    tables = json.loads(capsys.readouterr().out)
+    assert list(tables) == list(CHOICES)
+    assert list(tables["formats"]) == list(FORMATS)
+    assert tables["metrics"] == METRICS
+    assert all(tables[topic] for topic in tables)
+    assert main(["list", "tuners"]) == 0
+    text = capsys.readouterr().out
+    assert "frozen" in text
+    assert "ia3" in text
+
+
+def test_a_literal_dict_of_functions_is_documented_by_them(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "home.py").write_text(
+        'def first(x):\n    """The first one.\n\n    More."""\nTABLE: dict = {"first": first, "pair": ("a", "b")}\n'
+    )
+    monkeypatch.setattr("thawline.choices.__file__", str(tmp_path / "choices.py"))
+    assert literal_dict("home.py", "TABLE") == {"first": "The first one.", "pair": "a, b"}
+    with pytest.raises(LookupError, match="no literal dict OTHER"):
+        literal_dict("home.py", "OTHER")
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["trian"], 2, "Unknown command 'trian'. Available: .*Did you mean 'train'"),
+        (["train"], 2, "`base.model` is missing"),
+        (["train", "--config", "none.yaml"], 2, "Cannot read recipe 'none.yaml': No such file"),
+        (["train", "--tuner.rank", "4"], 2, "Unknown option '--tuner.rank'. Did you mean 'tuner.r'"),
+        (["train", "--training.learning_rate", "1"], 2, "Here it is called 'training.lr'"),
+        (["train", "--tuner", "pacca"], 2, "Unknown tuner 'pacca'"),
+        (["train", "--tuner.r", "four"], 2, "'tuner.r' takes int, got 'four'"),
+        (
+            ["train", "--training.save_every", "day"],
+            2,
+            "takes int or 'epoch', 'end', got 'day'",
+        ),
+        (["train", "--base", "m", "--data", "no.jsonl"], 2, "Cannot load 'm'"),
+        (["predict"], 2, "required: model"),
+        (["predict", "m", "--tokens", "3"], 2, "Unknown option '--tokens'.*Did you mean 'max_new_tokens'"),
+        (["eval", "runs/nowhere"], 1, "No such run or model: 'runs/nowhere'"),
+        (["list", "tuner"], 2, "Nothing called 'tuner' to list.*Did you mean 'tuners'"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(capsys, argv: list[str], status: int, message: str) -> None:
+    import re
+
+    got, err = fails(capsys, *argv)
+    assert got == status
+    assert re.search(message, err), err
+
+
+def test_a_recipes_unknown_key_names_the_file_and_the_nearest(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: m\ndata: d\ntraining: {epoch: 3}\n")
+    status, err = fails(capsys, "train", "--config", str(file))
+    assert status == 2
+    assert f"Unknown key 'training.epoch' in {file}. Did you mean 'training.epochs'?" in err
+
+
+def test_print_config_is_the_recipe_under_the_command_line(tmp_path: Path, capsys) -> None:
+    file, over = tmp_path / "recipe.yaml", tmp_path / "over.yaml"
+    file.write_text("base: m\ndata: d\ntuner: {method: lora, r: 4, dropout: 0.1}\ntraining: {lr: 1e-3}\n")
+    over.write_text("training: {epochs: 7}\n")
+    words = ["train", "--config", str(file), f"--config={over}", "--print_config"]
+    assert main([*words, "--tuner.r", "6", "--data=e", "--tuner.args.use_rslora", "true"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["tuner"]["r"], config["tuner"]["dropout"]) == (6, 0.1)
+    assert config["tuner"]["args"] == {"use_rslora": True}
+    assert (config["training"]["lr"], config["training"]["epochs"]) == (1e-3, 7)
+    assert (config["data"]["path"], config["base"]["model"]) == ("e", "m")
+    # A recipe's r says nothing to `frozen`: the comparison is what was asked for.
+    assert main([*words, "--tuner", "frozen"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["tuner"] == {"method": "frozen"}
+
+
+def test_help_of_train_explains_every_field(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--training.gradient_accumulation" in text
+    assert "Forward passes per optimiser step." in text
+    assert "Short for --tuner.method." in text
+
+
+def test_train_eval_and_predict_from_the_command_line(
+    tiny_llama: Path, rows: str, tmp_path: Path, capsys
+) -> None:
+    runs = str(tmp_path / "runs")
+    words = ["train", "--base", str(tiny_llama), "--data", rows, "--folder", runs, "--name", "one"]
+    words += [
+        "--training.epochs",
+        "1",
+        "--training.batch_size",
+        "2",
+        "--training.lr",
+        "1e-2",
+        "--tuner.r",
+        "2",
+    ]
+    assert main([*words, "--dry_run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["steps"], plan["rows"]) == (3, {"train": 6, "held_out": 2})
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["status"], result["steps"]) == ("finished", 3)
+    folder = result["folder"]
+
+    status, err = fails(capsys, *words)
+    assert status == 1
+    assert "holds a finished run. Give this one another name: --name one-2" in err
+
+    out = tmp_path / "predicted.jsonl"
+    assert main(["eval", folder, "--json", "--out", str(out)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"] == result["metrics"]
+    assert len(out.read_text().splitlines()) == 2
+    assert main(["eval", folder]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["task", "rows", "loss", "choice_accuracy"]
+    assert table[1].split()[:2] == ["letters", "2"]
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("az\nbz\n")
+    assert main(["predict", folder, "--file", str(texts), "--choices", "a,b"]) == 0
+    assert set(capsys.readouterr().out.split()) <= {"a", "b"}
+    assert main(["predict", folder, "az", "--json", "--max_new_tokens", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["input"] == "az"
+
+
+def test_a_plain_model_is_evaluated_on_the_rows_it_is_given(tiny_llama: Path, rows: str, capsys) -> None:
+    assert main(["eval", str(tiny_llama), "--data", rows, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"]["letters"]["rows"] == 2
+    status, err = fails(capsys, "eval", str(tiny_llama))
+    assert status == 2
+    assert "Give rows: --data" in err

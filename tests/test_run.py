@@ -1,0 +1,261 @@
+"""A run: its folder, its end, and going on after any kind of stop as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from thawline.errors import CheckpointError, ConfigError, DataError
+from thawline.recipe import RunConfig
+from thawline.run import evaluate, predict, run
+from thawline.training.text import TextObjective
+from thawline.training.trainer import newest_checkpoint, remove_torn_checkpoints
+
+FILES = {
+    "config.yaml", "env.json", "metrics.jsonl", "model", "objective.json", "plan.json", "predictions.jsonl",
+    "result.json", "sample.txt",
+}  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    """Say the first letter of two: 12 rows to learn, 4 held out."""
+    file = tmp_path / "first.jsonl"
+    lines = [
+        {"input": a + b, "output": a, "choices": list("abcd"), "split": "test" if a == b else "train"}
+        for a in "abcd"
+        for b in "abcd"
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+@pytest.fixture
+def recipe(tiny_llama: Path, rows: str, tmp_path: Path):
+    """A recipe of 12 steps, 4 rows each, with dropout, so that random state matters."""
+
+    def build(name: str, tuner: object = None, **training: object) -> RunConfig:
+        return RunConfig.from_mapping(
+            {
+                "name": name,
+                "folder": str(tmp_path / "runs"),
+                "base": str(tiny_llama),
+                "data": rows,
+                "tuner": tuner or {"method": "lora", "r": 2, "dropout": 0.2},
+                "training": {
+                    "epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 2, "eval_every": 4, "save_every": 4,
+                    **training,
+                },
+            }
+        )  # fmt: skip
+
+    return build
+
+
+def logged(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    file = next((folder / "model").glob("*model.safetensors"))
+    return load_file(file)
+
+
+def stop_at_batch(monkeypatch: pytest.MonkeyPatch, n: int, stop) -> None:
+    """Call `stop` when the n-th training batch is made, in step n − 2: one is the plan's, one is ahead."""
+    collate, made = TextObjective.collate, 0
+
+    def counting(self, rows):
+        nonlocal made
+        if all(row in self.train_rows for row in rows):
+            made += 1
+            if made == n:
+                stop()
+        return collate(self, rows)
+
+    monkeypatch.setattr(TextObjective, "collate", counting)
+
+
+def test_a_finished_run_leaves_every_documented_file(recipe) -> None:
+    result = run(recipe("whole"))
+    folder = result.folder
+    assert {path.name for path in folder.iterdir()} == FILES | {"checkpoint-8", "checkpoint-12"}
+    assert (result.status, result.steps) == ("finished", 12)
+    assert result.metrics["choice_accuracy"] == result.parts["first"]["choice_accuracy"]
+    assert result.parts["first"]["rows"] == 4
+    lines = logged(folder)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8, 12]
+    assert lines[-1]["eval_loss"] == result.metrics["loss"]
+    assert (folder / "sample.txt").read_text() == "<s>ab\n⟦a</s>⟧\n"
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert {row["answer"] for row in predictions} == set("abcd")
+    assert json.loads((folder / "env.json").read_text())[0]["versions"]["torch"] == torch.__version__
+    assert evaluate(folder).metrics == result.metrics
+    assert len(predict(folder, ["ab", "cd"], choices="abcd")) == 2
+
+
+def test_an_existing_run_is_never_overwritten(recipe) -> None:
+    run(recipe("twice", max_steps=2))
+    before = {path: path.stat().st_mtime_ns for path in (recipe("twice").run_folder).rglob("*")}
+    with pytest.raises(
+        CheckpointError, match="holds a finished run. Give this one another name: --name twice-2"
+    ):
+        run(recipe("twice", max_steps=2))
+    assert {path: path.stat().st_mtime_ns for path in (recipe("twice").run_folder).rglob("*")} == before
+    assert run(recipe("twice", max_steps=2), resume=True).steps == 2
+
+
+@pytest.mark.parametrize("tuner", [{"method": "lora", "r": 2, "dropout": 0.2}, "none"], ids=["lora", "none"])
+def test_resuming_after_a_crash_equals_never_having_stopped(recipe, monkeypatch, tuner) -> None:
+    straight = run(recipe("straight", tuner))
+
+    def crash() -> None:
+        raise RuntimeError("the machine went away")
+
+    with monkeypatch.context() as patch:
+        # In step 7: past the checkpoint at 4, and with step 6 logged already.
+        stop_at_batch(patch, 9, crash)
+        with pytest.raises(RuntimeError, match="went away"):
+            run(recipe("crashed", tuner))
+    with pytest.raises(CheckpointError, match="stands at checkpoint-4. Add --resume"):
+        run(recipe("crashed", tuner))
+    resumed = run(recipe("crashed", tuner), resume=True)
+    assert resumed.metrics == straight.metrics
+    assert logged(resumed.folder) == logged(straight.folder)
+    for name, value in weights(straight.folder).items():
+        assert torch.equal(weights(resumed.folder)[name], value), name
+    assert len(json.loads((resumed.folder / "env.json").read_text())) == 2
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint_to_go_on_from(recipe, monkeypatch) -> None:
+    straight = run(recipe("straight"))
+    with monkeypatch.context() as patch:
+        stop_at_batch(patch, 7, lambda: signal.raise_signal(signal.SIGINT))
+        stopped = run(recipe("stopped"))
+    assert (stopped.status, stopped.steps, stopped.signal) == ("interrupted", 5, signal.SIGINT)
+    assert (stopped.folder / "checkpoint-5").is_dir()
+    assert not (stopped.folder / "result.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = run(recipe("stopped"), resume=True)
+    assert resumed.metrics == straight.metrics
+    for name, value in weights(straight.folder).items():
+        assert torch.equal(weights(resumed.folder)[name], value), name
+
+
+def test_a_torn_checkpoint_is_passed_over_and_removed(tmp_path: Path) -> None:
+    for step, state in ((8, "{}"), (12, '{"global_step": 1'), (16, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    remove_torn_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
+def test_a_resumed_run_must_be_the_same_run(recipe, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at_batch(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run(recipe("same")).status == "interrupted"
+    with pytest.raises(ConfigError, match=r"has training.lr=0.01, not 0.02: resuming must not change it"):
+        run(recipe("same", lr=2e-2), resume=True)
+    with pytest.raises(CheckpointError, match=r"Nothing to resume: .*Available: same. Did you mean 'same'"):
+        run(recipe("sane"), resume=True)
+    assert run(recipe("same", keep_checkpoints=1), resume=True).status == "finished"
+
+
+def test_frozen_only_evaluates(recipe) -> None:
+    result = run(recipe("floor", "frozen"))
+    assert (result.steps, result.trainable) == (0, 0)
+    assert result.metrics["loss"] > 0
+    assert not (result.folder / "model").exists()
+    assert evaluate(result.folder).metrics == result.metrics
+
+
+def test_full_fine_tuning_saves_a_model_that_transformers_loads(recipe) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = run(recipe("full", "none", max_steps=3))
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "model")
+    assert model.config.use_cache
+    assert result.trainable == sum(p.numel() for p in model.parameters())
+    assert evaluate(result.folder).metrics == result.metrics
+
+
+def test_the_best_checkpoint_is_what_the_run_ends_with(recipe) -> None:
+    result = run(recipe("best", best_metric="loss", lr=0.3))
+    losses = {line["step"]: line["eval_loss"] for line in logged(result.folder) if "eval_loss" in line}
+    assert result.metrics["loss"] == pytest.approx(min(losses.values()))
+
+
+def test_an_adapter_is_gone_on_from_in_another_run(recipe) -> None:
+    first = run(recipe("first", max_steps=4))
+    tuner = {"method": "lora", "r": 2, "dropout": 0.2, "start_from": str(first.folder / "model")}
+    second = run(recipe("second", tuner, max_steps=1, lr=1e-9))
+    assert second.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-4)
+    assert evaluate(first.folder / "model", config=recipe("x", tuner)).metrics == first.metrics
+
+
+def test_a_classifier_learns_the_labels_of_the_data(recipe) -> None:
+    import dataclasses
+
+    config = recipe("labels", "none", lr=3e-3, epochs=10)
+    base = dataclasses.replace(config.base, head="classifier")
+    result = run(dataclasses.replace(config, base=base))
+    assert set(result.metrics) == {"loss", "accuracy"}
+    assert predict(result.folder, ["ab"])[0] in "abcd"
+    assert evaluate(result.folder).metrics == result.metrics
+
+
+def test_short_answers_without_choices_are_generated_and_compared(recipe, tmp_path: Path) -> None:
+    import dataclasses
+
+    file = tmp_path / "open.jsonl"
+    lines = [{"prompt": f"{a}?", "completion": a, "split": "train" if a < "c" else "test"} for a in "abcd"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = recipe("open", max_steps=1)
+    result = run(dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(file))))
+    assert set(result.metrics) == {"loss", "exact_match", "rouge_l"}
+
+
+@pytest.mark.parametrize(
+    ("training", "error", "message"),
+    [
+        (
+            {"args": {"learning_rat": 1}},
+            ConfigError,
+            "training.args.learning_rat.*Did you mean 'learning_rate'",
+        ),
+        ({"args": {"seed": 1}}, ConfigError, "'training.args.seed' has a field of its own"),
+        ({"optimizer": "adamm"}, ConfigError, "TrainingArguments: .*adamm"),
+        ({"best_metric": "loss", "save_every": "epoch"}, ConfigError, "`training.best_metric` chooses among"),
+        ({"precision": "fp16"}, ConfigError, "fp16` needs a GPU"),
+    ],
+)
+def test_settings_that_cannot_work_leave_no_folder_behind(recipe, training, error, message) -> None:
+    config = recipe("wrong", **training)
+    with pytest.raises(error, match=message):
+        run(config)
+    assert not config.run_folder.exists()
+
+
+def test_data_that_is_all_held_out_is_refused(recipe, tmp_path: Path) -> None:
+    import dataclasses
+
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"input": "a", "output": "b"}\n')
+    config = recipe("empty")
+    with pytest.raises(DataError, match="holds no row to train on"):
+        run(dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(file))))
+
+
+def test_other_fields_of_training_arguments_are_reached_by_their_names(recipe) -> None:
+    result = run(recipe("args", max_steps=2, args={"neftune_noise_alpha": 5.0}))
+    assert result.steps == 2

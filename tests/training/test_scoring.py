@@ -1,0 +1,73 @@
+"""Scores and answers equal those of one row at a time, whatever the batching."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from conftest import byte_tokenizer
+from thawline.data.text import IGNORED, collate_tokens
+from thawline.training.scoring import generate_answers, score_answers, score_labels
+
+ROWS = [
+    {"input_ids": [1, 9, 17, 33, 40], "labels": [IGNORED, IGNORED, IGNORED, 33, 40]},
+    {"input_ids": [1, 70], "labels": [IGNORED, 70]},
+    {"input_ids": [1, 12, 13, 14, 15, 16, 18], "labels": [IGNORED, 12, 13, 14, 15, 16, 18]},
+]
+collate = partial(collate_tokens, pad_token_id=0)
+
+
+def test_scores_are_the_models_own_loss_row_by_row(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    scores = score_answers(model, ROWS, collate, batch_size=2)
+    for row, score in zip(ROWS, scores, strict=True):
+        batch = {name: torch.tensor([values]) for name, values in row.items()}
+        assert score.n_tokens == sum(label != IGNORED for label in row["labels"][1:])
+        # The model's own loss is a mean over learned tokens; float32 sums differ in their last digits.
+        assert -score.log_likelihood == pytest.approx(model(**batch).loss.item() * score.n_tokens, rel=1e-5)
+
+
+def test_scores_of_an_encoder_decoder_are_not_shifted() -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=80, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    rows = [{"input_ids": [5, 6, 7], "labels": [9, 1]}, {"input_ids": [8], "labels": [11, 12, 13, 1]}]
+    scores = score_answers(model, rows, collate, batch_size=2, shifted=False)
+    for row, score in zip(rows, scores, strict=True):
+        loss = model(
+            input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
+        ).loss.item()
+        assert score.n_tokens == len(row["labels"])
+        assert -score.log_likelihood == pytest.approx(loss * score.n_tokens, rel=1e-5)
+
+
+def test_answers_do_not_depend_on_the_batch_they_are_written_in(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    prompts = [tokenizer(text).input_ids for text in ("Hello there", "A", "What is it?")]
+    together = generate_answers(model, prompts, tokenizer, max_new_tokens=6, batch_size=3)
+    alone = [generate_answers(model, [p], tokenizer, max_new_tokens=6, batch_size=1)[0] for p in prompts]
+    assert together == alone
+    by_hand = model.generate(torch.tensor([prompts[1]]), max_new_tokens=6, do_sample=False)
+    assert alone[1] == tokenizer.decode(by_hand[0, len(prompts[1]) :], skip_special_tokens=True)
+
+
+def test_label_logits_come_back_in_the_order_of_the_rows() -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(byte_tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    rows = [{"input_ids": row["input_ids"]} for row in ROWS]
+    for row, logits in zip(rows, score_labels(model, rows, collate, batch_size=2), strict=True):
+        alone = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,96 @@
+"""Every tuner a recipe can name attaches, trains what it should, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from thawline.errors import CheckpointError, ConfigError
+from thawline.recipe import PEFT_METHODS, TUNERS, Frozen, Full, Lora, PeftMethod
+from thawline.training.build import n_parameters
+from thawline.tuners.build import attach_tuner
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama)
+
+
+def test_none_trains_everything_and_frozen_nothing(model: nn.Module) -> None:
+    _, total = n_parameters(model)
+    assert n_parameters(attach_tuner(model, Full())) == (total, total)
+    assert n_parameters(attach_tuner(model, Frozen())) == (0, total)
+
+
+def test_lora_is_pefts_own_by_its_fields(model: nn.Module) -> None:
+    tuned = attach_tuner(model, Lora(r=3, dropout=0.1, target_modules=["q_proj"], args={"use_rslora": True}))
+    config = tuned.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (3, 6, 0.1, True)
+    assert config.task_type == "CAUSAL_LM"
+    # q_proj is 16 → 16 in each of two layers.
+    assert n_parameters(tuned)[0] == 2 * 3 * (16 + 16)
+
+
+def test_dora_learns_magnitudes_besides(model: nn.Module) -> None:
+    tuned = attach_tuner(model, Lora(method="dora", r=2, target_modules=["q_proj"]))
+    assert n_parameters(tuned)[0] == 2 * (2 * (16 + 16) + 16)
+
+
+def test_any_peft_method_is_reached_by_its_own_fields(model: nn.Module) -> None:
+    args = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    tuned = attach_tuner(model, PeftMethod(method="ia3", args=args))
+    assert isinstance(tuned.peft_config["default"], peft.IA3Config)
+    assert n_parameters(tuned)[0] == 2 * (8 + 24)
+
+
+def test_the_named_peft_methods_are_all_that_peft_has() -> None:
+    known = {name.lower() for name in peft.PEFT_TYPE_TO_CONFIG_MAPPING}
+    ours = {name for name in known if name.startswith("thawline_")}
+    assert set(PEFT_METHODS) == known - {"lora"} - ours
+    assert set(PEFT_METHODS) < set(TUNERS)
+
+
+def test_a_module_that_is_no_transformer_takes_an_adapter_too() -> None:
+    tuned = attach_tuner(
+        nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), Lora(r=2, target_modules=["0"])
+    )
+    assert n_parameters(tuned)[0] == 2 * (5 + 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            Lora(args={"use_rslor": True}),
+            "Unknown key 'tuner.args.use_rslor' of LoraConfig.*Did you mean 'use_rslora'",
+        ),
+        (Lora(args={"lora_alpha": 3}), "'tuner.args.lora_alpha' has a field of its own"),
+        (Lora(target_modules=["no_such"]), "PEFT cannot attach 'lora' to LlamaForCausalLM: .*no_such"),
+        (PeftMethod(method="lorra"), "PEFT .* has no method 'lorra'.*Did you mean 'lora'"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_would(model: nn.Module, settings, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attach_tuner(model, settings)
+
+
+def test_a_saved_adapter_is_gone_on_from(model: nn.Module, tiny_llama: Path, tmp_path: Path) -> None:
+    settings = Lora(r=2, target_modules=["q_proj"])
+    tuned = attach_tuner(model, settings)
+    torch.nn.init.normal_(tuned.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = attach_tuner(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), Lora(r=2, start_from=str(tmp_path / "adapter"))
+    )
+    ids = torch.tensor([[1, 9, 17, 33]])
+    torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=0, atol=0)
+    assert n_parameters(again) == n_parameters(tuned)
+    with pytest.raises(CheckpointError, match="is of method 'lora', not 'ia3'"):
+        attach_tuner(model, PeftMethod(method="ia3", start_from=str(tmp_path / "adapter")))
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        attach_tuner(model, Lora(start_from=str(tmp_path)))
