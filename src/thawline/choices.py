@@ -45,6 +45,7 @@ def literal_dict(file: str, name: str) -> dict[str, str]:
 
 CHOICES: dict[str, Callable[[], dict[str, str]]] = {
     "tuners": lambda: {name: _first_line(kind.__doc__) for name, kind in TUNERS.items()},
+    "selections": partial(literal_dict, "tuners/paca/selection.py", "SELECTIONS"),
     "objectives": lambda: {
         name: _first_line(kinds["objective"].__doc__) for name, kinds in OBJECTIVES.items()
     },

@@ -241,7 +241,7 @@ def _parse_recipe(
     argv = _write_out_sections(argv)
     values = recipe.expand_sections(values)
     objective = _option(argv, "--objective.kind") or values["objective"].get("kind", "text")
-    method = _option(argv, "--tuner.method") or values["tuner"].get("method", "lora")
+    method = _option(argv, "--tuner.method") or values["tuner"].get("method", recipe.Paca.method)
     types = recipe.section_types(objective, method)
     # The recipe's values alone first: what the parser demands beside them would be missing there.
     of_recipe = _parser("", train)

@@ -16,7 +16,6 @@ Where fields mirror another library's, tests/test_recipe.py holds them to it.
 from __future__ import annotations
 
 __all__ = [
-    "FULL",
     "OBJECTIVES",
     "PEFT_METHODS",
     "TUNERS",
@@ -24,6 +23,7 @@ __all__ = [
     "Frozen",
     "Full",
     "Lora",
+    "Paca",
     "PeftMethod",
     "RunConfig",
     "TextBase",
@@ -110,6 +110,38 @@ class Adapter:
     """Modules trained whole and saved beside the adapter. A classifier's new head is added by itself."""
     start_from: str | None = None
     """Folder of a saved adapter of the same method to go on from. None: a fresh one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paca(Adapter):
+    """Partial connections: some input columns of each weight, trained in place (Woo et al., ICLR 2025)."""
+
+    usual_lr: ClassVar[float] = 3e-4
+    method: Literal["paca"] = "paca"
+    """paca."""
+    r: int = 16
+    """Columns trained in each layer. 16 costs about the parameters of LoRA's r = 8."""
+    alpha: float | None = None
+    """The change of a column is scaled by alpha / r. None: r, so `training.lr` is full fine-tuning's."""
+    selection: Literal["random", "weight_norm", "activation", "gradient", "explicit"] = "random"
+    """How columns are chosen: by chance, by their norm, by what a few batches say, or by `indices`."""
+    indices: dict[str, list[int]] | None = None
+    """Columns by module name or a regular expression for it, for `selection: explicit`."""
+    rank_pattern: dict[str, int] | None = None
+    """r for modules whose name matches a regular expression."""
+    alpha_pattern: dict[str, float] | None = None
+    """alpha for modules whose name matches a regular expression."""
+    layers_pattern: str | list[str] | None = None
+    """Name of the list of blocks that `layers_to_transform` counts in. None: found by itself."""
+    bias: Literal["none", "all", "paca_only"] = "none"
+    """Biases to train besides."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens of the embedding to train besides."""
+    seed: int = 0
+    """Seed of `selection: random`."""
+
+    def __post_init__(self) -> None:
+        _at_least("tuner.r", self.r, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,13 +306,13 @@ PEFT_METHODS = (
     "trainable_tokens", "unilora", "vblora", "vera", "waveft", "xlora",
 )  # fmt: skip
 
-TunerSettings = Full | Frozen | Lora | PeftMethod
-FULL = Full()
+TunerSettings = Paca | Lora | Full | Frozen | PeftMethod
 TUNERS: dict[str, type] = {
-    "none": Full,
-    "frozen": Frozen,
+    "paca": Paca,
     "lora": Lora,
     "dora": Lora,
+    "none": Full,
+    "frozen": Frozen,
     **dict.fromkeys(PEFT_METHODS, PeftMethod),
 }
 """What may move: `tuner.method` → the dataclass of its fields."""
@@ -300,7 +332,7 @@ class RunConfig:
 
     objective: TextSettings = field(default_factory=TextSettings)
     base: TextBase = field(default_factory=TextBase)
-    tuner: TunerSettings = field(default_factory=Lora)
+    tuner: TunerSettings = field(default_factory=Paca)
     data: TextData = field(default_factory=TextData)
     training: Training = field(default_factory=Training)
     name: str | None = None
@@ -462,7 +494,7 @@ TRAINING_ARGUMENTS = {
 
 
 def _types_of(values: Mapping[str, Any]) -> dict[str, type]:
-    return section_types(values["objective"].get("kind", "text"), values["tuner"].get("method", Lora.method))
+    return section_types(values["objective"].get("kind", "text"), values["tuner"].get("method", Paca.method))
 
 
 class _Loader(yaml.SafeLoader):

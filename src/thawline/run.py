@@ -37,6 +37,7 @@ import yaml
 from torch import Tensor, nn
 from transformers import set_seed
 
+import thawline
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.recipe import Frozen, RunConfig, load_recipe
 from thawline.training.build import build_model, build_objective, load_tuned, n_parameters, saved_model_folder
@@ -210,7 +211,7 @@ def saved_config(model: str | Path) -> RunConfig:
         return load_recipe(path / "config.yaml")
     if (path / "adapter_config.json").is_file():
         saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        tuner = {"method": saved["peft_type"].lower(), "start_from": str(path)}
+        tuner = {"method": saved["peft_type"].lower().removeprefix("thawline_"), "start_from": str(path)}
         return RunConfig.from_mapping(
             {"base": saved["base_model_name_or_path"], "data": NO_DATA, "tuner": tuner}
         )
@@ -372,7 +373,7 @@ def _describe(config: RunConfig, objective: Objective, plan: Mapping[str, Any]) 
 
 def environment() -> dict[str, Any]:
     """Machine, versions and command of this process."""
-    packages = ("thawline", "torch", "transformers", "peft", "accelerate")
+    packages = ("torch", "transformers", "peft", "accelerate")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -381,7 +382,7 @@ def environment() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in packages},
+        "versions": {"thawline": thawline.__version__, **{name: version(name) for name in packages}},
     }
 
 

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from thawline.errors import CheckpointError, ConfigError
-from thawline.recipe import PEFT_METHODS, TUNERS, Frozen, Full, Lora, PeftMethod
+from thawline.recipe import PEFT_METHODS, TUNERS, Frozen, Full, Lora, Paca, PeftMethod
 from thawline.training.build import n_parameters
 from thawline.tuners.build import attach_tuner
+from thawline.tuners.paca.config import PacaConfig
 
 
 @pytest.fixture
@@ -25,6 +26,13 @@ def test_none_trains_everything_and_frozen_nothing(model: nn.Module) -> None:
     _, total = n_parameters(model)
     assert n_parameters(attach_tuner(model, Full())) == (total, total)
     assert n_parameters(attach_tuner(model, Frozen())) == (0, total)
+
+
+def test_paca_trains_columns_by_its_own_fields(model: nn.Module) -> None:
+    tuned = attach_tuner(model, Paca(r=3, target_modules=["down_proj"], rank_pattern={"0.mlp.down_proj": 5}))
+    assert isinstance(tuned.peft_config["default"], PacaConfig)
+    # down_proj is 24 → 16.
+    assert n_parameters(tuned)[0] == 16 * (5 + 3)
 
 
 def test_lora_is_pefts_own_by_its_fields(model: nn.Module) -> None:
@@ -79,18 +87,21 @@ def test_what_cannot_work_is_refused_with_what_would(model: nn.Module, settings,
         attach_tuner(model, settings)
 
 
-def test_a_saved_adapter_is_gone_on_from(model: nn.Module, tiny_llama: Path, tmp_path: Path) -> None:
-    settings = Lora(r=2, target_modules=["q_proj"])
-    tuned = attach_tuner(model, settings)
-    torch.nn.init.normal_(tuned.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
-    tuned.save_pretrained(tmp_path / "adapter")
-    again = attach_tuner(
-        AutoModelForCausalLM.from_pretrained(tiny_llama), Lora(r=2, start_from=str(tmp_path / "adapter"))
-    )
+@pytest.mark.parametrize("kind", [Paca, Lora])
+def test_a_saved_adapter_is_gone_on_from(model: nn.Module, tiny_llama: Path, tmp_path: Path, kind) -> None:
+    tuned = attach_tuner(model, kind(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    folder = str(tmp_path / "adapter")
+    tuned.save_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    again = attach_tuner(base, kind(r=2, start_from=folder))
     ids = torch.tensor([[1, 9, 17, 33]])
     torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=0, atol=0)
     assert n_parameters(again) == n_parameters(tuned)
-    with pytest.raises(CheckpointError, match="is of method 'lora', not 'ia3'"):
-        attach_tuner(model, PeftMethod(method="ia3", start_from=str(tmp_path / "adapter")))
+    with pytest.raises(CheckpointError, match="is of method '.*', not 'ia3'"):
+        attach_tuner(base, PeftMethod(method="ia3", start_from=folder))
     with pytest.raises(CheckpointError, match="holds no adapter"):
-        attach_tuner(model, Lora(start_from=str(tmp_path)))
+        attach_tuner(base, kind(start_from=str(tmp_path)))

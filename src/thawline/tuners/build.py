@@ -12,7 +12,8 @@ import peft
 from torch import nn
 
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
-from thawline.recipe import Adapter, Frozen, Full, Lora, PeftMethod, TunerSettings
+from thawline.recipe import Adapter, Frozen, Full, Lora, Paca, PeftMethod, TunerSettings
+from thawline.tuners.paca.config import PACA, PacaConfig
 
 TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -49,9 +50,13 @@ def attach_tuner(model: nn.Module, settings: TunerSettings) -> nn.Module:
         ) from error
 
 
-def _peft_config(settings: Lora | PeftMethod, task_type: str | None) -> peft.PeftConfig:
+def _peft_config(settings: Paca | Lora | PeftMethod, task_type: str | None) -> peft.PeftConfig:
     if isinstance(settings, PeftMethod):
         return _build(_config_class(settings.method), {"task_type": task_type}, settings.args)
+    if isinstance(settings, Paca):
+        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Paca)}
+        del fields["method"], fields["start_from"]
+        return _build(PacaConfig, {**fields, "task_type": task_type}, {})
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Adapter)}
     del fields["start_from"]
     fields |= {
@@ -79,6 +84,8 @@ def _build(
             )
     try:
         return config_class(**fields, **args)
+    except ConfigError:
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{config_class.__name__}: {error}") from error
 
@@ -94,7 +101,7 @@ def _load_adapter(model: nn.Module, folder: str, method: str) -> nn.Module:
     if not (Path(folder) / "adapter_config.json").is_file():
         raise CheckpointError(f"`tuner.start_from`: '{folder}' holds no adapter (no adapter_config.json).")
     saved = peft.PeftConfig.from_pretrained(folder).peft_type.value.lower()
-    if saved != ("lora" if method == "dora" else method):
+    if saved != {"dora": "lora", "paca": PACA.lower()}.get(method, method):
         raise CheckpointError(f"`tuner.start_from`: '{folder}' is of method '{saved}', not '{method}'.")
     return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
 
