@@ -216,7 +216,7 @@ def _parser(verb: str, function: Callable[[list[str]], int]) -> jsonargparse.Arg
     # Attribute docstrings of the recipe's dataclasses are the options' help.
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog=f"thawline {verb}", description=_first_line(function), exit_on_error=False
+        prog=f"thawline {verb}", description=_first_line(function), exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     return parser
