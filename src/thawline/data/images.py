@@ -11,7 +11,7 @@ differ in whether they obey it, so the size that the annotation states decides (
 
 from __future__ import annotations
 
-__all__ = ["IMAGE_SUFFIXES", "ImageProbe", "decode_image", "is_image", "probe_image", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageProbe", "decode_image", "is_image", "opencv", "probe_image", "read_image"]
 
 import io
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ def read_image(path: Path, oriented: bool = True) -> np.ndarray:
 
 def decode_image(data: bytes, oriented: bool = True) -> np.ndarray:
     """`read_image` for a file that is in memory already. Raises: DataError: if it is cut off, or no image."""
-    cv2 = _cv2()
+    cv2 = opencv()
     fault = "" if _ends_well(data[:8], data[-TAIL:]) else _decoding_fault(io.BytesIO(data))
     flags = cv2.IMREAD_COLOR if oriented else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     image = None if fault else cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -136,11 +136,12 @@ def _decoding_fault(stream: BinaryIO) -> str:
     return ""
 
 
-def _cv2() -> ModuleType:
+def opencv() -> ModuleType:
+    """The module `cv2`. Raises: MissingExtraError: without it."""
     try:
         import cv2
     except ImportError as error:
-        raise MissingExtraError("Reading images", "opencv-python-headless", "detect") from error
+        raise MissingExtraError("Working with images", "opencv-python-headless", "detect") from error
     return cv2
 
 
