@@ -1,0 +1,176 @@
+"""The whole shape of a detector, part by part."""
+
+from __future__ import annotations
+
+__all__ = ["BackboneConfig", "DEIMv2Config", "EncoderConfig", "with_overrides"]
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import reduce
+from typing import Any, TypeAlias
+
+from thawline.errors import ConfigError, did_you_mean
+from thawline.models.deimv2.criterion import CriterionConfig
+from thawline.models.deimv2.decoder import DecoderConfig
+from thawline.models.deimv2.hgnetv2 import HGNetV2Config
+from thawline.models.deimv2.hybrid_encoder import HybridEncoderConfig
+from thawline.models.deimv2.lite_encoder import LiteEncoderConfig
+from thawline.models.deimv2.sta import AdaptedViTConfig
+
+BackboneConfig: TypeAlias = HGNetV2Config | AdaptedViTConfig
+EncoderConfig: TypeAlias = HybridEncoderConfig | LiteEncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DEIMv2Config:
+    """A detector. Parts may come as plain dictionaries, as a JSON file gives them."""
+
+    variant: str | None = None
+    """The published size this is, or started from."""
+    num_classes: int = 80
+    image_size: tuple[int, int] = (640, 640)
+    """Height and width the weights were trained for. The network takes any multiple of its largest stride."""
+    image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Subtracted from pixels in 0–1."""
+    image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Then divided by this."""
+    backbone: BackboneConfig
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    num_denoising: int = 100
+    """Denoising positives for an image to aim at in training. 0: no denoising queries."""
+    label_noise: float = 0.5
+    """Half of this share of the denoising labels is changed."""
+    box_noise: float = 1.0
+    """How far denoising moves edges, in half sizes of the box."""
+    max_detections: int = 300
+    """Detections `postprocess` keeps for an image."""
+    criterion: CriterionConfig = field(default_factory=CriterionConfig)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for part in fields(self):
+            object.__setattr__(
+                self, part.name, _decode(hints[part.name], getattr(self, part.name), part.name)
+            )
+        if self.num_classes < 1:
+            raise ConfigError(f"`num_classes={self.num_classes}`: expected 1 or more.")
+        if self.num_denoising < 0:
+            raise ConfigError(
+                f"`num_denoising={self.num_denoising}`: expected 0 (off) or more; published is 100."
+            )
+        if self.encoder.hidden_dim != self.decoder.hidden_dim:
+            raise ConfigError(
+                f"`encoder.hidden_dim={self.encoder.hidden_dim}` and `decoder.hidden_dim="
+                f"{self.decoder.hidden_dim}` must be equal."
+            )
+        if isinstance(self.encoder, LiteEncoderConfig) and len(self.backbone.strides) != 1:
+            raise ConfigError(
+                f"The lite encoder takes one map, the backbone gives strides {self.backbone.strides}. Choose one "
+                "output, or the hybrid encoder."
+            )
+        if len(self.strides) != len(self.decoder.num_points):
+            raise ConfigError(
+                f"`decoder.num_points={self.decoder.num_points}` must name points for each of the strides "
+                f"{self.strides}."
+            )
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the maps the decoder reads, fine to coarse."""
+        if isinstance(self.encoder, LiteEncoderConfig):
+            (stride,) = self.backbone.strides
+            return (stride, 2 * stride)
+        return self.backbone.strides
+
+
+def with_overrides(config: DEIMv2Config, overrides: Mapping[str, Any]) -> DEIMv2Config:
+    """A copy with other values.
+
+    Args:
+        overrides: names of fields of the config (`num_classes`), or of any of its parts where only one part
+            has that name (`num_queries`, `rope_rescale`), or a part with the values to change in it
+            (`decoder={"num_layers": 2}`).
+    Raises: ConfigError: no part has such a field, or several have it.
+    """
+    values = asdict(config)
+    for name, value in overrides.items():
+        *path, _ = _find(values, name)
+        part = reduce(dict.__getitem__, path, values)
+        part[name] = _merge(part[name], asdict(value) if _is_part(value) else value)
+    return DEIMv2Config(**values)
+
+
+def _is_part(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def _merge(current: Any, value: Any) -> Any:
+    """Change what `value` names in a part; another kind of part, or a single value, takes its place."""
+    if not isinstance(current, dict) or not isinstance(value, Mapping):
+        return value
+    if value.get("kind", current.get("kind")) != current.get("kind"):
+        return value
+    return current | {key: _merge(current.get(key), inner) for key, inner in value.items()}
+
+
+def _find(values: dict[str, Any], name: str) -> tuple[str, ...]:
+    """Where the setting `name` is: at the top, or in the one part that has it."""
+    paths = _paths(values)
+    owners = [path for path in paths if path[-1] == name]
+    if not owners:
+        shape = "of an own shape" if values["variant"] is None else f"'{values['variant']}'"
+        hint = did_you_mean(name, {path[-1] for path in paths})
+        raise ConfigError(f"DEIMv2 {shape} has no setting '{name}'. {hint}")
+    shortest = min(owners, key=len)
+    if len(owners) > 1 and len(shortest) > 1:
+        places = ", ".join(".".join(path[:-1]) for path in owners)
+        raise ConfigError(f"'{name}' is a setting of {places}. Name the part: `{shortest[0]}={{'{name}': …}}`.")
+    return shortest
+
+
+def _paths(values: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every setting of a config and its parts."""
+    paths = []
+    for name, value in values.items():
+        paths.append((*prefix, name))
+        if isinstance(value, dict):
+            paths += _paths(value, (*prefix, name))
+    return paths
+
+
+def _decode(hint: Any, value: Any, name: str) -> Any:
+    """Give a value read from JSON the type its field asks for: dictionaries become parts, lists tuples."""
+    if isinstance(value, Mapping):
+        part = _part(hint, value, name)
+        hints = typing.get_type_hints(part)
+        for key in value:
+            _check_known(name, key, hints)
+        return part(**{key: _decode(hints[key], inner, f"{name}.{key}") for key, inner in value.items()})
+    if isinstance(value, list | tuple):
+        inner = next((arg for choice in _choices(hint) for arg in typing.get_args(choice)), None)
+        return tuple(_decode(inner, item, name) for item in value)
+    return value
+
+
+def _part(hint: Any, value: Mapping[str, Any], name: str) -> Any:
+    """The class that a dictionary describes: the field's own, or the one of several that its `kind` names."""
+    parts: list[Any] = [choice for choice in _choices(hint) if is_dataclass(choice)]
+    if len(parts) == 1:
+        return parts[0]
+    by_kind = {part.kind: part for part in parts}
+    if value.get("kind") not in by_kind:
+        known = " or ".join(f"'{kind}'" for kind in by_kind)
+        raise ConfigError(f"`{name}.kind={value.get('kind')!r}`: expected {known}.")
+    return by_kind[value["kind"]]
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _check_known(name: str, key: str, known: Iterable[str]) -> None:
+    if key not in known:
+        raise ConfigError(f"`{name}` has no setting '{key}'. {did_you_mean(key, known)}")

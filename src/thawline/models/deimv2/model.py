@@ -1,0 +1,119 @@
+"""DEIMv2, the detector: backbone, encoder, decoder.
+
+Huang et al., Real-Time Object Detection Meets DINOv3, arXiv 2509.20787 (2025). The numbers of the authors'
+network are kept, and where their code has a quirk that the published weights were trained with, so has this
+one; each quirk is named where it stands. Parameters carry the authors' names, so their checkpoints load
+without renaming.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DEIMv2"]
+
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from thawline.errors import ConfigError
+from thawline.models.deimv2.config import DEIMv2Config, with_overrides
+from thawline.models.deimv2.decoder import Decoder
+from thawline.models.deimv2.denoising import build_denoising_queries
+from thawline.models.deimv2.hgnetv2 import HGNetV2, HGNetV2Config
+from thawline.models.deimv2.hybrid_encoder import HybridEncoder
+from thawline.models.deimv2.lite_encoder import LiteEncoder, LiteEncoderConfig
+from thawline.models.deimv2.outputs import DetectionOutput
+from thawline.models.deimv2.postprocess import Detected, postprocess
+from thawline.models.deimv2.sta import AdaptedViT
+from thawline.models.deimv2.targets import Target, pack_targets
+from thawline.models.deimv2.variants import get_variant
+
+
+class DEIMv2(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="thawline",
+    paper_url="https://arxiv.org/abs/2509.20787",
+    pipeline_tag="object-detection",
+):
+    """A detector.
+
+    Args:
+        config: its shape; `DEIMv2.from_variant` gives the published ones.
+    """
+
+    def __init__(self, config: DEIMv2Config) -> None:
+        super().__init__()
+        self.config = config
+        backbone, encoder = config.backbone, config.encoder
+        self.backbone: nn.Module = (
+            HGNetV2(backbone) if isinstance(backbone, HGNetV2Config) else AdaptedViT(backbone)
+        )
+        self.encoder: nn.Module = (
+            LiteEncoder(encoder, backbone.out_channels)
+            if isinstance(encoder, LiteEncoderConfig)
+            else HybridEncoder(encoder, backbone.out_channels)
+        )
+        self.decoder = Decoder(config.decoder, config.num_classes)
+
+    @classmethod
+    def from_variant(cls, name: str, **overrides: Any) -> DEIMv2:
+        """One of the published sizes, with random weights.
+
+        Args:
+            name: atto, femto, pico, n, s, m, l or x.
+            overrides: settings to change: `num_classes`, `num_denoising`, `num_queries`, `rope_rescale`,
+                or a whole part, `decoder={"num_layers": 2}`.
+        Raises: ConfigError: no such size, or no such setting.
+        """
+        return cls(with_overrides(get_variant(name).config, overrides))
+
+    def forward(self, pixel_values: Tensor, targets: Sequence[Target] | None = None) -> DetectionOutput:
+        """Detect; in train mode, and whenever targets are given, also give what the losses need.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised as `config.image_mean` and `image_std` say; H and W are
+                multiples of the largest stride, 32.
+            targets: labels and boxes of each image. In train mode they also make denoising queries.
+        Raises: ConfigError: the image size does not fit the strides.
+        """
+        self._check_size(pixel_values)
+        denoising = None
+        if targets is not None and self.training and self.config.num_denoising:
+            denoising = build_denoising_queries(
+                pack_targets(targets, self.config.num_classes, pixel_values.device),
+                num_classes=self.config.num_classes,
+                num_queries=self._num_queries(pixel_values),
+                num_denoising=self.config.num_denoising,
+                label_noise=self.config.label_noise,
+                box_noise=self.config.box_noise,
+            )
+        maps = self.encoder(self.backbone(pixel_values))
+        return self.decoder(maps, denoising, for_training=self.training or targets is not None)
+
+    def postprocess(
+        self, output: DetectionOutput, sizes: Sequence[tuple[int, int]] | Tensor
+    ) -> list[Detected]:
+        """The best detections of each image, in its pixels.
+
+        Args:
+            sizes: (height, width) of each original image.
+        Returns: for each image `scores` (K,), `labels` (K,) and `boxes` (K, 4; xyxy), best first.
+        """
+        return postprocess(output.logits, output.pred_boxes, sizes, self.config.max_detections)
+
+    def _num_queries(self, pixel_values: Tensor) -> int:
+        """Queries that an image of this size can have: a small one may have fewer tokens than asked for."""
+        height, width = pixel_values.shape[-2:]
+        n_tokens = sum((height // stride) * (width // stride) for stride in self.config.strides)
+        return min(self.config.decoder.num_queries, n_tokens)
+
+    def _check_size(self, pixel_values: Tensor) -> None:
+        height, width = pixel_values.shape[-2:]
+        stride = self.config.strides[-1]
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or height % stride or width % stride:
+            raise ConfigError(
+                f"`pixel_values` must be (B, 3, H, W) with H and W multiples of {stride}, got "
+                f"{tuple(pixel_values.shape)}. Resize or pad the images first."
+            )

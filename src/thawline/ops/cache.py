@@ -1,0 +1,51 @@
+"""A few tensors that depend on nothing but shapes, kept between calls."""
+
+from __future__ import annotations
+
+__all__ = ["TensorCache"]
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class TensorCache:
+    """The last `size` results by key; put shape, dtype and device into the key.
+
+    Tensors are made outside inference mode, so that one made while evaluating serves training later. A tracer
+    (torch.compile, export) must not see the cache: there the tensors are part of the graph. Copies and
+    pickles of the owner start with an empty cache.
+    """
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self._kept: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build()` gave for this key, made now if it was never made or is long unused."""
+        if torch.compiler.is_compiling():
+            return build()
+        value = self._kept.pop(key, None)
+        if value is None:
+            with torch.inference_mode(False), torch.no_grad():
+                value = build()
+        self._kept[key] = value
+        if len(self._kept) > self.size:
+            del self._kept[next(iter(self._kept))]
+        return value
+
+    def clear(self) -> None:
+        """Forget all: what the tensors were made from has changed."""
+        self._kept.clear()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorCache:
+        return TensorCache(self.size)
+
+    def __reduce__(self) -> tuple[type[TensorCache], tuple[int]]:
+        return TensorCache, (self.size,)
