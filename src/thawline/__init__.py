@@ -12,6 +12,8 @@ import importlib
 _HOMES = {
     "CheckpointError": "thawline.errors",
     "ConfigError": "thawline.errors",
+    "DEIMv2": "thawline.models.deimv2",
+    "DEIMv2Config": "thawline.models.deimv2",
     "DataError": "thawline.errors",
     "DetectionDataset": "thawline.data.detection",
     "DetectionEvaluator": "thawline.metrics.detection",
@@ -22,6 +24,7 @@ _HOMES = {
     "ThawlineError": "thawline.errors",
     "attach_tuner": "thawline.tuners.build",
     "load_recipe": "thawline.recipe",
+    "VARIANTS": "thawline.models.deimv2",
     "apply_lean": "thawline.ops.lean",
     "derive_schedule": "thawline.training.schedule",
     "published_schedule": "thawline.training.schedule",

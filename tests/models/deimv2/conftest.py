@@ -31,7 +31,8 @@ LITE = DEIMv2Config(
     backbone=HGNetV2Config(stem_channels=(3, 4, 4), stages=STAGES, out_stages=(2,)),
     encoder=LiteEncoderConfig(hidden_dim=16),
     decoder=DecoderConfig(
-        hidden_dim=16, num_layers=2, num_queries=7, num_points=(4, 2), ffn_dim=24, gateway=False, share_bbox_head=True
+        hidden_dim=16, num_layers=2, num_queries=7, num_points=(4, 2), ffn_dim=24, gateway=False,
+        share_bbox_head=True
     ),
     num_denoising=6,
     criterion=CriterionConfig(local=False, union_set=False),
@@ -42,7 +43,8 @@ DINO = DEIMv2Config(
     backbone=AdaptedViTConfig(
         vit=ViTConfig(
             family="dinov3", dim=16, num_heads=2, depth=3, hidden_dim=24, ffn="swiglu", out_blocks=(0, 1, 2),
-            n_storage_tokens=2, norm_eps=1e-5, layer_scale=0.5, mask_key_bias=True, final_norm=True, rope_rescale=2.0,
+            n_storage_tokens=2, norm_eps=1e-5, layer_scale=0.5, mask_key_bias=True, final_norm=True,
+            rope_rescale=2.0,
         ),
         detail_channels=4,
         out_channels_each=16,
@@ -54,7 +56,9 @@ DINO = DEIMv2Config(
 TINY = with_overrides(
     DINO,
     {
-        "vit": ViTConfig(family="vit_tiny", dim=16, num_heads=2, depth=3, hidden_dim=24, out_blocks=(0, 1, 2)),
+        "vit": ViTConfig(
+            family="vit_tiny", dim=16, num_heads=2, depth=3, hidden_dim=24, out_blocks=(0, 1, 2)
+        ),
         "num_classes": 4,
     },
 )

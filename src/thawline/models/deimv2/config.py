@@ -68,8 +68,8 @@ class DEIMv2Config:
             )
         if isinstance(self.encoder, LiteEncoderConfig) and len(self.backbone.strides) != 1:
             raise ConfigError(
-                f"The lite encoder takes one map, the backbone gives strides {self.backbone.strides}. Choose one "
-                "output, or the hybrid encoder."
+                f"The lite encoder takes one map, the backbone gives strides {self.backbone.strides}. "
+                "Choose one output, or the hybrid encoder."
             )
         if len(self.strides) != len(self.decoder.num_points):
             raise ConfigError(
@@ -127,7 +127,9 @@ def _find(values: dict[str, Any], name: str) -> tuple[str, ...]:
     shortest = min(owners, key=len)
     if len(owners) > 1 and len(shortest) > 1:
         places = ", ".join(".".join(path[:-1]) for path in owners)
-        raise ConfigError(f"'{name}' is a setting of {places}. Name the part: `{shortest[0]}={{'{name}': …}}`.")
+        raise ConfigError(
+            f"'{name}' is a setting of {places}. Name the part: `{shortest[0]}={{'{name}': …}}`."
+        )
     return shortest
 
 

@@ -211,23 +211,13 @@ class Decoder(nn.Module):
         return refined
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Read the authors' layout, where some tensors stand under several names or follow from the image
-        size.
-
-        Files that store shared tensors once (safetensors) may hold any one of the names.
-        """
+        """Read the authors' layout, which also holds tables for one image size and two tensors twice."""
         for name in ("anchors", "valid_mask"):
             state_dict.pop(f"{prefix}{name}", None)
         for name in ("up", "reg_scale"):
             twin = state_dict.pop(f"{prefix}{name}", None)
             if twin is not None:
                 state_dict.setdefault(f"{prefix}decoder.{name}", twin)
-        if self.config.share_bbox_head:
-            heads = [f"{prefix}dec_bbox_head.{index}." for index in range(self.config.num_layers)]
-            for key in [key for key in state_dict if key.startswith(tuple(heads))]:
-                tail = key.split(".", prefix.count(".") + 2)[-1]
-                for head in heads:
-                    state_dict.setdefault(head + tail, state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -6,12 +6,11 @@ one; each quirk is named where it stands. Parameters carry the authors' names, s
 without renaming.
 """
 
-from __future__ import annotations
-
 __all__ = ["DEIMv2"]
 
+# No postponed annotations here: the hub mixin reads the type of `config` from the constructor's signature.
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ class DEIMv2(
         self.decoder = Decoder(config.decoder, config.num_classes)
 
     @classmethod
-    def from_variant(cls, name: str, **overrides: Any) -> DEIMv2:
+    def from_variant(cls, name: str, **overrides: Any) -> Self:
         """One of the published sizes, with random weights.
 
         Args:

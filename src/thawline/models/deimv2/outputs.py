@@ -13,12 +13,10 @@ from __future__ import annotations
 __all__ = ["DenoisingOutput", "DetectionOutput", "LayerPredictions", "Predictions", "TrainingOutput"]
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from thawline.models.deimv2.denoising import DenoisingQueries
+from thawline.models.deimv2.denoising import DenoisingQueries
 
 
 @dataclass(kw_only=True)
