@@ -22,11 +22,11 @@ _HOMES = {
     "RoutingError": "thawline.errors",
     "RunConfig": "thawline.recipe",
     "ThawlineError": "thawline.errors",
-    "attach_tuner": "thawline.tuners.build",
-    "load_recipe": "thawline.recipe",
     "VARIANTS": "thawline.models.deimv2",
     "apply_lean": "thawline.ops.lean",
+    "attach_tuner": "thawline.tuners.build",
     "derive_schedule": "thawline.training.schedule",
+    "load_recipe": "thawline.recipe",
     "published_schedule": "thawline.training.schedule",
     "undo_lean": "thawline.ops.lean",
 }
