@@ -48,6 +48,10 @@ def load_detection(
             "\n".join([f"'{path}' ({data.format}) cannot be trained on:", *lines])
             + f"\n`thawline data check {path} --fix NEW_FOLDER` writes a mended copy."
         )
+    if not any(data.splits.values()):
+        raise DataError(
+            f"'{path}' ({data.format}) holds no image. Check its paths, or name another `format`."
+        )
     for line in describe(data.warnings, shown=1):
         logger.warning("'%s': %s", path, line)
     return data

@@ -55,43 +55,106 @@ class Kind(NamedTuple):
     """True: training on it would be training on a guess."""
     title: str
     remedy: str
+    """What its owner can do."""
+    mending: str
+    """What `thawline data check --fix` does in the mended copy. Empty: nothing."""
 
 
 KINDS: dict[str, Kind] = {
     "missing-image": Kind(
-        True, "annotated images are missing", "put the files there, or take the images out of the annotations"
+        True,
+        "annotated images are missing",
+        "put the files there, or take the images out of the annotations",
+        "leaves the images out",
     ),
     "corrupt-image": Kind(
         True,
         "image files cannot be decoded",
         "replace the files, or take the images out of the annotations",
+        "leaves the images out",
     ),
     "image-size": Kind(
         True,
         "images have another size than their annotations say, so their boxes are in other pixels",
         "put the annotated images there, or rescale the boxes",
+        "rescales the boxes where the shape is the same, leaves out the other images",
     ),
     "unknown-image": Kind(
-        True, "annotations belong to an unknown image", "add the image, or remove the annotations"
+        True,
+        "annotations belong to an unknown image",
+        "add the image, or remove the annotations",
+        "leaves the annotations out",
     ),
     "duplicate-image": Kind(
-        True, "images appear twice in a split", "give each image one id and one entry, with all its boxes"
+        True,
+        "images appear twice in a split",
+        "give each image one id and one entry, with all its boxes",
+        "joins entries of one file, leaves out files that share an id",
+    ),
+    "class-shift": Kind(
+        True,
+        "class ids look shifted by one against the class list",
+        "let ids and list count from the same number",
+        "shifts the ids",
     ),
     "class-id": Kind(
         True,
         "annotations have a class that is not in the class list",
         "correct the ids, or complete the list",
+        "leaves the annotations out, unless a shift by one brings all ids into the list",
     ),
-    "class-list": Kind(True, "the class list is contradictory", "give every class one id and one name"),
-    "malformed": Kind(True, "annotations cannot be read", "correct or remove them"),
+    "class-list": Kind(True, "the class list is contradictory", "give every class one id and one name", ""),
+    "malformed": Kind(
+        True,
+        "annotations cannot be read",
+        "correct or remove them",
+        "leaves the annotations out, and images whose whole file cannot be read",
+    ),
+    "leak": Kind(
+        False,
+        "images are in two splits, so scores on the held-out one are too good",
+        "take them out of one of the splits",
+        "leaves them out of the training split",
+    ),
+    "near-leak": Kind(
+        False,
+        "images look almost like one of another split (re-encoded, resized, next frame of a film?)",
+        "look at the pairs; keep whole scenes or films in one split",
+        "",
+    ),
+    "copies": Kind(False, "images are there twice in a split, as copies", "keep one of each", ""),
     "box-outside": Kind(
-        False, "boxes leave their image by more than a pixel", "training clips them to the image"
+        False,
+        "boxes leave their image by more than a pixel",
+        "training clips them to the image",
+        "clips them",
     ),
-    "box-degenerate": Kind(False, "boxes have no area inside their image", "training leaves them out"),
-    "box-duplicate": Kind(False, "boxes are there twice in the same image", "keep one of each"),
-    "class-note": Kind(False, "class lists needed reading with care", "see that the class names are right"),
+    "box-degenerate": Kind(
+        False,
+        "boxes have no area inside their image",
+        "training leaves them out",
+        "leaves them out",
+    ),
+    "box-duplicate": Kind(
+        False,
+        "boxes are there twice in the same image",
+        "keep one of each",
+        "keeps one of each",
+    ),
+    "class-unused": Kind(
+        False,
+        "classes have no box in the training split",
+        "remove them from the list, or see whether ids are shifted",
+        "",
+    ),
+    "class-alike": Kind(
+        False, "class names differ only in spelling", "join the classes if they are the same", ""
+    ),
+    "class-note": Kind(
+        False, "class lists needed reading with care", "see that the class names are right", ""
+    ),
 }
-"""What can be wrong with a data set. Checks of whole sets add `thawline.data.check.FINDINGS`."""
+"""What can be wrong, in the order it is told. What reading does not find, `thawline.data.check` does."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ __all__ = [
     "RawImage",
     "RawSet",
     "assemble",
+    "class_shift",
     "existing",
     "find_image",
     "list_images",
@@ -85,6 +86,8 @@ class RawImage:
     class_ids: list[ClassId] = field(default_factory=list)
     iscrowd: list[bool] = field(default_factory=list)
     areas: list[float | None] = field(default_factory=list)
+    is_unreadable: bool = False
+    """Nobody can say what is in the image: it is not even a negative. The reader has noted the problem."""
 
     def add(
         self,
@@ -131,6 +134,7 @@ def assemble(raw: RawSet, decode: bool = False) -> DetectionSet:
     """
     problems = list(raw.problems)
     names, ids = _class_list(raw, problems)
+    _name_shift(raw, problems)
     label_of_name = {name: label for label, name in enumerate(names)}
     splits = {}
     for split, images in raw.splits.items():
@@ -167,6 +171,8 @@ class _SplitAssembler:
 
     def record(self, image: RawImage, probe: ImageProbe | None) -> ImageRecord | None:
         """The image's record, or None where there is no image to train on."""
+        if image.is_unreadable:
+            return None
         if image.path is None or probe is None:
             folders = self.raw.looked_in.get(self.split, ())
             places = ", ".join(relative_name(folder, self.raw.root) for folder in folders)
@@ -267,6 +273,29 @@ def _class_list(raw: RawSet, problems: list[Problem]) -> tuple[tuple[str, ...], 
             problems.append(Problem(kind="class-note", where=split, detail=detail, split=split))
     id_of = {name: key for key, name in reversed(table.items())}
     return names, tuple(id_of[name] for name in names)
+
+
+def class_shift(raw: RawSet) -> int:
+    """What brings all class ids into the class list when added: 1, -1, or 0 where none is needed or helps."""
+    used = {split: {key for image in raw.splits[split] for key in image.class_ids} for split in raw.splits}
+    known = {split: set(table) for split, table in raw.classes.items()}
+    if all(used[split] <= known[split] for split in used):
+        return 0
+    for shift in (-1, 1):
+        # Every split has to fit: one that is right already speaks against a shift.
+        moved = {split: {key + shift for key in used[split] if isinstance(key, int)} for split in used}
+        if all(len(moved[split]) == len(used[split]) and moved[split] <= known[split] for split in used):
+            return shift
+    return 0
+
+
+def _name_shift(raw: RawSet, problems: list[Problem]) -> None:
+    if shift := class_shift(raw):
+        used = [key for images in raw.splits.values() for image in images for key in image.class_ids]
+        ids = [key for key in used if isinstance(key, int)]
+        known = _ranges(next(iter(raw.classes.values())))
+        detail = f"boxes have {min(ids)}–{max(ids)}, the class list {known}; all fit when {shift:+d} is added"
+        problems.append(Problem(kind="class-shift", where="class ids", detail=detail))
 
 
 def _name_repeated(images: Sequence[RawImage], split: str, problems: list[Problem]) -> None:

@@ -75,6 +75,7 @@ def read_voc_xml(path: Path, image: RawImage) -> list[str]:
     try:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, UnicodeDecodeError) as error:
+        image.is_unreadable = True
         return [f"not XML: {error}"]
     image.name = (root.findtext("filename") or "").strip() or image.name
     try:
@@ -108,6 +109,7 @@ def _image(
     if not file.is_file():
         # A name in ImageSets without an XML file: nobody looked at that image, so it is no negative.
         raw.problem("malformed", where, "listed in ImageSets, but there is no such file", split)
+        image.is_unreadable = True
         return image
     for fault in read_voc_xml(file, image):
         raw.problem("malformed", where, fault, split)
