@@ -71,6 +71,19 @@ def train(argv: list[str]) -> int:
     return _say(f"{result.folder}: {result.steps} steps in {result.seconds:.1f} s")
 
 
+def report(argv: list[str]) -> int:
+    """Write report.html into a run's folder: curves, tables, pictures, recipe, environment."""
+    parser = argparse.ArgumentParser(
+        prog="thawline report", description=_first_line(report), allow_abbrev=False
+    )
+    parser.add_argument("run", help="Folder of a run, finished or not.")
+    options = parser.parse_args(argv)
+    _prepare()
+    from thawline.report.run_report import build_report
+
+    return _say(str(build_report(options.run)))
+
+
 def evaluate(argv: list[str]) -> int:
     """Evaluate a run, an adapter or a model on held-out rows."""
     parser = _parser("eval", evaluate)
@@ -189,6 +202,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "predict": predict,
     "data": data,
+    "report": report,
     "list": list_choices,
 }
 """Verb → what it does with the rest of the command line; its docstring is its help."""
