@@ -295,7 +295,7 @@ def test_order_of_boxes_and_of_images_does_not_matter() -> None:
     targets = some_targets(3, 4)
     output = an_output(targets)
     shuffled = [Target(labels=t["labels"].flip(0), boxes=t["boxes"].flip(0)) for t in targets]
-    # With the union set, a query that two boxes claim equally often goes to the first of them, as published.
+    # With the union set the order of boxes decides ties, as published.
     assert_close(criterion(LITE)(output, shuffled), criterion(LITE)(output, targets))
 
     turned = replace(

@@ -30,6 +30,8 @@ class DEIMv2Config:
     variant: str | None = None
     """The published size this is, or started from."""
     num_classes: int = 80
+    class_names: tuple[str, ...] | None = None
+    """What class 0, 1, … is called; None: not known."""
     image_size: tuple[int, int] = (640, 640)
     """Height and width the weights were trained for. The network takes any multiple of its largest stride."""
     image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -57,6 +59,10 @@ class DEIMv2Config:
             )
         if self.num_classes < 1:
             raise ConfigError(f"`num_classes={self.num_classes}`: expected 1 or more.")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ConfigError(
+                f"{len(self.class_names)} `class_names` for `num_classes={self.num_classes}`: name each."
+            )
         if self.num_denoising < 0:
             raise ConfigError(
                 f"`num_denoising={self.num_denoising}`: expected 0 (off) or more; published is 100."
@@ -96,11 +102,22 @@ def with_overrides(config: DEIMv2Config, overrides: Mapping[str, Any]) -> DEIMv2
     Raises: ConfigError: no part has such a field, or several have it.
     """
     values = asdict(config)
-    for name, value in overrides.items():
+    for name, value in _with_classes(config, overrides).items():
         *path, _ = _find(values, name)
         part = reduce(dict.__getitem__, path, values)
         part[name] = _merge(part[name], asdict(value) if _is_part(value) else value)
     return DEIMv2Config(**values)
+
+
+def _with_classes(config: DEIMv2Config, overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The names of the classes say how many there are, and another number of classes has other names."""
+    if not {"num_classes", "class_names"} & set(overrides):
+        return overrides
+    names = overrides.get("class_names")
+    num_classes = overrides.get("num_classes", len(names) if names else config.num_classes)
+    if names is None and num_classes == config.num_classes:
+        names = config.class_names
+    return {**overrides, "num_classes": num_classes, "class_names": names}
 
 
 def _is_part(value: Any) -> bool:

@@ -10,6 +10,7 @@ __all__ = ["DEIMv2"]
 
 # No postponed annotations here: the hub mixin reads the type of `config` from the constructor's signature.
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import PyTorchModelHubMixin
@@ -22,6 +23,7 @@ from thawline.models.deimv2.denoising import build_denoising_queries
 from thawline.models.deimv2.hgnetv2 import HGNetV2, HGNetV2Config
 from thawline.models.deimv2.hybrid_encoder import HybridEncoder
 from thawline.models.deimv2.lite_encoder import LiteEncoder, LiteEncoderConfig
+from thawline.models.deimv2.load import load_pretrained
 from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.models.deimv2.postprocess import Detected, postprocess
 from thawline.models.deimv2.sta import AdaptedViT
@@ -67,6 +69,24 @@ class DEIMv2(
         Raises: ConfigError: no such size, or no such setting.
         """
         return cls(with_overrides(get_variant(name).config, overrides))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, variant: str | None = None, **overrides: Any
+    ) -> "DEIMv2":
+        """A detector with the weights of a file, a folder, or a repository on the hub, in eval mode.
+
+        Reads what `save_pretrained` writes, the authors' `.pth` and hub folders, transformers' `deimv2`, and
+        pretrained backbones alone. Weights are cast to torch's default dtype.
+
+        Args:
+            path: of a file or folder; a size, for its published weights; or a hub id.
+            variant: the size, where the file does not tell; a detector's does.
+            overrides: settings to change, as in `from_variant`. Another number of classes (`num_classes`,
+                or `class_names`) makes the layers that know the classes start anew, and nothing else.
+        Raises: CheckpointError: unreadable, or missing, unexpected or misshapen tensors, all listed.
+        """
+        return load_pretrained(cls, path, variant, overrides)
 
     def forward(self, pixel_values: Tensor, targets: Sequence[Target] | None = None) -> DetectionOutput:
         """Detect; in train mode, and whenever targets are given, also give what the losses need.
