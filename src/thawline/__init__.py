@@ -28,6 +28,8 @@ _HOMES = {
     "derive_schedule": "thawline.training.schedule",
     "load_recipe": "thawline.recipe",
     "published_schedule": "thawline.training.schedule",
+    "select_columns": "thawline.tuners",
+    "to_lora": "thawline.tuners",
     "undo_lean": "thawline.ops.lean",
 }
 

@@ -28,10 +28,10 @@ class Net(nn.Module):
         return self.head(self.second(torch.tanh(self.first(x))))
 
 
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+def tiny_llama(num_hidden_layers: int = 2, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=num_hidden_layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=32, tie_word_embeddings=False,
         **changes,
     )  # fmt: skip
@@ -85,3 +85,10 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(torch.uint8)
+
+
+def train_step(model: nn.Module, x: Tensor) -> Tensor:
+    """Forward and backward of a plain loss; the caller steps."""
+    loss = model(x).float().square().mean()
+    loss.backward()
+    return loss.detach()

@@ -45,7 +45,6 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: the layer, of the type the subclass is for.
         name: its name in the model, for messages.
-        view: gives the layer's weight as (O, I, ...), its selectable inputs on axis 1, sharing storage.
     Raises: ConfigError: weights that cannot be written in place: quantised, sharded, or owned by another PaCA
         layer.
     """
@@ -53,11 +52,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("thawline_paca_delta",)
     other_param_names = ("r", "scaling", "thawline_paca_indices")
 
-    def __init__(self, base_layer: nn.Module, name: str, view: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        self._view = view
+        self._view = column_view(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
@@ -233,19 +232,21 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def evict(self) -> None:
         """Bring back every bit of the original weight; the next forward brings the columns in again."""
-        if not self._released:
+        if not self._released and self._inside:
+            self._check_not_gathered()
             self._resident.evict(self.base_layer.weight)
             self._inside, self._dirty = (), True
 
     def after_step(self, moved: set[int]) -> None:
         """An optimiser stepped (see `watch`): write now if it holds δ, else before the next forward."""
         weight = self.base_layer.weight
+        self._sharded = is_sharded(weight)
         self._gathered = False
         self._dirty = True
         if any(id(self.thawline_paca_delta[name]) in moved for name in self._wanted):
             self._claimed = True
             self.sync()
-        elif is_sharded(weight):
+        elif self._sharded:
             self.sync()
 
     _wanted: tuple[str, ...]  # adapters whose columns the weight should hold
@@ -259,6 +260,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self._dirty = True  # write before the next forward
         self._pending = False  # a gradient was emitted since the last write
         self._claimed = False  # an optimiser that tells of its steps holds our change
+        self._sharded = False  # the weight was seen as one rank's shard
         self._gathered = False  # FSDP2 shows a gathered weight in forward; the shards are what counts
         self._compiled = False  # forward was compiled: it cannot look before it runs
         self._released = False  # the base layer went its own way
@@ -271,6 +273,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             () if self._disable_adapters else tuple(n for n in names if n in self.thawline_paca_delta)
         )
         self._trained = () if self.merged else self._wanted
+        if self._inside != self._wanted:
+            self._check_not_gathered()
         self.sync()
 
     def _is_current(self) -> bool:
@@ -307,11 +311,20 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
         Then nothing is written: `after_step` writes the shards, and this copy came from them.
         """
-        if is_sharded(weight) or not torch.distributed.is_initialized():
+        if is_sharded(weight):
+            self._sharded = True
             self._gathered = False
-        elif self._resident.changes and not self._resident.is_in(weight):
-            self._gathered = True
+        elif torch.distributed.is_initialized():
+            self._gathered = self._sharded or self._resident.is_elsewhere(weight)
         return self._gathered
+
+    def _check_not_gathered(self) -> None:
+        if self._is_gathered(self.base_layer.weight):
+            raise ConfigError(
+                f"FSDP2 holds a gathered copy of the weight of '{self.name}', which cannot be kept in step "
+                "with its shards. Call `reshard()` on the FSDP modules before switching, merging or saving "
+                "adapters."
+            )
 
     def _check_in_place(self, weight: Tensor) -> None:
         if weight.is_meta:
@@ -406,7 +419,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
 RUNTIME = (
     "_resident", "_wanted", "_inside", "_trained",
-    "_dirty", "_pending", "_claimed", "_gathered", "_compiled", "_released",
+    "_dirty", "_pending", "_claimed", "_sharded", "_gathered", "_compiled", "_released",
 )  # fmt: skip
 
 
@@ -414,9 +427,8 @@ class PacaLinear(PacaLayer):
     """PaCA on `nn.Linear`, and on transformers' `Conv1D`, a Linear with its weight stored (I, O)."""
 
     def __init__(self, base_layer: nn.Linear | Conv1D, name: str) -> None:
-        transposed = isinstance(base_layer, Conv1D)
-        super().__init__(base_layer, name, torch.t if transposed else as_it_is)
-        self._rows_are_outputs = not transposed
+        super().__init__(base_layer, name)
+        self._rows_are_outputs = not isinstance(base_layer, Conv1D)
 
     def tap(self, y: Tensor, x: Tensor, name: str, on_backward: Callable[[], None] | None) -> Tensor:
         """See `tap_columns`."""
@@ -440,10 +452,9 @@ class PacaConv2d(PacaLayer):
     _weight_dim = 4
 
     def __init__(self, base_layer: nn.Conv2d, name: str) -> None:
-        geometry = ConvGeometry.of(base_layer)
-        super().__init__(base_layer, name, partial(conv_columns, geometry=geometry))
-        self._geometry = geometry
-        self._rows_are_outputs = not geometry.depthwise
+        super().__init__(base_layer, name)
+        self._geometry = ConvGeometry.of(base_layer)
+        self._rows_are_outputs = not self._geometry.depthwise
 
     def tap(self, y: Tensor, x: Tensor, name: str, on_backward: Callable[[], None] | None) -> Tensor:
         """See `tap_channels`."""
@@ -485,8 +496,16 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, str], PacaLayer]] = {
 }
 
 
-def as_it_is(weight: Tensor) -> Tensor:
-    """The view of a weight that is stored (O, I)."""
+def column_view(base_layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What views a weight of this layer as (O, I, ...), its selectable inputs on axis 1, sharing storage."""
+    if isinstance(base_layer, Conv1D):
+        return torch.t
+    if isinstance(base_layer, nn.Conv2d):
+        return partial(conv_columns, geometry=ConvGeometry.of(base_layer))
+    return _as_it_is
+
+
+def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -494,8 +513,9 @@ def _adapter(layer: PacaLayer, name: str, task: str | int | None) -> tuple[Tenso
     """An adapter's scaled change and its columns."""
     if task is not None:
         raise ConfigError(f"task={task!r}: a PaCA adapter serves one task. Leave `task` out.")
-    delta = layer.thawline_paca_delta[name].detach() * layer.scaling[name]
-    return delta, layer.thawline_paca_indices[name]
+    delta = layer.thawline_paca_delta[name].detach()
+    delta = delta.full_tensor() if is_sharded(delta) else delta
+    return delta * layer.scaling[name], layer.thawline_paca_indices[name]
 
 
 def _check_weight(base_layer: nn.Module, name: str) -> None:

@@ -59,11 +59,15 @@ class Resident:
         self._place = 0
         self._index: Tensor | None = None
         self._original: Tensor | None = None
-        self._checked: Tensor | None = None
+        self._checked: tuple[Any, int] = (None, 0)
 
     def is_in(self, weight: Tensor) -> bool:
         """Whether `weight` is the tensor, at the place, that was written last."""
         return weight is self._weight and weight.data_ptr() == self._place
+
+    def is_elsewhere(self, weight: Tensor) -> bool:
+        """Whether columns are in another tensor than `weight`."""
+        return self._original is not None and not self.is_in(weight)
 
     @torch.no_grad()
     def install(self, weight: Tensor, changes: Sequence[Change]) -> None:
@@ -117,7 +121,7 @@ class Resident:
 
     def _check_index(self, index: Tensor, n: int) -> None:
         """Raises: CheckpointError: for columns that only a damaged or foreign file can name."""
-        if index is self._checked:
+        if self._checked[0] is index and self._checked[1] == index._version:
             return  # reading the values makes a GPU wait
         found = sorted(index.tolist())
         if found[0] < 0 or found[-1] >= n:
@@ -129,7 +133,7 @@ class Resident:
             raise CheckpointError(
                 f"The adapter's column indices of '{self.name}' repeat: the file is damaged."
             )
-        self._checked = index
+        self._checked = (index, index._version)
 
     @torch.no_grad()
     def _changed(self) -> Tensor:

@@ -1,0 +1,142 @@
+"""Hand an adapter of ours to the world: as a stock PEFT LoRA folder, which needs no thawline to load.
+
+vLLM, TGI and every merging tool read LoRA. A tuner's layer that can be said as one offers
+
+    low_rank_factors(adapter_name: str, task: str | int | None) -> (A, B)
+
+the weights of an equal LoRA, scale included: (k, I) and (O, k), of a convolution as PEFT shapes them. It
+raises ConfigError where no stock LoRA can say the same, or `task` is not one of the adapter's.
+"""
+
+from __future__ import annotations
+
+__all__ = ["to_lora"]
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from thawline.errors import ConfigError, did_you_mean
+
+PREFIX = "base_model.model."
+
+
+def to_lora(
+    model: nn.Module,
+    save_directory: str | Path,
+    *,
+    task: str | int | None = None,
+    adapter_name: str | None = None,
+) -> None:
+    """Write an adapter as a stock PEFT LoRA adapter that changes the base in exactly the same way.
+
+    Modules trained whole (`modules_to_save`), trained tokens and biases come along. The model is not changed.
+
+    Args:
+        model: carries the adapter: a `PeftModel`, or any model adapters were injected into.
+        save_directory: folder to write adapter_config.json and adapter_model.safetensors to; made if missing.
+        task: of a tuner that serves several tasks, the one to write. None for tuners that serve one.
+        adapter_name: None: the only one, or else the active one.
+    Raises: ConfigError: an unknown adapter, one that is no tuner's of thawline, or a layer that no LoRA can
+        equal.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    name = adapter_name or _active(model, configs)
+    if name not in configs:
+        raise ConfigError(f"The model has no adapter {name!r}. {did_you_mean(str(name), configs)}")
+    factors = {
+        _plain(path): layer.low_rank_factors(name, task)
+        for path, layer in _layers(model).items()
+        if name in layer._get_available_adapters()
+    }
+    if not factors:
+        raise ConfigError(
+            f"Adapter {name!r} is of type {configs[name].peft_type.value}, which has no exact LoRA form of "
+            "thawline's. A LoRA adapter is one already: use save_pretrained."
+        )
+    tensors = {}
+    for path, (a, b) in factors.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b
+    tensors |= _besides(model, name)
+
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Cloned: safetensors refuses two names for one storage, which a bias trained in a whole module has.
+    save_file({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
+    ranks = {path: len(a) for path, (a, _) in factors.items()}
+    _lora_config(model, configs[name], ranks).save_pretrained(str(folder))
+
+
+def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraConfig:
+    (r, _), *_ = Counter(ranks.values()).most_common(1)
+    # PEFT takes the first pattern that ends a module's name: longer names first, lest "fc" answer for "a.fc".
+    others = (
+        {path: ranks[path] for path in sorted(ranks, key=len, reverse=True)}
+        if set(ranks.values()) != {r}
+        else {}
+    )
+    bias = getattr(config, "bias", "none")
+    return LoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        r=r,
+        lora_alpha=r,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=sorted(ranks),
+        # PEFT adapts every module whose name ends in a target's; those of another parent were not ours.
+        exclude_modules=_namesakes(model, set(ranks)) or None,
+        bias="lora_only" if bias.endswith("_only") else bias,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=getattr(config, "trainable_token_indices", None),
+    )
+
+
+def _besides(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What the adapter saves that is not of its layers: whole modules, tokens, biases."""
+    ours = tuple(
+        f"{path}.{attribute}" if path else attribute
+        for path, layer in _layers(model).items()
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names)
+    )
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    return {
+        key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor
+        for key, tensor in state.items()
+        if not key.startswith(ours)
+    }
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "low_rank_factors")
+    }
+
+
+def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
+    names = {_plain(name) for name, _ in model.named_modules()}
+    return sorted(n for n in names - targets if any(n.endswith(f".{target}") for target in targets))
+
+
+def _plain(path: str) -> str:
+    """A module's name in the base model."""
+    return path.removeprefix(PREFIX)
+
+
+def _active(model: nn.Module, configs: dict[str, Any]) -> str | None:
+    """The adapter meant where none is named: the active one, or the only one."""
+    if len(configs) == 1:
+        return next(iter(configs))
+    active = getattr(model, "active_adapter", None)  # of a PeftModel: its name
+    return active if isinstance(active, str) else None

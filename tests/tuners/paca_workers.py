@@ -1,0 +1,131 @@
+"""What two processes do in test_paca_distributed.py; in a module of its own so that it can be spawned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from paca_kit import train_step, wrap
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from thawline import ConfigError
+
+STEPS = 4
+
+
+class Stack(nn.Module):
+    """Blocks to shard one by one; 15 rows do not divide evenly between two processes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(3)
+        super().__init__()
+        self.dtype = dtype
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 15, dtype=dtype), nn.Tanh(), nn.Linear(15, 12, dtype=dtype))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def batch(step: int, rank: int) -> Tensor:
+    return torch.randn(3, 12, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def paca(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return wrap(Stack(dtype), r=4, alpha=6, seed=5)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=True)
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def report(model: nn.Module) -> dict[str, Tensor]:
+    return {n: full(p) for n, p in model.named_parameters() if "delta" in n}
+
+
+def run_ddp(rank: int) -> dict[str, Any]:
+    model = DistributedDataParallel(paca())
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        for micro in range(2):  # an accumulation, so that a forward meets gradients that wait
+            train_step(model, batch(2 * step + micro, rank))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"deltas": report(model.module), "output": model(batch(-1, 0)).detach()}
+
+
+def run_fsdp2(
+    rank: int, reshard: bool = True, dtype: torch.dtype = torch.float32, policy: Any = None
+) -> dict[str, Any]:
+    model = paca(dtype)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("base_layer.weight")}
+    kwargs = {"reshard_after_forward": reshard} | ({"mp_policy": policy} if policy else {})
+    for block in model.base_model.model.blocks:
+        fully_shard(block, **kwargs)
+    fully_shard(model, **kwargs)
+    optimizer = optimizer_of(model)
+    saved: dict[str, Tensor] = {}
+    losses = []
+    for step in range(STEPS):
+        for micro in range(2):
+            losses.append(train_step(model, batch(2 * step + micro, rank)).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1 and reshard:  # a checkpoint and a reference pass amid training
+            state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+            saved = {n: t.clone() for n, t in state.items()}
+            with torch.no_grad(), model.disable_adapter():
+                disabled = model(batch(-1, 0))
+    deltas = report(model)
+    with torch.no_grad():
+        output = model(batch(-1, 0))
+    results = {"deltas": deltas, "output": output, "losses": losses}
+    if reshard:
+        kept = all(torch.equal(saved[n], w) for n, w in before.items()) if rank == 0 else True
+        results |= {"saved the original": kept, "disabled": disabled}
+    return results
+
+
+def switch_while_gathered() -> str:
+    """The message for switching adapters while FSDP2's root keeps its layers gathered after a forward."""
+    model = fully_shard(paca())
+    optimizer_of(model).step()
+    with torch.no_grad():
+        model(batch(0, 0))
+    try:
+        model.base_model.disable_adapter_layers()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    results = {
+        "ddp": run_ddp(rank),
+        "fsdp2": run_fsdp2(rank),
+        "fsdp2 kept gathered": run_fsdp2(rank, reshard=False),
+        "fsdp2 bf16 base": run_fsdp2(rank, dtype=torch.bfloat16),
+        "fsdp2 mixed": run_fsdp2(rank, policy=half),
+    }
+    results["gathered"] = switch_while_gathered()
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
