@@ -27,7 +27,7 @@ import yaml
 
 import thawline
 from thawline import recipe
-from thawline.errors import ConfigError, ThawlineError, did_you_mean
+from thawline.errors import ConfigError, DataError, ThawlineError, did_you_mean
 from thawline.recipe import LEADING_FIELD, RunConfig
 
 if TYPE_CHECKING:
@@ -69,6 +69,19 @@ def train(argv: list[str]) -> int:
         return _say((result.folder / "plan.json").read_text(encoding="utf-8"))
     _say_evaluation(result.metrics, result.parts)
     return _say(f"{result.folder}: {result.steps} steps in {result.seconds:.1f} s")
+
+
+def report(argv: list[str]) -> int:
+    """Write report.html into a run's folder: curves, tables, pictures, recipe, environment."""
+    parser = argparse.ArgumentParser(
+        prog="thawline report", description=_first_line(report), allow_abbrev=False
+    )
+    parser.add_argument("run", help="Folder of a run, finished or not.")
+    options = parser.parse_args(argv)
+    _prepare()
+    from thawline.report.run_report import build_report
+
+    return _say(str(build_report(options.run)))
 
 
 def evaluate(argv: list[str]) -> int:
@@ -152,10 +165,44 @@ def list_choices(argv: list[str]) -> int:
     return 0
 
 
+def data(argv: list[str]) -> int:
+    """Look a detection data set through before it is trained on: `thawline data check PATH`."""
+    parser = argparse.ArgumentParser(prog="thawline data", description=_first_line(data), allow_abbrev=False)
+    parser.add_argument("action", choices=["check"], help="What to do with it.")
+    parser.add_argument("path", help="Folder of images and annotations, a COCO JSON, or a data.yaml.")
+    parser.add_argument("--format", help="coco, yolo or voc. None: found by looking.")
+    parser.add_argument("--images", help="Folder that image names start from. None: looked for.")
+    parser.add_argument("--out", help="Folder for check.json and pictures of samples. None: runs/check-NAME.")
+    parser.add_argument(
+        "--fix", metavar="NEW_FOLDER", help="Write a mended copy here; the original is only read."
+    )
+    parser.add_argument("--size", type=int, default=640, help="Side of the augmented pictures, pixels.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    options = parser.parse_args(argv)
+    _prepare()
+    from thawline.data.check import check_detection, save_augmented, save_samples
+    from thawline.data.mending import write_mended
+
+    check = check_detection(options.path, options.format, options.images)
+    out = Path(options.out or f"runs/check-{Path(options.path).resolve().name}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "check.json").write_text(_to_json(check.to_dict()), encoding="utf-8")
+    pictures = [*save_samples(check.data, out), save_augmented(check.data, out, options.size)]
+    _say(_to_json(check.to_dict()) if options.json else "\n".join(check.lines()))
+    logger.info("Look at: %s", ", ".join(str(path) for path in pictures if path))
+    if options.fix is not None:
+        copy = write_mended(check, options.fix)
+        logger.info("Mended copy: '%s', %d images.", options.fix, sum(map(len, copy.splits.values())))
+        return 0
+    return 0 if check.is_trainable else 1
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "data": data,
+    "report": report,
     "list": list_choices,
 }
 """Verb → what it does with the rest of the command line; its docstring is its help."""
@@ -173,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"Unknown command '{words[0]}'. {did_you_mean(words[0], VERBS)}")
         return VERBS[words[0]](words[1:])
     except ThawlineError as error:
-        sys.stderr.write(f"thawline: {' '.join(str(error).split())}\n")
+        # A data set's faults are named all together, a line each; every other mistake is one line.
+        told = str(error) if isinstance(error, DataError) else " ".join(str(error).split())
+        sys.stderr.write(f"thawline: {told}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("thawline: interrupted\n")

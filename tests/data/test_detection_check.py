@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tests.data.detection_sets import NAMES, SETS, coco_content, save_json, save_yaml, write_coco, write_yolo
 
+from thawline.cli import main
 from thawline.data.check import check_detection, save_samples
 from thawline.data.detection import DetectionDataset, load_detection
 from thawline.data.duplicates import look_at, pairs_alike
@@ -319,3 +320,20 @@ def test_samples_are_drawn_for_every_split(root: Path, tmp_path: Path) -> None:
     supervision = pytest.importorskip("supervision")
     colour = supervision.ColorPalette.DEFAULT.by_idx(1).as_rgb()
     assert (picture == colour).all(-1).sum() > 300
+
+
+def test_the_command_checks_draws_and_mends(root: Path, tmp_path: Path, capsys) -> None:
+    out, words = tmp_path / "out", ["data", "check", str(root), "--size", "64", "--out"]
+    assert main([*words, str(out)]) == 0
+    assert "Nothing wrong was found." in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {
+        "augmented.png", "check.json", "samples_train.png", "samples_val.png",
+    }  # fmt: skip
+    (root / "train2017/c.png").unlink()
+    assert main([*words, str(out), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"][0]["kind"] == "missing-image"
+    assert main([*words, str(out), "--fix", str(tmp_path / "new")]) == 0
+    assert "leaves the images out" in capsys.readouterr().out
+    assert len(load_detection(tmp_path / "new").records("train")) == 2
+    assert main([*words, str(out), "--format", "cocoo"]) == 2
+    assert "Did you mean 'coco'" in capsys.readouterr().err

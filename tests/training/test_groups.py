@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from thawline.errors import ConfigError
+from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.training.groups import build_groups
 from thawline.training.schedule import derive_settings, published_schedule
@@ -29,6 +30,27 @@ class Tiny(nn.Module):
 def names(model: nn.Module, variant: str, *, published: bool) -> list[set[str]]:
     settings = PUBLISHED[variant] if published else derive_settings(9, variant=variant, n_images=64)
     return [set(group.parameters) for group in build_groups(model, settings)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes"),
+    [
+        ("atto", [115, 0, 69]),
+        ("femto", [115, 0, 111]),
+        ("pico", [149, 0, 111]),
+        ("n", [186, 0, 132]),
+        ("s", [50, 97, 194]),
+        ("m", [50, 97, 226]),
+        ("l", [76, 99, 226]),
+        ("x", [88, 111, 290]),
+    ],
+)
+def test_published_groups_are_as_large_as_the_authors(variant: str, sizes: list[int]) -> None:
+    with torch.device("meta"):
+        model = DEIMv2.from_variant(variant)
+    groups = build_groups(model, PUBLISHED[variant])
+    assert [len(group.parameters) for group in groups[:3]] == sizes
+    assert sum(len(group.parameters) for group in groups) == sum(p.requires_grad for p in model.parameters())
 
 
 def test_published_patterns_repeat_the_slip_that_decays_the_backbones_norms() -> None:

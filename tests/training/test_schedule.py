@@ -137,6 +137,34 @@ def test_derived_warm_up_and_average_are_at_most_a_twentieth_of_a_short_run() ->
     assert 1 / (1 - schedule.settings.ema_decay) == pytest.approx(1250 / 20)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_published_augmentation_follows_the_windows(variant: str) -> None:
+    schedule = published_schedule(variant, 10)
+    images, batches = schedule.augment_policy(), schedule.batch_policy()
+    a, b, c = schedule.settings.policy
+    strong = [images.is_strong(epoch) for epoch in (a - 1, a, b - 1, b, c - 1, c)]
+    assert strong == [False, True, True, True, True, False]
+    assert [images.has_mosaic(epoch) for epoch in (a - 1, a, b - 1, b)] == [False, True, True, False]
+    assert images.mosaic_size == images.size // 2
+    assert batches.nearest
+    if variant in ("atto", "femto", "pico"):
+        assert batches.mixup == batches.copyblend == (0, 0)
+        assert batches.sizes == ()
+    elif variant != "n":
+        assert batches.mixup == (a, b)
+        assert batches.copyblend == (a, c)
+        assert batches.multi_scale == (0, schedule.settings.stop_epoch)
+        assert {min(batches.sizes), max(batches.sizes)} == {480, 800}
+
+
+def test_another_input_size_carries_everything_that_is_measured_in_it() -> None:
+    schedule = derive_schedule(20, variant="s", n_images=64, size=320)
+    assert schedule.augment_policy().size == 320
+    assert schedule.augment_policy().mosaic_size == 160
+    assert set(schedule.batch_policy().sizes) == set(range(224, 401, 32))
+    assert not schedule.batch_policy().nearest
+
+
 def test_schedule_describes_itself_in_plain_values() -> None:
     text = json.dumps(derive_schedule(20, variant="n", n_images=64).describe())
     assert '"mosaic": [0, 10]' in text
@@ -150,6 +178,7 @@ def test_schedule_describes_itself_in_plain_values() -> None:
         (lambda: derive_schedule(0, variant="s", n_images=5), "epochs=0"),
         (lambda: derive_schedule(3, variant="s", n_images=0), "n_images=0"),
         (lambda: derive_schedule(3, variant="s", n_images=5, batch_size=-1), "batch_size=-1"),
+        (lambda: derive_schedule(3, variant="s", n_images=5, size=300), "size=300.*multiple of 32"),
     ],
 )
 def test_impossible_schedules_are_refused(call, message: str) -> None:

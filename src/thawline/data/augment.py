@@ -1,13 +1,11 @@
 """From images to training pictures: the strong augmentation of DEIM's Dense O2O, gated by epoch.
 
-    Draw ──► image ──┬── Mosaic with three others ────────────────┬── colour ── flip ── resize ──►
-    TrainingSample
-                     └── (zoom-out ── IoU crop, after Mosaic's window) ──┘
+    Draw ──► image ──┬── with three others, a Mosaic ──┬── colour ── flip ── resize ──► TrainingSample
+                     └── zoom-out ── IoU crop ─────────┘
 
-In the epochs of `strong` colours change, and in those of `mosaic` as well an image becomes a Mosaic with
-`mosaic_prob`, while zoom-out and crop wait until that window is over. In other epochs there is only flip
-and resize. Boxes that get too small go. All of it runs in OpenCV on uint8; normalisation belongs on the
-device (`thawline.data.collate`).
+The epochs of `strong` have all of it; Mosaic, which takes the place of zoom-out and crop, only those of
+`mosaic` and with its probability. In other epochs there is flip and resize. Boxes that get too small go.
+All of it runs in OpenCV on uint8; normalisation belongs on the device (`thawline.data.collate`).
 
 Source: Huang et al., DEIM, CVPR 2025, and the recipe files of DEIMv2. `area` is that of the box in the
 finished picture; the published code keeps the original's, also where boxes before it were dropped.
@@ -17,6 +15,7 @@ from __future__ import annotations
 
 __all__ = ["AugmentPolicy", "TrainingImages", "TrainingSample"]
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -32,16 +31,16 @@ from thawline.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentPolicy:
-    """What happens to an image, how often, and in which epochs. A window (start, stop) is the epochs in
-    between."""
+    """What happens to an image, how often, and when: (start, stop) is the epochs start … stop - 1."""
 
     size: int
     """Side of the square picture, pixels."""
     strong: tuple[int, int] = (0, 0)
-    """Epochs with changed colours and, outside `mosaic`, zoom-out and IoU crop."""
+    """Epochs with changed colours, zoom-out and IoU crop, or Mosaic."""
     mosaic: tuple[int, int] = (0, 0)
-    """Epochs with Mosaic; inside `strong`."""
+    """Epochs with Mosaic, inside `strong`."""
     mosaic_prob: float = 0.5
+    """In those epochs; the other images have zoom-out and crop."""
     mosaic_size: int | None = None
     """Short side of a tile, pixels. `None`: half of `size`."""
     colour_prob: float = 0.5
@@ -55,8 +54,7 @@ class AugmentPolicy:
     vertical_flip_prob: float = 0.0
     """Upside down: for pictures without an up, such as those from the air or the microscope."""
     min_box_size: float = 1.0
-    """Boxes with a shorter side are dropped, both in the image's pixels after cropping and in the
-    picture's."""
+    """Boxes with a shorter side are dropped: in the image's pixels after cropping, and in the picture's."""
     merged_mosaic: bool = False
     """One bilinear warp per Mosaic tile instead of the published steps."""
 
@@ -73,11 +71,11 @@ class AugmentPolicy:
             raise ConfigError(f"`mosaic={self.mosaic}`: expected a window inside `strong={self.strong}`.")
 
     def is_strong(self, epoch: int) -> bool:
-        """Whether colours change in this epoch."""
+        """Whether this epoch has more than flips."""
         return self.strong[0] <= epoch < self.strong[1]
 
     def has_mosaic(self, epoch: int) -> bool:
-        """Whether there are Mosaics in this epoch, and so neither zoom-out nor crop."""
+        """Whether some images of this epoch become a Mosaic."""
         return self.mosaic[0] <= epoch < self.mosaic[1]
 
 
@@ -95,9 +93,7 @@ class TrainingImages(Dataset[TrainingSample]):
         images: the images as they are, without crowds.
         policy: what happens to them.
         seed: of everything random.
-        batch_size: of the loader, per device; with `n_lanes`, decides which worker finds which Mosaic
-        partners in
-            its memory.
+        batch_size: of the loader, per device. With `n_lanes` it decides who is whose partner in a Mosaic.
         n_lanes: a multiple of the worker processes over all devices, if possible.
     """
 
@@ -159,7 +155,7 @@ class TrainingImages(Dataset[TrainingSample]):
         policy = self.policy
         keep = np.ones(len(sample.labels), bool)
         boxes = sample.boxes_xyxy
-        if policy.is_strong(draw.epoch) and not policy.has_mosaic(draw.epoch):
+        if policy.is_strong(draw.epoch):
             if rng.random() < policy.zoom_out_prob:
                 view = view.zoom_out(rng, policy.max_zoom_out)
             if rng.random() < policy.crop_prob:
@@ -168,9 +164,7 @@ class TrainingImages(Dataset[TrainingSample]):
                     view, keep = cropped, cropped.holds_centre(boxes)
                     boxes = view.clip(boxes)
         keep &= large_enough(boxes, policy.min_box_size)
-        picture, moved = view.render(
-            sample.image, boxes[keep], policy.size, lambda pixels: colour.apply(pixels, sample.image)
-        )
+        picture, moved = self.paint(sample.image, boxes[keep], view, colour)
         return replace(sample, image=picture, boxes_xyxy=moved, labels=sample.labels[keep])
 
     def _mosaic(
@@ -181,15 +175,24 @@ class TrainingImages(Dataset[TrainingSample]):
         own = self._tile(sample)
         cache.put(sample.index, own)
         partners = self.lanes.partners(draw, policy.mosaic_prob, rng)
-        picture, boxes, labels = compose(
-            [own, *(cache[index] for index in partners)],
-            rng,
-            view,
-            policy.size,
-            policy.min_box_size,
-            merged=policy.merged_mosaic,
-        )
-        return replace(sample, image=colour.apply(picture), boxes_xyxy=boxes, labels=labels)
+        tiles = [own, *(cache[index] for index in partners)]
+        picture, boxes, labels = self.paint_mosaic(tiles, rng, view, colour)
+        return replace(sample, image=picture, boxes_xyxy=boxes, labels=labels)
+
+    def paint(
+        self, image: np.ndarray, boxes: np.ndarray, view: View, colour: Colour
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The picture of a view, and its boxes; `boxes` are in pixels of the image."""
+        return view.render(image, boxes, self.policy.size, lambda pixels: colour.apply(pixels, image))
+
+    def paint_mosaic(
+        self, tiles: Sequence[Tile], rng: np.random.Generator, view: View, colour: Colour
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The picture of four tiles, its boxes and their labels; of the view only the mirroring counts."""
+        size, smallest = self.policy.size, self.policy.min_box_size
+        merged = self.policy.merged_mosaic
+        picture, boxes, labels = compose(tiles, rng, view, size, smallest, merged=merged)
+        return colour.apply(picture), boxes, labels
 
     def _finish(self, sample: Sample, draw: Draw) -> TrainingSample:
         """Boxes that are too small go, areas are those of the boxes."""

@@ -11,7 +11,7 @@ used.
 
 from __future__ import annotations
 
-__all__ = ["DataCheck", "SplitSummary", "check_detection", "save_samples"]
+__all__ = ["DataCheck", "SplitSummary", "check_detection", "save_augmented", "save_samples"]
 
 import re
 from collections import defaultdict
@@ -22,12 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from thawline.data.augment import AugmentPolicy, TrainingImages
+from thawline.data.collate import BatchPolicy, Collate
 from thawline.data.detection import DetectionDataset
 from thawline.data.drawing import Panel, panel_grid, save_picture
+from thawline.data.draws import Draw
 from thawline.data.duplicates import Looks, look_at, pairs_alike
 from thawline.data.formats import read_raw
 from thawline.data.formats.raw import RawSet, assemble
 from thawline.data.records import KINDS, DetectionSet, ImageRecord, Problem, describe
+from thawline.ops.boxes import cxcywh_to_xyxy
 
 SMALL, LARGE = 32**2, 96**2
 """COCO's areas, pixels²."""
@@ -146,6 +150,34 @@ def save_samples(data: DetectionSet, folder: Path, n_pictures: int = PICTURES) -
         panels = [sample_panel(dataset, int(place)) for place in places]
         paths.append(save_picture(folder / f"samples_{split}.png", panel_grid(panels, data.class_names)))
     return paths
+
+
+def save_augmented(data: DetectionSet, folder: Path, size: int = INPUT) -> Path | None:
+    """Write augmented.png, training pictures as the network sees them. Returns: its path, if any.
+
+    First come pictures of the epochs with Mosaic and MixUp, then of those with zoom-out, crop and CopyBlend.
+    """
+    records = next(iter(data.splits.values()), ())
+    if not records:
+        return None
+    half = PICTURES // 2
+    policy = AugmentPolicy(size=size, strong=(0, 2), mosaic=(0, 1), mosaic_prob=1.0)
+    images = TrainingImages(DetectionDataset(records), policy, batch_size=half)
+    collate = Collate(BatchPolicy(mixup=(0, 1), copyblend=(1, 2), copyblend_prob=1.0))
+    panels = []
+    for epoch, name in enumerate(("Mosaic, MixUp", "zoom-out, crop, CopyBlend")):
+        draws = [Draw(epoch, position) for position in range(min(half, len(images)))]
+        batch = collate([images[draw] for draw in draws])
+        for picture, target in zip(batch["pixel_values"], batch["targets"], strict=True):
+            panels.append(
+                Panel(
+                    image=picture.permute(1, 2, 0).numpy(),
+                    boxes_xyxy=cxcywh_to_xyxy(target["boxes"]).numpy() * size,
+                    labels=target["labels"].numpy(),
+                    caption=name,
+                )
+            )
+    return save_picture(folder / "augmented.png", panel_grid(panels, data.class_names))
 
 
 def sample_panel(dataset: DetectionDataset, index: int) -> Panel:

@@ -37,8 +37,7 @@ _SIZE_RANGE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPolicy:
-    """What happens to a batch, how often, and in which epochs. A window (start, stop) is the epochs in
-    between."""
+    """What happens to a batch, how often, and when: (start, stop) is the epochs start … stop - 1."""
 
     mixup: tuple[int, int] = (0, 0)
     mixup_prob: float = 0.5
@@ -72,8 +71,7 @@ class Collate:
     def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
         """A batch for the network.
 
-        Returns: `pixel_values`, (B, 3, S, S) uint8, channels last in memory; `targets`, for each image a
-        dict of
+        Returns: `pixel_values`, (B, 3, S, S) uint8, channels last in memory; `targets`, for each image
             `labels` (N,) int64 and `boxes` (N, 4) float32, cxcywh in 0–1.
         """
         policy, epoch = self.policy, samples[0].draw.epoch
@@ -102,8 +100,7 @@ def to_float(
     std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Bytes to the network's input, on the device they are on: / 255, and normalised where the network
-    wants it.
+    """Bytes to the network's input, where they are: / 255, and normalised for the networks that want it.
 
     Args:
         pixel_values: (B, 3, H, W) uint8, any memory format, which is kept.
@@ -123,8 +120,7 @@ def to_float(
 
 
 def multi_scale_sizes(base_size: int, repeat: int) -> tuple[int, ...]:
-    """The sizes a batch may get: multiples of 32 up to a quarter off `base_size`, and `base_size` itself
-    often.
+    """The sizes a batch may get: multiples of 32 up to a quarter off `base_size`, and often itself.
 
     Args:
         base_size: side of the picture, pixels.
@@ -159,9 +155,9 @@ def mix_up(
 def copy_blend(
     images: np.ndarray, boxes: list[np.ndarray], labels: list[np.ndarray], rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Blend up to three objects of the batch into each image, at its own size and anywhere; writes to
-    `images`.
+    """Blend up to three of the batch's objects into each image, anywhere, as large as they are.
 
+    Writes to `images`.
     A copied object brings a border of its surroundings along, as far as both images allow. Objects below 100
     pixels² are not copied. They are all cut out first, so none is a copy of a copy.
 

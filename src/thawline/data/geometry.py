@@ -177,8 +177,7 @@ def shrink(image: np.ndarray, width: int, height: int) -> tuple[np.ndarray, int,
 
 
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resize with all of the image in the result, for evaluation: averaged where it shrinks, else
-    bilinear."""
+    """Resize for evaluation, all of the image in the result: averaged where it shrinks, else bilinear."""
     cv2 = opencv()
     if image.shape[:2] == (height, width):
         return image

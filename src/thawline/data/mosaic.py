@@ -96,8 +96,7 @@ class Lanes:
         return bool(coins(self.seed, draw.epoch, np.array([draw.position]))[0] < prob)
 
     def partners(self, draw: Draw, prob: float, rng: np.random.Generator) -> list[int]:
-        """Three images, with replacement, of the last `history` that became a Mosaic in this lane, itself
-        included."""
+        """Three images, with replacement, of the lane's latest to become a Mosaic, this one included."""
         epoch, position = draw
         positions = self._before(position, n=int(2 * self.history / max(prob, 0.1)))
         positions = positions[coins(self.seed, epoch, positions) < prob][: self.history]

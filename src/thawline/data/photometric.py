@@ -66,8 +66,7 @@ class Colour:
 
         Args:
             pixels: (H, W, 3) uint8, RGB; not written to.
-            whole: the image they are part of, whose mean grey contrast turns about. `None`: they are all of
-            it.
+            whole: the image they are part of; contrast turns about its mean grey. `None`: they are all of it.
         """
         if self == _UNCHANGED:
             return pixels

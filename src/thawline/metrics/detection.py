@@ -125,10 +125,15 @@ class DetectionMetrics:
 
 
 @dataclass(frozen=True)
-class _Detections:
+class Detections:
+    """What was detected in one image, best score first."""
+
     boxes_xyxy: np.ndarray
+    """(K, 4), pixels."""
     scores: np.ndarray
+    """(K,)"""
     labels: np.ndarray
+    """(K,), int64."""
 
 
 class DetectionEvaluator:
@@ -147,7 +152,7 @@ class DetectionEvaluator:
         highest = max((int(image.labels.max()) for image in self.images if len(image.labels)), default=-1)
         if highest >= len(self.class_names):
             raise DataError(f"Label {highest} has no name: {len(self.class_names)} class names were given.")
-        self._detections: dict[int, _Detections] = {}
+        self._detections: dict[int, Detections] = {}
 
     def update(self, indices: Iterable[int] | torch.Tensor, detections: Iterable[Mapping[str, Any]]) -> None:
         """Add the detections of some images.
@@ -171,7 +176,7 @@ class DetectionEvaluator:
 
         Raises: DataError: if an image was never evaluated: its boxes would silently count as missed.
         """
-        detections = self._gathered()
+        self._detections = detections = self._gathered()
         if missing := [i for i in range(len(self.images)) if i not in detections]:
             raise DataError(
                 f"{len(missing)} of {len(self.images)} images were not evaluated (first: {missing[0]}). "
@@ -187,10 +192,14 @@ class DetectionEvaluator:
         ]
         return self._summary(arrays, matched)
 
+    def detections(self, index: int) -> Detections:
+        """What was detected in an image; after `compute`, whichever process did it."""
+        return self._detections[self._index(index)]
+
     def to_coco_results(
         self, image_ids: Sequence[int | str], class_ids: Sequence[int | str]
     ) -> list[dict[str, Any]]:
-        """This process's detections in COCO's result format, with the ids of the data set's own files."""
+        """Detections in COCO's result format, with the files' own ids; after `compute`, of all processes."""
         return [
             {
                 "image_id": image_ids[index],
@@ -210,7 +219,7 @@ class DetectionEvaluator:
             raise DataError(f"Image index must be in 0–{len(self.images) - 1}, got {index}.")
         return index
 
-    def _checked(self, detected: Mapping[str, Any]) -> _Detections:
+    def _checked(self, detected: Mapping[str, Any]) -> Detections:
         boxes = _array(detected["boxes"]).reshape(-1, 4)
         scores, labels = _array(detected["scores"]), _array(detected["labels"]).astype(np.int64)
         if not len(boxes) == len(scores) == len(labels):
@@ -228,14 +237,14 @@ class DetectionEvaluator:
                 f"got {labels.min()}–{labels.max()}."
             )
         order = np.argsort(-scores, kind="stable")
-        return _Detections(boxes[order], scores[order], labels[order])
+        return Detections(boxes[order], scores[order], labels[order])
 
-    def _gathered(self) -> dict[int, _Detections]:
+    def _gathered(self) -> dict[int, Detections]:
         if not (dist.is_available() and dist.is_initialized()):
             return self._detections
-        parts: list[dict[int, _Detections]] = [{} for _ in range(dist.get_world_size())]
+        parts: list[dict[int, Detections]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, self._detections)
-        merged: dict[int, _Detections] = {}
+        merged: dict[int, Detections] = {}
         for part in reversed(parts):  # the lowest rank's answer stands, so that all processes agree
             merged |= part
         return merged
@@ -293,7 +302,7 @@ class _CocoArrays:
 
 
 def _accumulate(
-    images: Sequence[AnnotatedImage], results: Sequence[_Detections], n_classes: int
+    images: Sequence[AnnotatedImage], results: Sequence[Detections], n_classes: int
 ) -> _CocoArrays:
     coco, evaluate = _coco_tools()
     shell = {

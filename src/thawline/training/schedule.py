@@ -29,6 +29,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from thawline.data.augment import AugmentPolicy
+from thawline.data.collate import BatchPolicy, multi_scale_sizes
 from thawline.errors import ConfigError, did_you_mean
 from thawline.models.deimv2.published import PUBLISHED, TrainingSettings
 
@@ -142,6 +144,33 @@ class DetectionSchedule:
         factor = self.factor_at(step)
         return [lr * factor for lr in self.base_lrs]
 
+    def augment_policy(self, *, merged_mosaic: bool = False) -> AugmentPolicy:
+        """What happens to an image, and in which epochs."""
+        s, windows = self.settings, self.windows
+        return AugmentPolicy(
+            size=s.base_size,
+            strong=windows["strong"],
+            mosaic=windows["mosaic"],
+            mosaic_prob=s.mosaic_prob,
+            mosaic_size=s.mosaic_size,
+            min_box_size=s.min_box_size,
+            merged_mosaic=merged_mosaic,
+        )
+
+    def batch_policy(self) -> BatchPolicy:
+        """What happens to a batch, and in which epochs."""
+        s, windows = self.settings, self.windows
+        repeat = s.multi_scale_repeat
+        return BatchPolicy(
+            mixup=windows["mixup"],
+            mixup_prob=s.mixup_prob,
+            copyblend=windows["copyblend"],
+            copyblend_prob=s.copyblend_prob,
+            multi_scale=windows["multi_scale"],
+            sizes=() if repeat is None else multi_scale_sizes(s.base_size, repeat),
+            nearest=self.published,
+        )
+
     def describe(self) -> dict[str, object]:
         """The whole schedule as plain values, for people and for JSON."""
         s = self.settings
@@ -202,6 +231,7 @@ def derive_schedule(
     variant: str,
     n_images: int,
     batch_size: int | None = None,
+    size: int | None = None,
     start: Literal["scratch", "backbone", "detector"] = "scratch",
 ) -> DetectionSchedule:
     """The schedule for a user's own data; all of it follows from these.
@@ -209,7 +239,9 @@ def derive_schedule(
     Args: as of `derive_settings`.
     Raises: ConfigError: unknown size, or no epochs, images or batch.
     """
-    settings = derive_settings(epochs, variant=variant, n_images=n_images, batch_size=batch_size, start=start)
+    settings = derive_settings(
+        epochs, variant=variant, n_images=n_images, batch_size=batch_size, size=size, start=start
+    )
     steps = max(1, n_images // settings.batch_size)
     return DetectionSchedule(variant=variant, settings=settings, steps_per_epoch=steps)
 
@@ -220,6 +252,7 @@ def derive_settings(
     variant: str,
     n_images: int,
     batch_size: int | None = None,
+    size: int | None = None,
     start: Literal["scratch", "backbone", "detector"] = "scratch",
 ) -> TrainingSettings:
     """The recipe of a size, scaled to a user's own data.
@@ -241,6 +274,7 @@ def derive_settings(
         variant: "atto" … "x".
         n_images: of the training split.
         batch_size: images per optimiser step over all devices; `None` derives it.
+        size: side of the square input, pixels, a multiple of 32; `None` is the published one.
         start: what the weights come from.
     Raises: ConfigError: unknown size, or no epochs, images or batch.
     """
@@ -248,6 +282,8 @@ def derive_settings(
     for name, value in (("epochs", epochs), ("n_images", n_images), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"`{name}={value}`: expected 1 or more.")
+    if size is not None and (size < 32 or size % 32):
+        raise ConfigError(f"`size={size}`: expected a multiple of 32, the coarsest stride; 320, 416, 640, …")
     batch = batch_size if batch_size is not None else _batch_size(published.batch_size, n_images)
     n_steps = epochs * max(1, n_images // batch)
 
@@ -265,6 +301,7 @@ def derive_settings(
     return replace(
         published,
         epochs=epochs,
+        base_size=published.base_size if size is None else size,
         batch_size=batch,
         val_batch_size=2 * batch,
         stop_epoch=scaled(published.stop_epoch),
