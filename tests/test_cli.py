@@ -173,6 +173,7 @@ def test_train_eval_and_predict_from_the_command_line(
     result = json.loads(capsys.readouterr().out)
     assert (result["status"], result["steps"]) == ("finished", 3)
     folder = result["folder"]
+    assert (Path(folder) / "report.html").is_file()
 
     status, err = fails(capsys, *words)
     assert status == 1

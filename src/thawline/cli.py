@@ -27,7 +27,7 @@ import yaml
 
 import thawline
 from thawline import recipe
-from thawline.errors import ConfigError, DataError, ThawlineError, did_you_mean
+from thawline.errors import ConfigError, DataError, MissingExtraError, ThawlineError, did_you_mean
 from thawline.recipe import LEADING_FIELD, RunConfig
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def train(argv: list[str]) -> int:
             result.folder,
         )
         return INTERRUPTED
+    if result.status == "finished":
+        _report(result.folder)
     if options.json:
         return _say(_to_json(dataclasses.asdict(result)))
     if result.status == "planned":
@@ -399,6 +401,16 @@ def _prepare() -> None:
         package.setLevel(logging.INFO)
     # Notices between libraries, which a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+
+
+def _report(folder: Path) -> None:
+    """Write a finished run's report. A run is not lost for want of the libraries that draw it."""
+    from thawline.report.run_report import build_report
+
+    try:
+        logger.info("Report: %s", build_report(folder))
+    except MissingExtraError as error:
+        logger.info("No report. %s", error)
 
 
 def _say(text: str) -> int:

@@ -12,6 +12,7 @@ A run's folder, every name stable:
     model/            what the run ends with: an adapter or a whole model, and its tokenizer
     result.json       metrics of the last evaluation, over all held-out rows and by part
     predictions.jsonl what was predicted in it
+    report.html       all of the above on one page, by `thawline train` and `thawline report`
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_images_in_two_splits_are_a_leak_and_leave_training(root: Path) -> None:
     shutil.copy(root / "train2017/a.png", root / "val2017/f.png")
     edit(root, "val", lambda content: content["images"].append({"id": 50, "file_name": "f.png"}))
     check = check_detection(root)
-    assert [str(problem) for problem in check.problems] == ["train: a.png: val: f.png"]
+    assert [str(problem) for problem in check.problems] == ["train: train2017/a.png: val: val2017/f.png"]
     assert check.is_trainable
     copy = mended(root)
     assert [record.path.name for record in copy.splits["train"]] == ["b.png", "c.png"]

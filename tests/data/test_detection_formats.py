@@ -183,7 +183,7 @@ def test_yolo_names_every_bad_line_and_label_file_without_image(tmp_path: Path) 
     root = write_yolo(tmp_path / "set")
     (root / "labels/train/a.txt").write_text(
         "0 0.5 0.5 0.5 0.5\n3 0.5 0.5 0.5 0.5\n0 12 8 20 20\n0 0.5\nant 0.5 0.5 0.5 0.5\n1.5 .5 .5 .5 .5\n"
-        "0 nan 0.5 0.5 0.5\n"
+        "0 nan 0.5 0.5 0.5\ninf 0.5 0.5 0.5 0.5\n"
     )
     (root / "labels/val/ghost.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     (root / "labels/val/classes.txt").write_text("ant\nbee\ncat\n")
@@ -199,7 +199,7 @@ def test_yolo_names_every_bad_line_and_label_file_without_image(tmp_path: Path) 
         "ghost.txt: no image 'ghost.*'",
     ):
         assert part in message
-    assert kinds(read_detection(root)).count("malformed") == 5
+    assert kinds(read_detection(root)).count("malformed") == 6
     assert "classes.txt" not in message
 
 

@@ -29,7 +29,7 @@ from thawline.data.drawing import Panel, panel_grid, save_picture
 from thawline.data.draws import Draw
 from thawline.data.duplicates import Looks, look_at, pairs_alike
 from thawline.data.formats import read_raw
-from thawline.data.formats.raw import RawSet, assemble
+from thawline.data.formats.raw import RawSet, assemble, relative_name
 from thawline.data.records import KINDS, DetectionSet, ImageRecord, Problem, describe
 from thawline.ops.boxes import cxcywh_to_xyxy
 
@@ -130,7 +130,7 @@ def check_detection(
     """
     raw = read_raw(path, format, images)
     data = assemble(raw, decode=True)
-    problems = [*data.problems, *_leaks(data.splits), *_class_remarks(data)]
+    problems = [*data.problems, *_leaks(data), *_class_remarks(data)]
     return DataCheck(
         data=data,
         raw=raw,
@@ -191,8 +191,9 @@ def sample_panel(dataset: DetectionDataset, index: int) -> Panel:
     )
 
 
-def _leaks(splits: Mapping[str, Sequence[ImageRecord]]) -> list[Problem]:
+def _leaks(data: DetectionSet) -> list[Problem]:
     """Images that are in two splits. The later split in the usual order is the held-out one."""
+    splits = data.splits
     looks: dict[str, Looks] = {
         split: look_at([record.path for record in records]) for split, records in splits.items()
     }
@@ -211,12 +212,17 @@ def _leaks(splits: Mapping[str, Sequence[ImageRecord]]) -> list[Problem]:
                 problems.append(
                     Problem(
                         kind="leak" if is_exact else "near-leak",
-                        where=f"{split}: {splits[split][a].path.name}",
-                        detail=f"{other}: {splits[other][b].path.name}",
+                        where=place_of(data, split, splits[split][a]),
+                        detail=place_of(data, other, splits[other][b]),
                         split=split,
                     )
                 )
     return problems
+
+
+def place_of(data: DetectionSet, split: str, record: ImageRecord) -> str:
+    """How an image is called in problems that are about the image itself."""
+    return f"{split}: {relative_name(record.path, data.root)}"
 
 
 def _class_remarks(data: DetectionSet) -> list[Problem]:

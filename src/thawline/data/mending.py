@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from thawline.data.check import DataCheck
+from thawline.data.check import DataCheck, place_of
 from thawline.data.detection import load_detection
 from thawline.data.drawing import save_picture
 from thawline.data.formats.raw import RawImage, RawSet, assemble, class_shift
@@ -54,10 +54,10 @@ def write_mended(check: DataCheck, folder: str | Path) -> DetectionSet:
     mended = assemble(raw, decode=True)
     if not any(mended.splits.values()):
         raise DataError(f"Nothing of '{check.data.root}' can be used: no image is left for a mended copy.")
-    leaked = _leaked(check)
+    leaked = {problem.where for problem in check.problems if problem.kind == "leak"}
     taken: Counter[str] = Counter()
     for split, records in mended.splits.items():
-        kept = [record for record in records if (split, record.path.name) not in leaked]
+        kept = [record for record in records if place_of(check.data, split, record) not in leaked]
         content = _coco_content(kept, mended, folder / "images", taken)
         target = folder / "annotations" / f"instances_{split}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,14 +118,6 @@ def _rescale(image: RawImage) -> bool:
             image.size = target
             return True
     return False
-
-
-def _leaked(check: DataCheck) -> set[tuple[str, str]]:
-    return {
-        (problem.split, problem.where.removeprefix(f"{problem.split}: "))
-        for problem in check.problems
-        if problem.kind == "leak"
-    }
 
 
 def _coco_content(

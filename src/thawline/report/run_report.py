@@ -69,7 +69,9 @@ def _curves(folder: Path) -> Iterator[Section]:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = file.read_text(encoding="utf-8")
+    # What follows the last line break was cut off as the run was killed.
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
     lines: dict[str, Line] = {}
     for key in dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES):
         points = [(row["step"], row[key]) for row in rows if _is_finite(row.get(key))]

@@ -75,7 +75,8 @@ def read(found: Found, images: Path | None = None) -> RawSet:
         tables[split] = content["categories"]
     for split, table in _without_unused_roots(tables, raw).items():
         raw.classes[split] = {
-            entry["id"]: str(entry["name"]) for entry in sorted(table, key=lambda e: e["id"])
+            entry["id"]: str(entry["name"])
+            for entry in sorted(table, key=lambda e: (isinstance(e["id"], str), e["id"]))
         }
         if len(raw.classes[split]) < len(table):
             raw.problem("class-list", found.splits[split][0].name, "two categories share an id", split)

@@ -17,6 +17,7 @@ __all__ = [
     "find_image",
     "list_images",
     "ordered",
+    "relative_name",
     "split_of",
     "split_of_folder",
 ]

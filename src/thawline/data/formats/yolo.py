@@ -97,7 +97,7 @@ def read_label_lines(text: str) -> Iterator[tuple[int, tuple[int, tuple[float, f
         is_polygon = len(coordinates) >= 6 and len(coordinates) % 2 == 0
         if len(coordinates) != 4 and not is_polygon:
             yield number, f"expected `class cx cy w h` or a polygon, got {len(values)} numbers"
-        elif class_id != int(class_id):
+        elif not class_id.is_integer():
             yield number, f"the class must be a whole number, got {words[0]}"
         elif max(coordinates, default=0) > RELATIVE_MAX:
             yield number, f"expected fractions of the image, got pixels ('{line.strip()}')"
@@ -194,7 +194,7 @@ def _image(i: int, path: Path, root: Path, split: str, raw: RawSet) -> RawImage:
     labels = label_file(path)
     if labels.is_file():
         image.where = relative_name(labels, root)
-        for number, row in read_label_lines(labels.read_text(encoding="utf-8")):
+        for number, row in read_label_lines(labels.read_text(encoding="utf-8-sig", errors="replace")):
             if isinstance(row, str):
                 raw.problem("malformed", f"{image.where}:{number}", row, split)
             else:
