@@ -17,6 +17,7 @@ _HOMES = {
     "DataError": "thawline.errors",
     "DetectionDataset": "thawline.data.detection",
     "DetectionEvaluator": "thawline.metrics.detection",
+    "Detector": "thawline.inference.detector",
     "MissingExtraError": "thawline.errors",
     "PacaConfig": "thawline.tuners",
     "RoutingError": "thawline.errors",

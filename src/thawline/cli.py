@@ -116,7 +116,9 @@ def evaluate(argv: list[str]) -> int:
 
 
 def predict(argv: list[str]) -> int:
-    """Answer texts: arguments, the lines of a file, or those of standard input."""
+    """Answer texts, or with --source detect objects in pictures and films."""
+    if any(token.partition("=")[0] == "--source" for token in argv):
+        return _detect(argv)
     parser = _parser("predict", predict)
     parser.add_argument("model", help="Folder of a run, adapter or model, or a model's Hub id.")
     parser.add_argument(
@@ -146,6 +148,84 @@ def predict(argv: list[str]) -> int:
     if options.json:
         answers = [_to_json({"input": t, "output": a}, None) for t, a in zip(texts, answers, strict=True)]
     return _say("\n".join(answers))
+
+
+def _detect(argv: list[str]) -> int:
+    """Detect objects in pictures and films."""
+    parser = _parser(
+        "predict", _detect, json_help="Write COCO results: predictions.json in --out, or stdout."
+    )
+    parser.add_argument(
+        "--model", required=True, help="Weights: file or folder; or a size, for its published."
+    )
+    parser.add_argument(
+        "--source", required=True, help="Picture, folder, pattern, film, or a camera's number."
+    )
+    parser.add_argument("--out", help="Folder, or file, for pictures or a film with boxes.")
+    parser.add_argument("--variant", help="Size of the detector, where the weights do not tell.")
+    parser.add_argument("--weights", choices=["pretrained", "random"], default="pretrained")
+    parser.add_argument("--threshold", type=float, default=0.4, help="Lowest score shown.")
+    parser.add_argument("--classes", help="Classes to keep, parted by commas.")
+    parser.add_argument("--max_detections", type=int, help="The best so many of a picture.")
+    parser.add_argument("--tile", type=int, help="Cut large pictures into squares of this side, pixels.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Pictures at a time.")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, …. None: a GPU if there is one.")
+    options = _parse(parser, argv)
+    _prepare()
+    from thawline.inference import Detector
+    from thawline.inference.files import describe, predict_files, write_results
+
+    detector = Detector.from_pretrained(
+        options.model,
+        options.variant,
+        weights=options.weights,
+        device=options.device,
+        threshold=options.threshold,
+    )
+    source = int(options.source) if options.source.isdecimal() else options.source
+    out = Path(options.out) if options.out else None
+    summary = predict_files(
+        detector,
+        source,
+        out,
+        None if options.json else lambda prediction: _say(describe(prediction)),
+        classes=[name.strip() for name in options.classes.split(",")] if options.classes else None,
+        max_detections=options.max_detections,
+        tile=options.tile,
+        batch_size=options.batch_size,
+    )
+    if options.json and out is not None:
+        write_results((out.parent if out.suffix else out) / "predictions.json", summary.results)
+    elif options.json:
+        _say(_to_json(summary.results))
+    logger.info(
+        "%d images, %d detections, %.1f images/s",
+        summary.images,
+        summary.detections,
+        summary.images_per_second,
+    )
+    for name, reason in summary.unreadable.items():
+        sys.stderr.write(f"thawline: not read: {name}: {' '.join(reason.split())}\n")
+    return 1 if summary.unreadable else 0
+
+
+def convert(argv: list[str]) -> int:
+    """Write a detector's weights in another layout, read them back and compare what both detect."""
+    parser = _parser("convert", convert)
+    parser.add_argument("source", help="Weights: file or folder, of any layout.")
+    parser.add_argument("out", help="Folder to write; for `authors` a file, name.pth. Must not exist.")
+    parser.add_argument(
+        "--to", required=True, choices=["thawline", "authors", "authors_hub", "transformers"], help="Layout."
+    )
+    parser.add_argument("--variant", help="Size of the detector, where the weights do not tell.")
+    options = _parse(parser, argv)
+    _prepare()
+    from thawline.models.deimv2.save import convert_checkpoint
+
+    difference = convert_checkpoint(options.source, options.out, options.to, options.variant)
+    if options.json:
+        return _say(_to_json({"out": options.out, "to": options.to, "largest_logit_difference": difference}))
+    return _say(f"{options.out}: {options.to}; read back, logits differ by at most {difference:.1e}")
 
 
 def list_choices(argv: list[str]) -> int:
@@ -205,6 +285,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "predict": predict,
     "data": data,
     "report": report,
+    "convert": convert,
     "list": list_choices,
 }
 """Verb → what it does with the rest of the command line; its docstring is its help."""
@@ -260,7 +341,9 @@ def _choice_lines(table: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _parser(verb: str, function: Callable[[list[str]], int]) -> jsonargparse.ArgumentParser:
+def _parser(
+    verb: str, function: Callable[[list[str]], int], json_help: str = "Print JSON instead of a table."
+) -> jsonargparse.ArgumentParser:
     """An empty parser that raises instead of exiting. It takes 0.2 s to import, hence here."""
     import jsonargparse
 
@@ -269,7 +352,7 @@ def _parser(verb: str, function: Callable[[list[str]], int]) -> jsonargparse.Arg
     parser = jsonargparse.ArgumentParser(
         prog=f"thawline {verb}", description=_first_line(function), exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    parser.add_argument("--json", action="store_true", help=json_help)
     return parser
 
 

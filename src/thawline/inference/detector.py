@@ -1,0 +1,274 @@
+"""A detector ready for pictures: `Detector.from_pretrained("runs/cards")("photo.jpg")`.
+
+Pictures are resized to the size the weights were trained at without keeping their aspect, as in training,
+by the same antialiased bilinear filter (Pillow's; torch gives the same bytes), and normalised as the config
+that travels with the weights says. Boxes come back in pixels of the original, cut at its edges.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Detector", "Prediction"]
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thawline.errors import CheckpointError, ConfigError, DataError, MissingExtraError, did_you_mean
+from thawline.inference.sources import Frame, is_single, is_video, open_source
+from thawline.models.deimv2 import VARIANTS, DEIMv2
+from thawline.models.deimv2.load import read_checkpoint
+
+if TYPE_CHECKING:
+    import supervision
+
+logger = logging.getLogger(__name__)
+
+THRESHOLD = 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """One picture of a source, and what is in it."""
+
+    name: str
+    """Path, or place in the source."""
+    image: np.ndarray | None
+    """RGB, (H, W, 3) uint8; None where it could not be read."""
+    detections: supervision.Detections
+    """Empty where the picture could not be read."""
+    error: str = ""
+    """Why it could not be read."""
+
+
+class Detector:
+    """Pictures in, `supervision.Detections` out.
+
+    Args:
+        model: a detector; it is put into eval mode and fused, which changes it for good.
+        device: where it runs; None: a GPU if there is one.
+        threshold: lowest score of a detection, unless a call says otherwise.
+    """
+
+    def __init__(
+        self, model: DEIMv2, *, device: str | torch.device | None = None, threshold: float = THRESHOLD
+    ) -> None:
+        self.config = model.config
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        fuse = getattr(model.eval(), "fuse", None)
+        self.model = (fuse() if fuse else model).to(self.device).eval()
+        self.threshold = threshold
+        self.class_names = self.config.class_names or tuple(
+            f"class {index}" for index in range(self.config.num_classes)
+        )
+        self._mean = torch.tensor(self.config.image_mean, device=self.device)[:, None, None]
+        self._std = torch.tensor(self.config.image_std, device=self.device)[:, None, None]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_variant: str | Path,
+        variant: str | None = None,
+        *,
+        weights: Literal["pretrained", "random"] = "pretrained",
+        class_names: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        threshold: float = THRESHOLD,
+    ) -> Detector:
+        """A detector from what `DEIMv2.from_pretrained` reads, or the published one of a size.
+
+        Args:
+            path_or_variant: where the weights are; or a size (atto … x), for the published weights.
+            variant: the size, where the file does not tell.
+            weights: "random" builds the size untrained, to try things out. Never without being asked.
+            class_names: what class 0, 1, … is called, where the weights do not say or say it otherwise.
+        Raises: CheckpointError: unreadable, does not fit, or holds no trained detector.
+        """
+        names = {} if class_names is None else {"class_names": tuple(class_names)}
+        if weights == "random":
+            model = DEIMv2.from_variant(variant or str(path_or_variant), **names)
+        else:
+            _check_trained(path_or_variant, class_names)
+            model = DEIMv2.from_pretrained(path_or_variant, variant, **names)
+        return cls(model, device=device, threshold=threshold)
+
+    def __call__(self, source: Any, **options: Any) -> Any:
+        """Detect.
+
+        Args:
+            source: one picture (path, Pillow image, array, tensor): its detections come back. Several
+                (folder, pattern, batch, list): a list; one that cannot be read is logged, and its detections
+                are empty with the reason in `metadata["error"]`. A film or a camera's number: an iterator.
+            options: as of `stream`.
+        Raises: DataError: the one picture cannot be read, or there is none.
+        """
+        predictions = self.stream(source, **options)
+        if is_video(source):
+            return (prediction.detections for prediction in predictions)
+        if is_single(source):
+            (prediction,) = predictions
+            if prediction.error:
+                raise DataError(prediction.error)
+            return prediction.detections
+        return [self._with_reason(prediction) for prediction in predictions]
+
+    def stream(
+        self,
+        source: Any,
+        *,
+        threshold: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        max_detections: int | None = None,
+        tile: int | tuple[int, int] | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[Prediction]:
+        """Picture by picture, with names and pixels: for large folders and films.
+
+        Args:
+            source: as of a call.
+            threshold: lowest score; None: the detector's.
+            classes: names or numbers to keep; None: all.
+            max_detections: the best so many of a picture; None: all.
+            tile: side of the squares, or (width, height), that large pictures are cut into, pixels, with a
+                fifth of overlap; small objects are then seen at their own size.
+            batch_size: pictures that go through the network together.
+        Raises: ConfigError: an unknown class. DataError: nothing there.
+        """
+        kept = None if classes is None else [self._class_id(name) for name in classes]
+        lowest = self.threshold if threshold is None else threshold
+        frames, _ = open_source(source)
+        step = 1 if isinstance(source, int) else batch_size
+        while batch := list(islice(frames, step)):
+            yield from self._predict(batch, lowest, kept, max_detections, tile)
+
+    def _predict(
+        self,
+        frames: Sequence[Frame],
+        threshold: float,
+        classes: Sequence[int] | None,
+        max_detections: int | None,
+        tile: int | tuple[int, int] | None,
+    ) -> Iterator[Prediction]:
+        images, errors = [], []
+        for frame in frames:
+            image, error = _load(frame)
+            images.append(image)
+            errors.append(error)
+        readable = [image for image in images if image is not None]
+        if tile is None:
+            found = iter(self._detect(readable, threshold) if readable else [])
+        else:
+            found = (self._detect_tiles(image, threshold, tile) for image in readable)
+        for frame, image, error in zip(frames, images, errors, strict=True):
+            if image is None:
+                yield Prediction(frame.name, None, _supervision().Detections.empty(), error)
+                continue
+            detections = next(found)
+            if classes is not None:
+                detections = detections[np.isin(detections.class_id, classes)]
+            if max_detections is not None:
+                detections = detections[np.argsort(-detections.confidence, kind="stable")[:max_detections]]
+            yield Prediction(frame.name, image, detections)
+
+    @torch.inference_mode()
+    def _detect(self, images: Sequence[np.ndarray], threshold: float) -> list[supervision.Detections]:
+        pixels = torch.stack([_resize(image, self.config.image_size) for image in images]).to(self.device)
+        output = self.model((pixels / 255 - self._mean) / self._std)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        return [
+            self._detections({key: value.cpu().numpy() for key, value in found.items()}, size, threshold)
+            for found, size in zip(self.model.postprocess(output, sizes), sizes, strict=True)
+        ]
+
+    def _detect_tiles(
+        self, image: np.ndarray, threshold: float, tile: int | tuple[int, int]
+    ) -> supervision.Detections:
+        width, height = (tile, tile) if isinstance(tile, int) else tile
+        slicer = _supervision().InferenceSlicer(
+            callback=lambda part: self._detect([part], threshold)[0],
+            slice_wh=(width, height),
+            overlap_wh=(width // 5, height // 5),
+        )
+        return slicer(image)
+
+    def _detections(
+        self, found: dict[str, np.ndarray], size: tuple[int, int], threshold: float
+    ) -> supervision.Detections:
+        height, width = size
+        boxes = found["boxes"].clip(0, np.array([width, height, width, height], np.float32))
+        kept = (found["scores"] >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        labels = found["labels"][kept].astype(int)
+        return _supervision().Detections(
+            xyxy=boxes[kept],
+            confidence=found["scores"][kept],
+            class_id=labels,
+            data={"class_name": np.array([self.class_names[label] for label in labels], dtype=str)},
+        )
+
+    def _class_id(self, name: str | int) -> int:
+        if isinstance(name, int):
+            if not 0 <= name < self.config.num_classes:
+                raise ConfigError(f"Class {name}: the model has classes 0 to {self.config.num_classes - 1}.")
+            return name
+        if name not in self.class_names:
+            raise ConfigError(f"Unknown class '{name}'. {did_you_mean(name, self.class_names)}")
+        return self.class_names.index(name)
+
+    def _with_reason(self, prediction: Prediction) -> supervision.Detections:
+        if prediction.error:
+            logger.warning("%s: %s", prediction.name, prediction.error)
+            prediction.detections.metadata["error"] = prediction.error
+        return prediction.detections
+
+
+def _check_trained(path: str | Path, class_names: Sequence[str] | None) -> None:
+    """Refuse what would leave a part of the detector random."""
+    try:
+        checkpoint = read_checkpoint(path)
+    except CheckpointError as error:
+        if str(path) in VARIANTS:
+            raise CheckpointError(
+                f"{error} Random weights come only if asked for: weights='random'."
+            ) from error
+        raise
+    if checkpoint.layout == "backbone":
+        raise CheckpointError(
+            f"'{path}' holds a backbone alone: the rest of the detector would be random. Train it first."
+        )
+    name = next(name for name in checkpoint.state if name.endswith("enc_score_head.weight"))
+    n_classes = len(checkpoint.state[name])
+    if class_names is not None and len(class_names) != n_classes:
+        raise CheckpointError(
+            f"'{path}' knows {n_classes} classes, but {len(class_names)} `class_names` came."
+        )
+
+
+def _load(frame: Frame) -> tuple[np.ndarray | None, str]:
+    try:
+        return frame.load(), ""
+    except DataError as error:
+        return None, str(error)
+    except Exception as error:  # decoders raise what they like, and one file must not end a whole folder
+        return None, f"'{frame.name}': {type(error).__name__}: {error}"
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """(H, W, 3) to (3, *size), both uint8, with Pillow's own result."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def _supervision() -> ModuleType:
+    try:
+        import supervision
+    except ImportError as error:
+        raise MissingExtraError("Detection", "supervision", "detect") from error
+    return supervision
