@@ -17,7 +17,7 @@ FLOOR = {
     "cli": 5,
 }  # fmt: skip
 DOORS = {
-    "peft": ("tuners", "bench"),  # bench: PEFT's own tuners, measured as its users make them
+    "peft": ("tuners",),
     "transformers": ("training", "run", "data/text", "bench", "tuners"),  # tuners: the Conv1D layer
     "faster_coco_eval": ("metrics", "data"),
     "supervision": ("data", "metrics", "inference", "report"),

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from thawline.ops.mixing import apply_low_rank, mix_skills, routed_linear
+from thawline.ops.mixing import (
+    apply_low_rank,
+    apply_low_rank_by_token,
+    low_rank_linear,
+    mix_skills,
+    mix_skills_of_many,
+)
 
 GROUPS, M, I, O, R, S, H = 3, 5, 8, 12, 2, 3, 4  # noqa: E741
 
@@ -60,21 +66,21 @@ def test_factors_are_averaged_before_they_are_multiplied() -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["base inside", "base outside"])
-@pytest.mark.parametrize("index", [None, [0], [2, 0, 2, 1]], ids=["each its row", "one row", "rows shared"])
-def test_one_node_equals_the_slow_loop_with_its_gradients(fused: bool, index: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    "rows", [[0, 1, 2], [0, 0, 0, 0], [2, 0, 2, 1]], ids=["each its own", "one", "shared"]
+)
+def test_the_nodes_equal_the_slow_loop_with_its_gradients(fused: bool, rows: list[int]) -> None:
     A, B, weights = inventory()
-    if index == [0]:
+    if rows == [0, 0, 0, 0]:
         weights = weights[:1]
-    rows = {None: range(GROUPS), (0,): [0] * 4, (2, 0, 2, 1): [2, 0, 2, 1]}[
-        None if index is None else tuple(index)
-    ]
-    where = torch.tensor(index) if index is not None and len(index) > 1 else None
-    leaves = [torch.randn(len(list(rows)), M, I, dtype=A.dtype), A, B, weights]
+    index = torch.tensor(rows) if rows == [2, 0, 2, 1] else None
+    leaves = [torch.randn(len(rows), M, I, dtype=A.dtype), A, B, weights]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     weight, bias = torch.randn(O, I, dtype=A.dtype), torch.randn(O, dtype=A.dtype)
     x = leaves[0]
     base = (weight, bias) if fused else torch.nn.functional.linear(x, weight, bias)
-    out = routed_linear(x, base, A, B, weights, where, scale=0.25)
+    mixed = [*mix_skills_of_many([weights], [A], index), *mix_skills_of_many([weights], [B], index)]
+    out = low_rank_linear(x, base, *mixed, scale=0.25)
     slow = slow_routed_linear(x, weight, bias, A, B, weights, rows, 0.25)
     torch.testing.assert_close(out, slow)
     upstream = torch.randn_like(out)
@@ -83,52 +89,87 @@ def test_one_node_equals_the_slow_loop_with_its_gradients(fused: bool, index: li
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0, 1, 2])])
+def test_many_factors_mixed_at_once_equal_each_mixed_alone(index: Tensor | None) -> None:
+    skills = [torch.randn(S, I, R, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    weights = [torch.rand(GROUPS, H, S, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    together = mix_skills_of_many(weights, skills, index)
+    alone = [mix_skills(w, s) for w, s in zip(weights, skills, strict=True)]
+    alone = alone if index is None else [one[index] for one in alone]
+    for got, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, expected)
+    upstream = [torch.randn_like(one) for one in alone[:-1]]  # the last is not used
+    got = torch.autograd.grad(together[:-1], [*weights[:-1], *skills[:-1]], upstream)
+    for gradient, expected in zip(
+        got, torch.autograd.grad(alone[:-1], [*weights[:-1], *skills[:-1]], upstream), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("n_skills", [1, S])
 def test_no_weights_average_the_skills_uniformly(n_skills: int) -> None:
-    A, B, _ = inventory()
-    A, B = A[:n_skills].clone().requires_grad_(), B[:n_skills].clone().requires_grad_()
+    A, _, _ = inventory()
+    torch.testing.assert_close(mix_skills(None, A[:n_skills]), A[:n_skills].mean(0, keepdim=True))
+
+
+def test_tokens_with_rows_of_their_own_equal_each_alone() -> None:
+    A, B, weights = inventory()
     x, weight = torch.randn(2, M, I, dtype=A.dtype), torch.randn(O, I, dtype=A.dtype)
-    out = routed_linear(x, (weight, None), A, B, None, scale=2.0)
-    expected = x @ weight.T + 2.0 * x @ A.mean(0) @ B.mean(0).T
-    torch.testing.assert_close(out, expected)
-    for got, want in zip(
-        torch.autograd.grad(out.sum(), [A, B]), torch.autograd.grad(expected.sum(), [A, B]), strict=True
-    ):
-        torch.testing.assert_close(got, want)
+    index = torch.tensor([2, 0, 0, 1, 2, 2, 1, 1, 0, 2])
+    mixed = mix_skills(weights, A), mix_skills(weights, B)
+    out = apply_low_rank_by_token((weight, None), x, *mixed, index, scale=0.5).flatten(0, 1)
+    for n, token in enumerate(x.flatten(0, 1)):
+        delta = dense_update(A, B, weights[index[n]])
+        torch.testing.assert_close(out[n], (weight + 0.5 * delta) @ token)
 
 
 def test_gradcheck() -> None:
     A, B, weights = inventory()
-    x = torch.randn(GROUPS, 2, I, dtype=A.dtype)
-    weight = torch.randn(O, I, dtype=A.dtype)
+    x, weight = torch.randn(GROUPS, 2, I, dtype=A.dtype), torch.randn(O, I, dtype=A.dtype)
+
+    def function(x, A, B, w):
+        mixed = *mix_skills_of_many([w], [A]), *mix_skills_of_many([w], [B])
+        return low_rank_linear(x, (weight, None), *mixed, scale=0.7)
+
     inputs = tuple(leaf.requires_grad_() for leaf in (x, A, B, weights))
-    assert torch.autograd.gradcheck(
-        lambda x, A, B, w: routed_linear(x, (weight, None), A, B, w, scale=0.7), inputs, fast_mode=True
-    )
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
 def test_low_precision_base_gets_cast_factors_and_full_precision_gradients() -> None:
-    A, B, weights = inventory(torch.float32)
-    A, B, weights = A.requires_grad_(), B.requires_grad_(), weights.requires_grad_()
+    A, B, weights = (leaf.requires_grad_() for leaf in inventory(torch.float32))
     x = torch.randn(GROUPS, M, I, dtype=torch.bfloat16)
     weight = torch.randn(O, I, dtype=torch.bfloat16)
-    out = routed_linear(x, (weight, None), A, B, weights)
+
+    def run(x, weight, A, B, weights):
+        mixed = (
+            *mix_skills_of_many([weights], [A], None, x.dtype),
+            *mix_skills_of_many([weights], [B], None, x.dtype),
+        )
+        return low_rank_linear(x, (weight, None), *mixed)
+
+    out = run(x, weight, A, B, weights)
     assert out.dtype is torch.bfloat16
     out.float().square().sum().backward()
-    exact = routed_linear(
-        x.double(), (weight.double(), None), A.detach().double(), B.detach().double(), weights.double()
-    )
+    exact = run(*(t.detach().double() for t in (x, weight, A, B, weights)))
     torch.testing.assert_close(out.double(), exact, atol=0.3, rtol=0.05)  # bf16 keeps 8 bits
     assert {p.grad.dtype for p in (A, B, weights)} == {torch.float32}
 
 
+def test_autocast_leaves_the_mixing_in_full_precision() -> None:
+    A, _, weights = inventory(torch.float32)
+    expected = mix_skills(weights, A)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(mix_skills(weights, A), expected)
+        torch.testing.assert_close(mix_skills_of_many([weights], [A])[0], expected)
+
+
 def test_nothing_but_the_input_mixed_factors_and_xa_is_kept_for_backward() -> None:
-    A, B, weights = inventory(torch.float32)
-    A.requires_grad_(), B.requires_grad_(), weights.requires_grad_()
-    x, weight = torch.randn(GROUPS, M, I), torch.randn(O, I)
+    A, B, weights = (leaf.requires_grad_() for leaf in inventory(torch.float32))
+    x, weight = torch.randn(GROUPS, M, I, requires_grad=True), torch.randn(O, I)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        routed_linear(x, (weight, None), A, B, weights)
+        mixed = *mix_skills_of_many([weights], [A]), *mix_skills_of_many([weights], [B])
+        low_rank_linear(x, (weight, None), *mixed)
     known = {t.untyped_storage().data_ptr() for t in (x, weight, A, B, weights)}
     extra = sum(t.nbytes for t in kept if t.untyped_storage().data_ptr() not in known)
     assert extra == 4 * (GROUPS * (I + O) * R + GROUPS * M * R)

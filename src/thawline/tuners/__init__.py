@@ -1,11 +1,29 @@
 """Tuners that PEFT does not have. Importing this registers them with PEFT: the one import with an effect."""
 
 from thawline.tuners._peft import register_tuner
+from thawline.tuners.mhr.adapt import add_tasks, start_adaptation
+from thawline.tuners.mhr.config import MHR, MHRConfig
+from thawline.tuners.mhr.convert import from_poly
+from thawline.tuners.mhr.model import MHRModel, route_by_batch, set_task_ids
+from thawline.tuners.mhr.routing_file import load_routing, save_routing
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.model import PacaModel
 from thawline.tuners.to_lora import to_lora
 
-__all__ = ["PacaConfig", "select_columns", "to_lora"]
+__all__ = [
+    "MHRConfig",
+    "PacaConfig",
+    "add_tasks",
+    "from_poly",
+    "load_routing",
+    "route_by_batch",
+    "save_routing",
+    "select_columns",
+    "set_task_ids",
+    "start_adaptation",
+    "to_lora",
+]
 
 register_tuner(PACA, PacaConfig, PacaModel)
+register_tuner(MHR, MHRConfig, MHRModel)

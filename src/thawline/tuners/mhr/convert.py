@@ -1,0 +1,217 @@
+"""Other people's checkpoints as MHR: PEFT's Poly, the authors' mttl, and single LoRAs as an inventory of
+skills.
+
+| source         | A                     | B                     | routing               | scale      |
+|----------------|-----------------------|-----------------------|-----------------------|------------|
+| here           | (S, I, r)             | (S, O, r)             | (K, H, S)             | alpha / r  |
+| PEFT Poly, mttl | (H, S, I/H, r)       | (H, S, r, O/H)        | (K, H·S), head-major  | 1 / r, alpha / r |
+| LoRA           | (r, I)                | (O, r)                | –                     | alpha / r  |
+"""
+
+from __future__ import annotations
+
+__all__ = ["from_loras", "from_mttl", "from_poly"]
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PolyConfig, get_peft_model
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from thawline.errors import CheckpointError, ConfigError
+from thawline.tuners.mhr.config import MHRConfig
+
+PREFIX = "base_model.model."
+POLY_KEYS = {
+    "poly_lora_A": "mhr_A",
+    "poly_lora_B": "mhr_B",
+    "poly_router.module_logits": "mhr_router.logits",
+}
+MTTL_KEYS = {"lora_a": "mhr_A", "lora_b": "mhr_B", "selector.module_logits": "mhr_router.logits"}
+
+
+def from_poly(base_model: nn.Module, directory: str | Path) -> PeftModel:
+    """A PEFT Poly adapter, with any number of splits, as MHR on `base_model`: equal in evaluation.
+
+    Training goes on as PEFT's does, with noise per example; set `noise="none"` in the config for the authors'
+    way.
+
+    Raises: CheckpointError: if the folder holds another kind of adapter.
+    """
+    poly = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(poly, PolyConfig):
+        raise CheckpointError(f"'{directory}' holds a {poly.peft_type} adapter; expected POLY.")
+    config = MHRConfig(
+        r=poly.r,
+        alpha=1.0,
+        n_tasks=poly.n_tasks,
+        n_skills=poly.n_skills,
+        n_heads=poly.n_splits,
+        target_modules=poly.target_modules,
+        exclude_modules=poly.exclude_modules,
+        modules_to_save=poly.modules_to_save,
+        noise="example",
+        a_init="peft",
+        task_type=poly.task_type,
+        base_model_name_or_path=poly.base_model_name_or_path,
+    )
+    weights = load_peft_weights(str(directory), device="cpu")
+    return _load(base_model, config, convert_keys(weights, POLY_KEYS), str(directory))
+
+
+def from_mttl(
+    base_model: nn.Module,
+    checkpoint: str | Path | Mapping[str, Tensor],
+    alpha: float = 1.0,
+    prefix: str = "model.",
+    task_names: Sequence[str] | None = None,
+) -> PeftModel:
+    """A Poly or MHR checkpoint of the authors' library, microsoft/mttl, as MHR on `base_model`.
+
+    Args:
+        checkpoint: a state dict, or a file of one (.safetensors, or what torch.save wrote; of a Lightning
+            checkpoint its "state_dict"). Its fine-grained layout is read: a `selector` in every adapted
+            linear.
+        alpha: their `lora_alpha`.
+        prefix: what their keys have before the base model's own names.
+        task_names: in the order of their task ids.
+    Raises: CheckpointError: if there is nothing of MHR in it, or modules differ in rank, skills or heads.
+    """
+    weights = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    weights = {PREFIX + key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+    converted = convert_keys(weights, MTTL_KEYS)
+    converted = {key: tensor for key, tensor in converted.items() if ".mhr_" in key}
+    shapes = {weights[key].shape[:2] + weights[key].shape[-1:] for key in weights if key.endswith(".lora_a")}
+    tables = {tensor.shape[0] for key, tensor in converted.items() if key.endswith(".logits")}
+    if len(shapes) != 1 or len(tables) != 1:
+        raise CheckpointError(
+            f"Expected one shape (heads, skills, rank) for all modules, found {sorted(map(tuple, shapes))},"
+            " and one"
+            f" number of tasks, found {sorted(tables)}. Is this a fine-grained Poly or MHR checkpoint of"
+            " mttl?"
+        )
+    n_heads, n_skills, r = shapes.pop()
+    modules = {key.removeprefix(PREFIX).removesuffix(".mhr_A") for key in converted if key.endswith(".mhr_A")}
+    config = MHRConfig(
+        r=r,
+        alpha=alpha,
+        n_tasks=tables.pop(),
+        task_names=list(task_names) if task_names is not None else None,
+        n_skills=n_skills,
+        n_heads=n_heads,
+        target_modules=modules,
+        a_init="mttl",
+    )
+    return _load(base_model, config, converted, "the checkpoint")
+
+
+def from_loras(
+    base_model: nn.Module, directories: Sequence[str | Path], config: MHRConfig | None = None
+) -> PeftModel:
+    """S existing LoRA adapters as the skills of an inventory: route among them, or train the routing alone.
+
+    With z and one head this is LoraHub (Huang et al. 2023, arXiv 2307.13269) by gradient. Smaller ranks are
+    filled with zeros; each LoRA's own scale goes into its B, so that a skill alone is that LoRA exactly.
+
+    Args:
+        directories: as written by `PeftModel.save_pretrained` with a `LoraConfig`.
+        config: tasks, heads and routing; its r, alpha, n_skills and targets are set here. `None`: one task,
+            one head.
+    Raises: CheckpointError: if an adapter is no plain LoRA, or adapts other modules than the first.
+    """
+    if not directories:
+        raise ConfigError("directories is empty: expected at least one LoRA.")
+    loras = [_read_lora(directory) for directory in directories]
+    modules = set(loras[0])
+    for directory, lora in zip(directories, loras, strict=True):
+        if set(lora) != modules:
+            odd = sorted(set(lora) ^ modules)[:3]
+            raise CheckpointError(f"'{directory}' adapts other modules than '{directories[0]}', e.g. {odd}.")
+    r = max(A.shape[0] for lora in loras for A, _ in lora.values())
+    fields = {} if config is None else {key: value for key, value in vars(config).items() if key not in TAKEN}
+    config = MHRConfig(**fields, r=r, alpha=float(r), n_skills=len(loras), target_modules=modules)
+    weights: dict[str, Tensor] = {}
+    for module in modules:
+        A = torch.stack([_pad(lora[module][0].T, r) for lora in loras])
+        B = torch.stack([_pad(lora[module][1], r) for lora in loras])
+        weights |= {f"{PREFIX}{module}.mhr_A": A, f"{PREFIX}{module}.mhr_B": B}
+    return _load(base_model, config, weights, "the LoRAs", routing=False)
+
+
+TAKEN = ("r", "alpha", "n_skills", "target_modules", "peft_type", "peft_version", "auto_mapping")
+
+
+def convert_keys(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors under our names and in our layout; others stay as they are."""
+    converted = {}
+    n_heads = next((tensor.shape[0] for key, tensor in weights.items() if key.endswith(next(iter(names)))), 1)
+    for key, tensor in weights.items():
+        theirs = next((name for name in names if key.endswith(f".{name}")), None)
+        if theirs is None:
+            converted[key] = tensor
+            continue
+        ours = names[theirs]
+        if ours == "mhr_A":  # (H, S, I/H, r)
+            tensor = tensor.transpose(0, 1).flatten(1, 2)
+        elif ours == "mhr_B":  # (H, S, r, O/H)
+            tensor = tensor.permute(1, 0, 3, 2).flatten(1, 2)
+        else:  # (K, H·S)
+            tensor = tensor.unflatten(1, (n_heads, -1))
+        converted[f"{key.removesuffix(theirs)}{ours}"] = tensor.contiguous()
+    return converted
+
+
+def _load(
+    base_model: nn.Module, config: MHRConfig, weights: dict[str, Tensor], source: str, routing: bool = True
+) -> PeftModel:
+    """Wrap the model and fill the adapter in, all of it."""
+    model = get_peft_model(base_model, config)
+    result = set_peft_model_state_dict(model, weights)
+    missing = [key for key in result.missing_keys if ".mhr_" in key and (routing or "mhr_router" not in key)]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"{source} does not fit {type(base_model).__name__}: missing {missing[:3]}, unexpected"
+            f" {list(result.unexpected_keys)[:3]}."
+        )
+    return model
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded.get("state_dict", loaded)
+
+
+def _read_lora(directory: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors (r, I) and (O, r), scale within the second, by module name."""
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        raise CheckpointError(
+            f"'{directory}' holds no plain LoRA, but {config.peft_type} (DoRA counts as another)."
+        )
+    weights = load_peft_weights(str(directory), device="cpu")
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for key, A in weights.items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            B = weights[key.replace(".lora_A.", ".lora_B.")]
+            factors[module] = A.float(), B.float() * lora_scale(config, module)
+    return factors
+
+
+def lora_scale(config: LoraConfig, module: str) -> float:
+    """What PEFT multiplies the product of a LoRA's factors with."""
+    from peft.utils.other import get_pattern_key
+
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    return alpha / (r**0.5 if config.use_rslora else r)
+
+
+def _pad(factor: Tensor, r: int) -> Tensor:
+    return torch.nn.functional.pad(factor, (0, r - factor.shape[1]))

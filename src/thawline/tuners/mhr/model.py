@@ -1,0 +1,345 @@
+"""`MHRModel` puts MHR around a model's linears, as PEFT asks of a tuner; and how task ids reach them.
+
+Ids are set with `set_task_ids`, or read from the batch after `route_by_batch`. They are checked once, where
+the model's forward begins, and stay until they are replaced: gradient checkpointing needs them again in the
+backward.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MHRModel", "find_layers", "find_task_ids", "route_by_batch", "set_task_ids"]
+
+import math
+from collections.abc import Iterator
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from thawline.errors import ConfigError, RoutingError
+from thawline.tuners.mhr.config import MHR, MHRConfig
+from thawline.tuners.mhr.ids import read_ids
+from thawline.tuners.mhr.layer import MHRLinear, linear_sizes
+from thawline.tuners.mhr.routing import ROUTERS, Router
+from thawline.tuners.mhr.state import Carrying, TaskIds
+
+FIRST_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "input_values",
+    "input_features",
+    "decoder_input_ids",
+)
+NO_HOOK = (
+    "The model got task_ids but does not read them from the batch: PEFT would drop them. Call"
+    " thawline.route_by_batch(model) once, or thawline.set_task_ids(model, ids) before the forward."
+)
+
+
+class MHRModel(BaseTuner):
+    """The tuner that `get_peft_model(model, MHRConfig(...))` makes."""
+
+    prefix = MHR.prefix
+    tuner_layer_cls = MHRLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: MHRConfig, model: nn.Module) -> None:
+        self._check_targets(peft_config, model)
+        _follow_forwards(model)
+        model.mhr_task_ids.configs = self.peft_config
+
+    def _check_targets(self, config: MHRConfig, model: nn.Module) -> None:
+        """Check every module before the first is replaced, so that a failure leaves the model as it was.
+
+        Raises: ConfigError: for a module that is no linear, or that the heads do not divide.
+        """
+        _maybe_include_all_linear_layers(config, model)
+        targets = {}
+        for name, module in model.named_modules():
+            if name and self._check_target_module_exists(config, name) and ".base_layer" not in name:
+                targets[name] = module.get_base_layer() if isinstance(module, MHRLinear) else module
+        for name, module in targets.items():
+            if isinstance(module, BaseTunerLayer):
+                raise ConfigError(f"'{name}' already carries an adapter of another method. Unload it first.")
+            if not isinstance(module, nn.Linear | Conv1D) and not hasattr(module, "in_features"):
+                raise ConfigError(
+                    f"'{name}' is a {type(module).__name__}; MHR adapts linear layers. Narrow"
+                    " target_modules, or add"
+                    " it to exclude_modules."
+                )
+        shared = math.gcd(*(size for module in targets.values() for size in linear_sizes(module)))
+        for name, module in targets.items():
+            n_heads = heads_of(config, name)
+            for size, what in zip(linear_sizes(module), ("in_features", "out_features"), strict=True):
+                if size % n_heads:
+                    raise ConfigError(
+                        f"n_heads={n_heads} does not divide {what}={size} of '{name}'. All adapted modules"
+                        " can be"
+                        f" split into {', '.join(map(str, divisors(shared)))} heads; use one of these, give"
+                        " the module"
+                        " its own number with heads_pattern, or exclude it."
+                    )
+
+    def _create_and_replace(
+        self,
+        peft_config: MHRConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        task_ids: TaskIds = self.model.mhr_task_ids
+        layer = target if isinstance(target, MHRLinear) else MHRLinear(target, current_key, task_ids)
+        key = adapter_name, bin_of(peft_config.granularity, current_key)
+        owns_router = key not in task_ids.bins
+        if owns_router:
+            task_ids.bins[key] = build_router(peft_config, heads_of(peft_config, current_key))
+        r = pattern_value(peft_config.rank_pattern, current_key, peft_config.r)
+        alpha = pattern_value(peft_config.alpha_pattern, current_key, peft_config.alpha or r)
+        if layer is not target:
+            layer._active_adapter = [adapter_name]
+            task_ids.layers.append(layer)
+        layer.update_layer(adapter_name, peft_config, task_ids.bins[key], owns_router, r, alpha)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        _stop_following(model)
+        return model
+
+
+def pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """The value that a pattern has for the module called `name`."""
+    return (pattern or {}).get(get_pattern_key(pattern or {}, name), default)
+
+
+def heads_of(config: MHRConfig, name: str) -> int:
+    """n_heads of the module called `name`."""
+    return pattern_value(config.heads_pattern, name, config.n_heads)
+
+
+def divisors(n: int) -> list[int]:
+    """Ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def bin_of(granularity: str, name: str) -> str:
+    """Which part of the model shares a routing table with the module called `name`."""
+    parts = name.split(".")
+    if granularity == "linear":
+        return name
+    if granularity == "layer":
+        return ".".join(parts[:-1])
+    if granularity == "block":
+        number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+        return name if number is None else ".".join(parts[: number + 1])
+    if granularity == "coder":
+        return next((part for part in parts if part in ("encoder", "decoder")), "")
+    return ""
+
+
+def build_router(config: MHRConfig, n_heads: int) -> Router:
+    """A fresh routing table."""
+    router = ROUTERS[config.router](config.n_tasks or 1, n_heads, config.n_skills, config.routing_init)
+    router.temperature, router.uniform_mix = config.temperature, config.uniform_mix
+    return router
+
+
+# How ids get in.
+
+
+class set_task_ids:  # noqa: N801 - used like a function, and like torch.no_grad as a context
+    """Say which task each row of the coming batches belongs to.
+
+    Takes effect at once and stays; as a context (`with set_task_ids(model, ids): ...`) it is undone at the
+    end, which must then come after the backward. Works on models wrapped by PEFT, DDP and torch.compile.
+
+    Args:
+        model: any module with MHR layers inside.
+        ids: one id or task name, for any number of rows; a list, array or tensor (batch,) of them; (batch,
+            tokens) for packed rows; or `None` to take the ids away. Ids on the host spare a synchronisation.
+    Raises: RoutingError: for ids that are misshapen, no whole numbers, negative, too large, or unknown names.
+    """
+
+    def __init__(self, model: nn.Module, ids: Any) -> None:
+        self._task_ids = find_task_ids(model)
+        self._before = self._task_ids.ids, self._task_ids.from_batch
+        _set(self._task_ids, ids)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._task_ids.ids, self._task_ids.from_batch = self._before
+
+
+def route_by_batch(model: nn.Module) -> nn.Module:
+    """Let the model take the ids of each batch from the batch: `model(**batch, task_ids=ids)`.
+
+    Call it on the outermost module: on what is wrapped by DDP or torch.compile, once wrapped. From then on a
+    batch without ids raises, unless `set_task_ids` set some. A plain `transformers.Trainer` needs
+    `remove_unused_columns=False` to keep the column.
+
+    Returns: the model.
+    """
+    task_ids = find_task_ids(model)
+    if not task_ids.reads_batch:
+        task_ids.reads_batch = True
+        model.register_forward_pre_hook(_TakeIds(task_ids), with_kwargs=True)
+    return model
+
+
+def find_layers(model: nn.Module) -> Iterator[tuple[str, MHRLinear]]:
+    """Every MHR layer of the model and its name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, MHRLinear))
+
+
+def find_task_ids(model: nn.Module) -> TaskIds:
+    """What the MHR layers of a model share.
+
+    Raises: RoutingError: if it has none.
+    """
+    for module in model.modules():
+        if isinstance(module, MHRLinear):
+            return module.task_ids
+    raise RoutingError(
+        f"{type(model).__name__} has no MHR layers: wrap it with get_peft_model(model, MHRConfig(...))."
+    )
+
+
+@torch.compiler.disable
+def _set(task_ids: TaskIds, ids: Any, from_batch: bool = False) -> None:
+    """Read ids and make them the current ones."""
+    task_ids.from_batch = from_batch
+    layer = task_ids.layers[0]
+    active = [task_ids.configs[name] for name in layer.active_adapters if name in task_ids.configs]
+    routed = [config for config in active if config.router != "uniform"]
+    if ids is None or not routed:  # without routing no ids are needed, and none refused
+        task_ids.ids = None
+        return
+    named = next((config for config in routed if config.task_names), routed[0])
+    found = read_ids(ids, named, next(layer.mhr_A.parameters()).device)
+    for config in routed:
+        found.check_table(config.n_tasks or 1)
+    layer.check_merged(found)
+    task_ids.ids = found
+
+
+class _TakeIds:
+    """Forward pre-hook of the outermost module: takes `task_ids` out of the batch."""
+
+    def __init__(self, task_ids: TaskIds) -> None:
+        self.task_ids = task_ids
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        shared, ids = self.task_ids, kwargs.pop("task_ids", None)
+        if ids is not None:
+            _set(shared, ids, from_batch=True)
+            shared.arrived = True
+        elif shared.from_batch:
+            _set(shared, None)  # they were the last batch's
+        if shared.is_routed():
+            shared.check_present()
+        return args, kwargs
+
+
+class _BeforeForward:
+    """Forward pre-hook of the adapted model: checks ids against the batch, once, and draws the noise."""
+
+    def __init__(self, task_ids: TaskIds) -> None:
+        self.task_ids = task_ids
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        shared = self.task_ids
+        ids = kwargs.pop("task_ids", None)
+        if ids is not None:
+            if not shared.reads_batch:
+                raise RoutingError(NO_HOOK)
+            _set(shared, ids, from_batch=True)
+        elif shared.from_batch and not shared.arrived:
+            shared.ids = None  # they were the last batch's
+        shared.arrived = False
+        inputs = first_inputs(args, kwargs)
+        if inputs is not None and shared.is_routed():
+            shared.begin(model, inputs)
+        shared.running = True
+        return args, kwargs
+
+
+class _AfterForward:
+    """Forward hook of the adapted model."""
+
+    def __init__(self, task_ids: TaskIds) -> None:
+        self.task_ids = task_ids
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.task_ids.running = False
+
+
+def first_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor that has the batch's rows."""
+    named = [kwargs[name] for name in FIRST_INPUTS if isinstance(kwargs.get(name), Tensor)]
+    found = [*named, *args, *kwargs.values()]
+    return next((one for one in found if isinstance(one, Tensor) and one.dim() > 0), None)
+
+
+def _generate(model: nn.Module, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+    """The model's own `generate`, in which rows may be repeated: each id goes with its row's beams."""
+    shared: TaskIds = model.mhr_task_ids
+    before = shared.ids, shared.from_batch, shared.generating
+    try:
+        if task_ids is not None:
+            _set(shared, task_ids)
+        shared.from_batch = False
+        shared.generating = True
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        shared.ids, shared.from_batch, shared.generating = before
+
+
+def _follow_forwards(model: nn.Module) -> None:
+    """Check ids at every forward of the adapted model, and know when it generates."""
+    if hasattr(model, "mhr_task_ids"):
+        return
+    model.mhr_task_ids = TaskIds()
+    model.register_forward_pre_hook(_BeforeForward(model.mhr_task_ids), with_kwargs=True)
+    model.register_forward_hook(_AfterForward(model.mhr_task_ids), always_call=True)
+    if hasattr(type(model), "generate"):
+        model.generate = MethodType(_generate, model)
+
+
+def _stop_following(model: nn.Module) -> None:
+    hooks = (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs)
+    after = (model._forward_hooks, model._forward_hooks_always_called)
+    for kept, *others in (hooks, after):
+        for key in [
+            key for key, hook in kept.items() if isinstance(hook, _BeforeForward | _AfterForward | _TakeIds)
+        ]:
+            for registry in (kept, *others):
+                registry.pop(key, None)
+    for block in model.modules():
+        function = block.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, Carrying):
+            block._gradient_checkpointing_func = function.checkpoint
+    for name in ("mhr_task_ids", "generate"):
+        model.__dict__.pop(name, None)

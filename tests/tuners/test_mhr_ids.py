@@ -1,0 +1,403 @@
+"""Task ids: how they are given, that wrong ones raise, and that they reach every row of every forward."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import torch
+from mhr_models import config, logits, routed, tiny_llama, tiny_t5, tokens
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from thawline import RoutingError, route_by_batch, set_task_ids, start_adaptation
+
+NAMES = ["translate", "summarise", "rank"]
+
+
+# Giving ids.
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [2, 0, 1],
+        (2, 0, 1),
+        torch.tensor([2, 0, 1]),
+        torch.tensor([[2], [0], [1]], dtype=torch.int32),
+        np.array([2, 0, 1]),
+        ["rank", "translate", "summarise"],
+        ["rank", 0, "summarise"],
+        torch.tensor([2, 0, 1])[:, None].expand(3, 7),
+    ],
+    ids=["list", "tuple", "tensor", "column", "array", "names", "mixed", "per token"],
+)
+def test_ids_are_read_in_every_usual_form(ids) -> None:
+    model = routed(n_tasks=None, task_names=NAMES)
+    x = tokens()
+    set_task_ids(model, [2, 0, 1])
+    expected = logits(model, x)
+    set_task_ids(model, ids)
+    torch.testing.assert_close(logits(model, x), expected)
+
+
+def test_one_id_or_name_is_for_all_rows() -> None:
+    model = routed(n_tasks=None, task_names=NAMES)
+    x = tokens()
+    set_task_ids(model, [2, 2, 2])
+    expected = logits(model, x)
+    for one in (2, "rank", torch.tensor(2)):
+        set_task_ids(model, one)
+        torch.testing.assert_close(logits(model, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0, 1, -1], "-1 is negative"),
+        ([0, 1, 3], "3 is not in the routing table, which has rows 0 to 2"),
+        ([0, 1], "2 task ids for 3 rows"),
+        ([0, 1, 2, 0], "4 task ids for 3 rows"),
+        ([0, 1, "sumarise"], "Did you mean 'summarise'"),
+        ([0.0, 1.0, 2.0], "0.0 is a float"),
+        ([0, 1, True], "True is a bool"),
+        (torch.tensor([0.0, 1.0, 2.0]), "torch.float32"),
+        (torch.tensor([True, False, True]), "torch.bool"),
+        ([], "expected one per row"),
+        (torch.zeros(3, 2, 2, dtype=torch.int64), "is a list"),
+        ([[0, 1], [1]], "all rows of a length"),
+        (torch.zeros(3, 5, dtype=torch.int64), "5 tokens per row"),
+        (torch.zeros(2, 7, dtype=torch.int64), "2 task ids for 3 rows"),
+    ],
+)
+@pytest.mark.parametrize("way", ["set", "batch"])
+def test_wrong_ids_raise(ids, message: str, way: str) -> None:
+    model = routed(n_tasks=None, task_names=NAMES)
+    if way == "batch":
+        route_by_batch(model)
+        with pytest.raises(RoutingError, match=message):
+            model(input_ids=tokens(), task_ids=ids)
+    else:
+        with pytest.raises(RoutingError, match=message):  # noqa: PT012
+            set_task_ids(model, ids)
+            model(input_ids=tokens())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_missing_ids_raise_until_set_and_after_cleared(training: bool) -> None:
+    model = routed().train(training)
+    with pytest.raises(RoutingError, match="No task ids: the routing table has 3 rows"):
+        model(input_ids=tokens())
+    set_task_ids(model, [0, 1, 2])
+    model(input_ids=tokens())
+    set_task_ids(model, None)
+    with pytest.raises(RoutingError, match="No task ids"):
+        model(input_ids=tokens())
+
+
+def test_ids_for_fewer_rows_raise_in_training_instead_of_repeating() -> None:
+    model = routed().train()
+    set_task_ids(model, [0, 1])
+    with pytest.raises(RoutingError, match="2 task ids for 4 rows"):
+        model(input_ids=tokens(4))
+
+
+def test_a_table_of_one_row_needs_no_ids() -> None:
+    model = routed(n_tasks=1)
+    x = tokens()
+    without = logits(model, x)
+    set_task_ids(model, [0, 0, 0])
+    torch.testing.assert_close(logits(model, x), without)
+
+
+def test_after_mu_no_ids_are_needed_and_none_refused() -> None:
+    model = routed()
+    start_adaptation(model, "mu", ["new"])
+    x = tokens()
+    without = logits(model, x)
+    for ids in ([0, 0, 0], [7, -1, 2], 5, "whatever", None):
+        set_task_ids(model, ids)
+        assert torch.equal(logits(model, x), without)
+
+
+def test_as_a_context_the_ids_of_before_come_back() -> None:
+    model = routed()
+    x = tokens()
+    set_task_ids(model, 1)
+    before = logits(model, x)
+    with set_task_ids(model, 2):
+        assert not torch.allclose(logits(model, x), before)
+    assert torch.equal(logits(model, x), before)
+
+
+def test_ids_reach_a_copy_of_the_model_and_only_it() -> None:
+    model = routed()
+    set_task_ids(model, 1)
+    before = logits(model, tokens())
+    twin = copy.deepcopy(model)
+    set_task_ids(twin, 2)
+    assert torch.equal(logits(model, tokens()), before)
+    assert not torch.allclose(logits(twin, tokens()), before)
+
+
+# Ids from the batch.
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "FEATURE_EXTRACTION"])
+def test_ids_come_with_the_batch_once_the_model_reads_them(task_type: str | None) -> None:
+    model = routed(task_type=task_type)
+    x = tokens()
+    set_task_ids(model, [2, 0, 1])
+    expected = model(input_ids=x)[0]
+    set_task_ids(model, None)
+    assert route_by_batch(model) is model
+    assert torch.equal(model(input_ids=x, task_ids=torch.tensor([2, 0, 1]))[0], expected)
+    with pytest.raises(RoutingError, match="No task ids"):
+        model(input_ids=x)  # those of the last batch are not this one's
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        peft.PeftModel,
+        peft.PeftModelForCausalLM,
+        peft.PeftModelForSeq2SeqLM,
+        peft.PeftModelForFeatureExtraction,
+        peft.PeftModelForSequenceClassification,
+        peft.PeftModelForTokenClassification,
+        peft.PeftModelForQuestionAnswering,
+    ],
+)
+def test_ids_in_the_batch_of_a_model_that_does_not_read_them_raise(wrapper: type[peft.PeftModel]) -> None:
+    model = wrapper(tiny_t5() if "Seq2Seq" in wrapper.__name__ else tiny_llama(), config())
+    set_task_ids(model, [0, 1, 2])
+    with pytest.raises(RoutingError, match=r"thawline.route_by_batch\(model\) once"):
+        model(input_ids=tokens(), task_ids=torch.tensor([0, 1, 2]))
+
+
+def test_ids_set_by_hand_serve_batches_without_any() -> None:
+    model = route_by_batch(routed())
+    set_task_ids(model, 1)
+    expected = logits(model, tokens())
+    logits(model, tokens(), task_ids=[0, 1, 2])
+    with pytest.raises(RoutingError, match="No task ids"):
+        model(input_ids=tokens())
+    set_task_ids(model, 1)
+    assert torch.equal(logits(model, tokens()), expected)
+
+
+# Rows.
+
+
+def test_a_mixed_batch_equals_its_rows_alone_in_any_order() -> None:
+    model = routed()
+    x, ids = tokens(5), [2, 0, 0, 1, 2]
+    set_task_ids(model, ids)
+    mixed = logits(model, x)
+    for row, task in enumerate(ids):
+        set_task_ids(model, task)
+        torch.testing.assert_close(logits(model, x[row : row + 1])[0], mixed[row])
+    order = [3, 1, 4, 0, 2]
+    set_task_ids(model, [ids[place] for place in order])
+    torch.testing.assert_close(logits(model, x[order]), mixed[order])
+
+
+@pytest.mark.parametrize("ids", [[1, 1, 1, 1], [0, 0, 2, 2], [0, 2, 0, 2], [0, 1, 2, 2], [2, 1, 1, 0]])
+def test_gradients_agree_however_rows_share_tasks(ids: list[int]) -> None:
+    model = routed()
+    x = tokens(4)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    set_task_ids(model, ids)
+    mixed = torch.autograd.grad(model(input_ids=x).logits.square().sum(), parameters)
+    alone = [torch.zeros_like(p) for p in parameters]
+    for row, task in enumerate(ids):
+        set_task_ids(model, task)
+        loss = model(input_ids=x[row : row + 1]).logits.square().sum()
+        for total, part in zip(alone, torch.autograd.grad(loss, parameters), strict=True):
+            total += part
+    for got, expected in zip(mixed, alone, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_rows_route_token_by_token() -> None:
+    model = routed(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4)), target_modules=["0", "1"])
+    x = torch.randn(2, 6, 8)
+    ids = torch.tensor([[0, 0, 2, 2, 2, 1], [1, 1, 1, 0, 0, 0]])
+    set_task_ids(model, ids)
+    packed = model(x)
+    for task in range(3):
+        set_task_ids(model, task)
+        torch.testing.assert_close(packed[ids == task], model(x)[ids == task])
+    set_task_ids(model, ids)
+    torch.testing.assert_close(model(x.flatten(0, 1)[None].view(2, 6, 8)), packed)
+    layers_see_tokens = model.base_model.model[0](x.flatten(0, 1))
+    torch.testing.assert_close(layers_see_tokens.view(2, 6, 12), model.base_model.model[0](x))
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 5, 8), (3, 2, 5, 8)])
+def test_inputs_of_any_rank(shape: tuple[int, ...]) -> None:
+    model = routed(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"])
+    x = torch.randn(shape)
+    set_task_ids(model, [2, 0, 1])
+    out = model(x)
+    assert out.shape == (*shape[:-1], 12)
+    for row, task in enumerate([2, 0, 1]):
+        set_task_ids(model, task)
+        torch.testing.assert_close(model(x[row : row + 1])[0], out[row])
+
+
+class Flattening(nn.Module):
+    """Rows and tokens in one axis, as some feed-forward blocks do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 12)
+
+    def forward(self, x):
+        return self.linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class Shuffling(Flattening):
+    """Some of the tokens, as an expert gets them."""
+
+    def forward(self, x):
+        return self.linear(x.flatten(0, 1)[::4])
+
+
+def test_a_layer_inside_that_sees_rows_and_tokens_flattened_is_routed() -> None:
+    model = routed(Flattening(), target_modules=["linear"])
+    x = torch.randn(3, 5, 8)
+    set_task_ids(model, [2, 0, 1])
+    out = model(x)
+    set_task_ids(model, 0)
+    torch.testing.assert_close(model(x[1:2])[0], out[1])
+
+
+def test_a_layer_inside_that_sees_other_rows_raises() -> None:
+    model = routed(Shuffling(), target_modules=["linear"])
+    set_task_ids(model, [2, 0, 1])
+    with pytest.raises(RoutingError, match="3 task ids for 4 rows of a layer's input"):
+        model(torch.randn(3, 5, 8))
+    set_task_ids(model, 1)  # one task: no row is in doubt
+    model(torch.randn(3, 5, 8))
+
+
+# Generation.
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+    ids=["greedy", "beams", "returned beams", "samples"],
+)
+@pytest.mark.parametrize("kind", ["llama", "t5", "plain wrapper"])
+def test_generation_of_a_mixed_batch_equals_its_rows_alone(kind: str, how: dict) -> None:
+    task_type = {"llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "plain wrapper": None}[kind]
+    model = routed(tiny_t5() if kind == "t5" else tiny_llama(), task_type=task_type)
+    x = tokens()
+
+    def generate(ids, rows) -> torch.Tensor:
+        set_task_ids(model, ids)
+        torch.manual_seed(5)
+        return model.generate(input_ids=rows, max_new_tokens=4, min_new_tokens=4, **how)
+
+    mixed = generate([2, 0, 1], x)
+    if how.get("do_sample"):  # each row's draws depend on the others'
+        assert mixed.shape[0] == 9
+        return
+    k = how.get("num_return_sequences", 1)
+    for row, task in enumerate([2, 0, 1]):
+        assert torch.equal(mixed[row * k : (row + 1) * k], generate(task, x[row : row + 1]))
+
+
+def test_generate_takes_the_ids_itself_and_leaves_those_of_before() -> None:
+    model = routed(task_type="CAUSAL_LM")
+    x = tokens()
+    set_task_ids(model, [2, 0, 1])
+    expected = model.generate(input_ids=x, max_new_tokens=4, num_beams=2)
+    set_task_ids(model, 1)
+    assert torch.equal(
+        model.generate(input_ids=x, max_new_tokens=4, num_beams=2, task_ids=[2, 0, 1]), expected
+    )
+    before = logits(model, x)
+    set_task_ids(model, [1, 1, 1])
+    torch.testing.assert_close(logits(model, x), before)
+
+
+# Checkpointing.
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("noise", ["none", "example", "task"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(
+    kind: str, noise: str, use_reentrant: bool
+) -> None:
+    base = tiny_t5 if kind == "t5" else tiny_llama
+
+    def run(checkpointed: bool):
+        model = routed(base(), noise=noise).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        set_task_ids(model, [2, 0, 2])
+        torch.manual_seed(9)
+        loss = model(input_ids=tokens(), labels=tokens(seed=3)).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    (loss, gradients), (same_loss, same_gradients) = run(False), run(True)
+    torch.testing.assert_close(same_loss, loss)
+    assert gradients.keys() == same_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(same_gradients[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_by_hand_works_too(use_reentrant: bool) -> None:
+    model = routed(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4)), target_modules=["0", "1"])
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    set_task_ids(model, [0, 1, 2])
+    parameters = [x, *(p for p in model.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(model(x).square().sum(), parameters)
+    model(x)  # leaves what one forward leaves
+    inner = model.base_model.model
+
+    class Checkpointed(nn.Module):
+        def forward(self, x):
+            return checkpoint(
+                inner[1], checkpoint(inner[0], x, use_reentrant=use_reentrant), use_reentrant=use_reentrant
+            )
+
+    out = Checkpointed()(x)
+    out.square().sum().backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_two_forwards_under_checkpointing_keep_their_own_ids_for_one_backward(use_reentrant: bool) -> None:
+    def run(checkpointed: bool):
+        model = routed(noise="example").train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(9)
+        losses = []
+        for ids, seed in (([2, 0, 1], 2), ([1, 1, 0], 4)):
+            set_task_ids(model, ids)
+            losses.append(model(input_ids=tokens(seed=seed), labels=tokens(seed=3)).loss)
+        sum(losses).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    expected = run(False)
+    for name, gradient in run(True).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)

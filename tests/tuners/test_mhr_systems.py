@@ -1,0 +1,356 @@
+"""MHR inside the machinery: what it costs, and that compiling, trainers and processes change no number."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from mhr_models import config, logits, routed, tiny_llama, tokens
+from mhr_workers import PROCESSES, TASKS, Rows, run
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
+
+from thawline import RoutingError, route_by_batch, set_task_ids
+from thawline.tuners.mhr.model import find_layers
+
+VIEWS = {
+    "view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "as_strided",
+    "detach", "alias", "split", "unbind", "_unsafe_view", "_reshape_alias", "unflatten", "split_with_sizes",
+}  # fmt: skip
+SYNCS = {"_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_select", "is_nonzero", "item"}
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operators that run, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if name not in VIEWS:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def one_linear(size: int = 64, length: int = 16, **changes) -> tuple[nn.Module, Tensor]:
+    """A linear in bf16, a batch of 8 rows, r = 8, S = 8, H = 8."""
+    base = nn.Sequential(nn.Linear(size, size, bias=False)).to(torch.bfloat16)
+    fields = {"r": 8, "n_tasks": 8, "n_skills": 8, "n_heads": 8, "target_modules": ["0"], **changes}
+    model = get_peft_model(base, config(**fields)).train()
+    return model, torch.randn(8, length, size, dtype=torch.bfloat16, requires_grad=True)
+
+
+# Cost.
+
+
+@pytest.mark.parametrize(
+    "ids", [list(range(8)), [0, 1, 0, 2, 0, 1, 0, 2], [3] * 8], ids=["all", "some", "one"]
+)
+@pytest.mark.parametrize("noise", ["none", "example"])
+def test_a_training_forward_is_few_operators_and_never_waits_for_the_device(
+    ids: list[int], noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = one_linear(noise=noise)
+    set_task_ids(model, ids)
+    for method in ("tolist", "cpu", "item", "numpy", "__bool__", "__int__", "unique"):
+        monkeypatch.setattr(Tensor, method, lambda *_: pytest.fail("the host waits for the device"))
+    with Ops() as ops:
+        model(x)
+    assert not SYNCS & set(ops.names)
+    assert len(ops.names) <= 14, ops.names
+    if noise == "none":
+        assert len(ops.names) <= 12, ops.names
+
+
+def test_little_is_kept_for_backward_and_no_copy_of_the_input() -> None:
+    model, x = one_linear(1024, 256)
+    set_task_ids(model, list(range(8)))
+    known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    assert sum(kept.values()) <= 0.35 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_mixes_nothing_twice(dtype: torch.dtype) -> None:
+    model, x = one_linear()
+    model = model.to(dtype).eval()
+    set_task_ids(model, 3)
+    x = x.detach().to(dtype)[:, :1]
+    with torch.no_grad():
+        model(x)
+        with Ops() as ops:
+            model(x)
+    assert len(ops.names) == 3, ops.names  # the base, x A, and its product with B added in place
+
+
+# Kept mixtures.
+
+
+def test_a_kept_mixture_is_forgotten_when_anything_it_came_from_changes() -> None:
+    model, x = routed(), tokens()
+    layer = next(layer for _, layer in find_layers(model))
+    set_task_ids(model, 1)
+    last = logits(model, x)
+
+    def changed() -> bool:
+        nonlocal last
+        before, last = last, logits(model, x)
+        return not torch.equal(last, before)
+
+    assert not changed()
+    set_task_ids(model, 2)
+    assert changed()
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1, fused=True)
+    model(input_ids=x, labels=x).loss.backward()
+    assert not changed()
+    optimiser.step()
+    assert changed()
+    with torch.no_grad():
+        layer.mhr_A["default"].mul_(2)
+    assert changed()
+    model.load_state_dict(
+        {k: v + 1 for k, v in model.state_dict().items() if "logits" in k or "mhr_B" in k}, strict=False
+    )
+    assert changed()
+    layer.mhr_A["default"].data = layer.mhr_A["default"].data * 2
+    assert changed()
+    model.train().eval()
+    assert not changed()
+
+
+def test_a_model_is_copied_after_a_training_forward() -> None:
+    model, x = routed().train(), tokens()
+    set_task_ids(model, [0, 1, 2])
+    out = model(input_ids=x).logits
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(input_ids=x).logits, out)
+    out.sum().backward()
+
+
+def test_mixing_together_equals_mixing_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids = tokens(5), [2, 0, 0, 1, 2]
+
+    def run_once(noise: str, granularity: str) -> tuple[Tensor, dict[str, Tensor]]:
+        model = routed(noise=noise, granularity=granularity).train()
+        set_task_ids(model, ids)
+        torch.manual_seed(6)
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    for noise, granularity in (
+        ("none", "linear"),
+        ("task", "block"),
+        ("example", "network"),
+        ("none", "network"),
+    ):
+        loss, gradients = run_once(noise, granularity)
+        with monkeypatch.context() as patch:
+            patch.setattr("thawline.tuners.mhr.state.MIXED_TOGETHER_BYTES", 0)
+            same_loss, same_gradients = run_once(noise, granularity)
+        torch.testing.assert_close(same_loss, loss)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(same_gradients[name], gradient, msg=name)
+
+
+def test_two_forwards_before_one_backward_keep_their_own_ids() -> None:
+    model = routed().train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    losses, expected = [], []
+    for ids, seed in (([2, 0, 1], 2), ([1, 1, 0], 4)):
+        set_task_ids(model, ids)
+        loss = model(input_ids=tokens(seed=seed), labels=tokens()).loss
+        losses.append(loss)
+        expected.append(torch.autograd.grad(loss, parameters, retain_graph=True))
+    for got, one, other in zip(torch.autograd.grad(sum(losses), parameters), *expected, strict=True):
+        torch.testing.assert_close(got, one + other)
+
+
+def test_a_layer_called_by_itself_trains_too() -> None:
+    model = routed().train()
+    set_task_ids(model, [0, 1, 2])
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    block = model.get_base_model().model.layers[0].mlp
+    for _ in range(2):
+        block(torch.randn(3, 4, 24)).sum().backward()
+
+
+# Precision.
+
+
+def test_autocast_and_low_precision_bases_stay_close_to_fp32() -> None:
+    x = tokens()
+    reference = routed().train()
+    set_task_ids(reference, [0, 1, 2])
+    loss = reference(input_ids=x, labels=x).loss
+    loss.backward()
+    for kind in ("autocast", "bf16 base"):
+        model = routed(tiny_llama().to(torch.bfloat16) if kind == "bf16 base" else None).train()
+        set_task_ids(model, [0, 1, 2])
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            other = model(input_ids=x, labels=x).loss
+        other.backward()
+        assert other.item() == pytest.approx(loss.item(), rel=0.02)
+        for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+            if p.requires_grad:
+                assert p.dtype is torch.float32
+                assert torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            model.eval()(input_ids=x)
+
+
+def test_one_task_in_bf16_is_its_merged_weights_within_rounding() -> None:
+    x = tokens()
+    model = routed(tiny_llama().to(torch.bfloat16))
+    set_task_ids(model, 1)
+    expected = logits(model, x)
+    torch.testing.assert_close(logits(model.merge_and_unload(), x), expected, atol=0.06, rtol=0.06)
+
+
+def test_dropout_acts_on_the_skills_alone_and_only_in_training() -> None:
+    model, plain = routed(dropout=0.5), routed()
+    x = tokens()
+    for one in (model, plain):
+        set_task_ids(one, [0, 1, 2])
+    assert torch.equal(logits(model, x), logits(plain, x))
+    assert not torch.allclose(logits(model.train(), x), logits(plain, x))
+    linear, flat = one_linear(dropout=0.5)
+    set_task_ids(linear, 0)
+    mean = torch.stack([linear(flat[:1, :2]) for _ in range(400)]).float().mean(0)
+    torch.testing.assert_close(mean, linear.eval()(flat[:1, :2]).float(), atol=0.5, rtol=0.2)
+
+
+# Bases that are more than a frozen linear.
+
+
+@pytest.mark.parametrize("how", ["hook", "trainable", "replaced forward"])
+def test_a_base_that_is_more_than_a_linear_is_called_as_it_is(how: str) -> None:
+    model = routed(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"])
+    layer = next(layer for _, layer in find_layers(model))
+    set_task_ids(model, [0, 1, 2])
+    x = torch.randn(3, 5, 8)
+    expected = model(x)
+    base = layer.base_layer
+    if how == "hook":
+        base.register_forward_hook(lambda module, args, output: output + 1)
+    elif how == "trainable":
+        base.weight.requires_grad_()
+    else:
+        base.forward = lambda x: nn.functional.linear(x, base.weight, base.bias) + 1
+    out = model(x)
+    torch.testing.assert_close(out, expected if how == "trainable" else expected + 1)
+    out.sum().backward()
+    if how == "trainable":
+        torch.testing.assert_close(base.weight.grad, x.sum((0, 1)).expand(12, 8))
+
+
+# Compilation.
+
+
+def test_compiles_without_graph_breaks_and_again_only_for_another_layout() -> None:
+    eager = routed(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"], n_tasks=4)
+    x = torch.randn(4, 5, 8)
+    graphs = 0
+
+    def count(graph, example_inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    model = torch.compile(eager, backend=count, fullgraph=True)
+    parameters = [p for p in eager.parameters() if p.requires_grad]
+    for ids in ([2, 0, 1, 3], [1, 0, 3, 2], [1, 1, 0, 0]):
+        set_task_ids(eager, ids)
+        expected = eager(x)
+        gradients = torch.autograd.grad(expected.square().sum(), parameters)
+        set_task_ids(model, ids)
+        out = model(x)
+        torch.testing.assert_close(out, expected)
+        for got, wanted in zip(torch.autograd.grad(out.square().sum(), parameters), gradients, strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert graphs == 2  # two layouts; other ids of a layout need no new graph
+
+
+def test_a_compiled_llama_equals_the_eager_one() -> None:
+    eager = routed(tiny_llama(num_hidden_layers=1), target_modules=["q_proj"]).train()
+    set_task_ids(eager, [0, 1, 2])
+    expected = eager(input_ids=tokens()).logits
+    model = torch.compile(eager, backend="eager", fullgraph=True)
+    torch.testing.assert_close(model(input_ids=tokens()).logits, expected)
+
+
+def test_a_compiled_model_reads_ids_from_the_batch() -> None:
+    eager = routed(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"])
+    x = torch.randn(3, 5, 8)
+    set_task_ids(eager, [2, 0, 1])
+    expected = eager(x)
+    set_task_ids(eager, None)
+    model = route_by_batch(torch.compile(eager, backend="eager", fullgraph=True))
+    torch.testing.assert_close(model(x, task_ids=torch.tensor([2, 0, 1])), expected)
+    with pytest.raises(RoutingError, match="No task ids"):
+        model(x)
+    with pytest.raises(RoutingError, match="not in the routing table"):
+        model(x, task_ids=torch.tensor([2, 0, 7]))
+
+
+# Trainers.
+
+
+def test_a_plain_trainer_trains_it_from_the_column_of_the_batch(tmp_path: Path) -> None:
+    model = routed(task_type="CAUSAL_LM", init_weights=True, routing_init=1e-3)
+    route_by_batch(model)
+    rows = [
+        {"input_ids": row, "labels": row, "task_ids": torch.tensor(n % 3)} for n, row in enumerate(tokens(12))
+    ]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=6, per_device_train_batch_size=4, learning_rate=0.02, remove_unused_columns=False,
+        gradient_checkpointing=True, report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, seed=0,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert any(p.any() for name, p in model.named_parameters() if "mhr_B" in name)
+
+
+# Processes.
+
+
+@pytest.fixture(scope="module")
+def from_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(run, (str(folder),), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(from_two_processes: list[dict], kind: str) -> None:
+    from mhr_workers import mhr, step
+
+    torch.manual_seed(0)
+    model = mhr()
+    batches = [Rows(rank) for rank in range(PROCESSES)]
+    x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
+    ids = [task for b in batches for task in b.ids]
+    for _ in range(TASKS):
+        step(model, model, x, y, ids)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            for report in from_two_processes:
+                torch.testing.assert_close(report[kind][name], p.detach(), msg=name)
