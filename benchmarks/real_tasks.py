@@ -3,13 +3,13 @@
     python benchmarks/real_tasks.py --shared ../shared --out benchmarks/results/real_tasks.json
 
 Protocol, fixed before the first run:
-- base: stories260K, a Llama of 260 K parameters; eight classification tasks with few choices and short rows, at most 500
-  training rows each. The answer is the choice of highest mean log-likelihood a token.
+- base: stories260K, a Llama of 260 K parameters; eight classification tasks with few choices and short rows,
+  at most 500 training rows each. The answer is the choice of highest mean log-likelihood a token.
 - PaCA r=15 and LoRA r=8 on all linear layers: 45,000 and 46,240 trainable parameters. LoRA's alpha is 2 r.
-- learning rate: for each method and task the best of three, by accuracy on a fifth of the training rows (a seed of its
-  own). Test rows are not looked at. Where the grid's edge wins, the results say so.
-- then three seeds on the training rows, 100 steps of 16, evaluated once on the test rows
-  (150 of them where there are more).
+- learning rate: for each method and task the best of three, by accuracy on a fifth of the training rows (a
+  seed of its own). Test rows are not looked at. Where the grid's edge wins, the results say so.
+- then three seeds on the training rows, 100 steps of 16, evaluated once on the test rows (150 of them where
+  there are more).
 
 Rows are appended to <out>.rows.jsonl as they come, so that a stopped benchmark goes on where it was.
 """
