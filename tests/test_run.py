@@ -135,6 +135,8 @@ def test_resuming_after_a_crash_equals_never_having_stopped(recipe, monkeypatch,
 
 
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint_to_go_on_from(recipe, monkeypatch) -> None:
+    # A shell's background job starts with SIGINT ignored; a terminal's, which this is about, does not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     straight = run(recipe("straight"))
     with monkeypatch.context() as patch:
         stop_at_batch(patch, 7, lambda: signal.raise_signal(signal.SIGINT))
@@ -142,7 +144,7 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint_to_go_on_from(recipe, monk
     assert (stopped.status, stopped.steps, stopped.signal) == ("interrupted", 5, signal.SIGINT)
     assert (stopped.folder / "checkpoint-5").is_dir()
     assert not (stopped.folder / "result.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     resumed = run(recipe("stopped"), resume=True)
     assert resumed.metrics == straight.metrics
     for name, value in weights(straight.folder).items():

@@ -12,6 +12,7 @@ __all__ = ["VERBS", "main"]
 
 import argparse
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -279,6 +280,40 @@ def data(argv: list[str]) -> int:
     return 0 if check.is_trainable else 1
 
 
+def bench(argv: list[str]) -> int:
+    """Measure: `thawline bench tuners`, each benchmark with options of its own."""
+    parser = argparse.ArgumentParser(prog="thawline bench", description=_first_line(bench), add_help=False)
+    parser.add_argument("name", nargs="?", help=f"Among {', '.join(BENCHES)}.")
+    options, rest = parser.parse_known_args(argv)
+    if options.name is None:
+        return _say("\n".join([parser.format_help(), *_choice_lines(BENCHES)]))
+    if options.name not in BENCHES:
+        raise ConfigError(
+            f"Nothing called '{options.name}' to measure. {did_you_mean(options.name, BENCHES)}"
+        )
+    measure: Callable[[list[str]], int] = importlib.import_module(f"thawline.bench.{options.name}").main
+    return measure(rest)
+
+
+BENCHES = {
+    "tuners": "step time, bytes kept and operations of full fine-tuning, LoRA, PaCA and the frozen floor",
+    "vision": "accuracy of a ViT and a conv net adapted to another domain",
+    "loader": "images a second and core through the detection augmentation",
+}
+"""Module of thawline.bench → what it measures."""
+
+
+def demo(argv: list[str]) -> int:
+    """The main job, offline, in a minute or two: a small base, frozen, with LoRA and with PaCA."""
+    parser = argparse.ArgumentParser(prog="thawline demo", description=_first_line(demo))
+    parser.add_argument("--folder", default="runs/demo", help="Folder for base, tasks and runs.")
+    options = parser.parse_args(argv)
+    _prepare()
+    from thawline.demo import run_demo
+
+    return _say(run_demo(Path(options.folder)))
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
@@ -287,6 +322,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "convert": convert,
     "list": list_choices,
+    "bench": bench,
+    "demo": demo,
 }
 """Verb → what it does with the rest of the command line; its docstring is its help."""
 

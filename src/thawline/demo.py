@@ -1,7 +1,7 @@
 """`thawline demo`: the main job, offline, in a minute or two.
 
-Makes a small base (a Llama that has learned to spell made-up words), freezes it, and teaches it three questions about
-words it was never asked: untouched, with LoRA and with PaCA. Then measures what a training step of each costs.
+Makes a small base (a Llama that has learned to spell made-up words), freezes it, and teaches it three
+questions about words: untouched, with LoRA and with PaCA. Then measures what a training step of each costs.
 """
 
 from __future__ import annotations
@@ -189,19 +189,24 @@ def _table(results: dict[str, RunResult], costs: dict[str, tuple[float, int]]) -
         ratio, kept = costs[name]
         parts = [f"{result.parts[task]['choice_accuracy']:.2f}" for task in TASKS]
         accuracy = f"{result.metrics['choice_accuracy']:.2f}"
-        lines.append((name, f"{result.trainable:,}", accuracy, *parts, f"{ratio:.2f}", f"{kept / 2**20:.2f} MiB"))
+        lines.append(
+            (name, f"{result.trainable:,}", accuracy, *parts, f"{ratio:.2f}", f"{kept / 2**20:.2f} MiB")
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
     chance = sum(1 / len(choices) for choices, _ in TASKS.values()) / len(TASKS)
     return (
         f"{text}\n\n"
-        f"Accuracy on {N_TEST} held-out words a task; guessing reaches {chance:.2f}. LoRA at r=8 and PaCA at r=16 train\n"
-        "about as many parameters. Step: forward, backward and optimiser on 32 rows, median of paired rounds over the\n"
-        "frozen floor, which trains nothing. So small a network shows overhead more than arithmetic; `thawline bench\n"
-        "tuners` measures larger ones."
+        f"Accuracy on {N_TEST} held-out words a task; guessing reaches {chance:.2f}. LoRA at r=8, PaCA\n"
+        "at r=16 train about as many parameters. Step: forward, backward and optimiser on 32 rows,\n"
+        "median of paired rounds over the frozen floor, which trains nothing. A network so small\n"
+        "shows overhead more than arithmetic; `thawline bench tuners` measures larger ones."
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import byte_tokenizer
+from text_kit import byte_tokenizer
 from thawline.data.text import (
     IGNORED,
     TextEncoder,

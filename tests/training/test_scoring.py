@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from conftest import byte_tokenizer
+from text_kit import byte_tokenizer
 from thawline.data.text import IGNORED, collate_tokens
 from thawline.training.scoring import generate_answers, score_answers, score_labels
 
