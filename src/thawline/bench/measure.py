@@ -12,11 +12,11 @@ __all__ = [
     "count_ops",
     "machine_stamp",
     "median_ratio",
-    "own_bytes",
     "paired_rounds",
     "saved_bytes",
 ]
 
+import gc
 import importlib.metadata
 import platform
 import statistics
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,7 +94,7 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()
         key = _storage_key(tensor)
         if key not in live:
             kept[key] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself, where it is an output, would hold its own graph for ever
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         loss = forward()
@@ -112,14 +112,16 @@ def count_ops(call: Callable[[], Any]) -> tuple[int, Any]:
     return counter.n_ops, result
 
 
-def own_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
-    """Bytes that outlive a step: weights (parameters and buffers) and optimiser state."""
-    state = optimizer.state.values() if optimizer is not None else ()
-    moments = [value for entry in state for value in entry.values() if isinstance(value, Tensor)]
-    return {
-        "weights": _bytes([*model.parameters(), *model.buffers()]),
-        "optimizer": _bytes(moments),
-    }
+def live_bytes() -> int:
+    """Bytes of every tensor alive in this process, whoever holds it; each storage once.
+
+    The difference before and after building something is what it keeps: weights, optimiser state, and what a
+    method stores on the side.
+    """
+    gc.collect()
+    # By type, not isinstance: a lazy proxy would load what it stands for.
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return sum({_storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def machine_stamp() -> dict[str, Any]:
@@ -171,10 +173,6 @@ def _time(step: Callable[[], object], n_steps: int) -> Sample:
 
 def _storage_key(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({_storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _processor() -> str:

@@ -1,12 +1,11 @@
 """Look a detection data set through before it is trained on: counts, sizes, faults, leaks; say what to do.
 
     check = check_detection("data/bccd")
-    "\n".join(check.lines())             # what `thawline data check` prints
+    check.lines()                        # what `thawline data check` prints
     save_samples(check.data, folder)     # a grid of labelled pictures per split
 
 Reading names most faults (`thawline.data.records.KINDS`). Here every image is decoded to its end, and what
-only the whole set can tell is added: images in two splits, classes that are never
-used.
+only the whole set can tell is added: images in two splits, classes that are never used.
 """
 
 from __future__ import annotations

@@ -1,0 +1,207 @@
+"""What is measured: each case is a network with random weights, a generated batch, and what of it is adapted.
+
+LoRA and PaCA are given ranks with which they train about as many parameters. Sizes are those of the case's
+source where a processor can bear them; the others need a GPU.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CASES", "Case"]
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from thawline.bench.images import ConvNet, VisionTransformer
+from thawline.bench.variants import Adapt
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One network, one batch, and what to compare on it."""
+
+    what: str
+    """One line: the network, its sizes, whose question it answers."""
+    build: Callable[[], nn.Module]
+    """The network with random weights, in float32 on the processor."""
+    batch: Callable[[], Batch]
+    """Its generated inputs."""
+    loss: Callable[[nn.Module, Batch], Tensor]
+    """One forward, up to the scalar that backward starts from."""
+    adapt: Adapt
+    """What of it is adapted, with which ranks."""
+    variants: tuple[str, ...]
+    """What is run, by the names in `thawline.bench.variants.VARIANTS`."""
+    dtype: torch.dtype = torch.float32
+    """Of the network and of images."""
+    needs_gpu: bool = False
+    """Too large for a processor."""
+
+
+def _llama(
+    *, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, trunk: bool = False
+) -> Callable[[], nn.Module]:
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, use_cache=False,
+    )  # fmt: skip
+    return lambda: (LlamaModel if trunk else LlamaForCausalLM)(config)
+
+
+def _tokens(*, vocab: int, batch: int, length: int) -> Callable[[], Batch]:
+    return lambda: {"input_ids": torch.randint(0, vocab, (batch, length))}
+
+
+def _images(*, classes: int, batch: int, size: int) -> Callable[[], Batch]:
+    return lambda: {
+        "pixel_values": torch.randn(batch, 3, size, size),
+        "labels": torch.randint(0, classes, (batch,)),
+    }
+
+
+def _roberta() -> nn.Module:
+    config = RobertaConfig(
+        vocab_size=8192, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
+        max_position_embeddings=514, type_vocab_size=1, num_labels=2,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config)
+
+
+def _resnet(depths: tuple[int, ...], layer_type: str, widths: tuple[int, ...]) -> Callable[[], nn.Module]:
+    config = ResNetConfig(
+        depths=list(depths), hidden_sizes=list(widths), layer_type=layer_type, num_labels=10
+    )
+    return lambda: ResNetForImageClassification(config)
+
+
+def _next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor = model(**batch, labels=batch["input_ids"]).loss
+    return loss
+
+
+def _trunk_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """A mean keeps nothing for backward, so only the blocks are counted."""
+    return model(**batch).last_hidden_state.mean()
+
+
+def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _image_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch["pixel_values"]), batch["labels"])
+
+
+def _classified_tokens() -> Batch:
+    return {"input_ids": torch.randint(5, 8192, (8, 128)), "labels": torch.randint(0, 2, (8,))}
+
+
+_FP32 = ("floor", "full", "lora", "lora_dropout", "paca", "paca_lean")
+_BF16 = ("floor", "full", "lora", "lora_fp32", "lora_dropout", "lora_fp32_dropout", "paca", "paca_lean")
+_STOCK_BLOCKS = ("floor", "full", "lora", "lora_dropout", "paca")  # no lean version of these networks' blocks
+_CONVS = r".*encoder.*\.convolution"
+
+CASES: dict[str, Case] = {
+    "reference": Case(
+        what="Llama, hidden 512, 8 layers, MLP 1408, 8 heads, vocabulary 4096; 4 × 256 tokens",
+        build=_llama(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=8, vocab=4096),
+        batch=_tokens(vocab=4096, batch=4, length=256),
+        loss=_next_token_loss,
+        adapt=Adapt(entry="model.embed_tokens", targets="all-linear"),
+        variants=_FP32,
+    ),
+    "bf16-8b-proportions": Case(
+        what="two Llama blocks in the proportions of the 8B: hidden 512, MLP 1792, 8/2 heads; 1 × 64 tokens",
+        build=_llama(hidden=512, mlp=1792, layers=2, heads=8, kv_heads=2, vocab=64, trunk=True),
+        batch=_tokens(vocab=64, batch=1, length=64),
+        loss=_trunk_loss,
+        adapt=Adapt(entry="embed_tokens", targets="all-linear"),
+        variants=_BF16,
+        dtype=torch.bfloat16,
+    ),
+    "8b-blocks": Case(
+        what="four blocks of the Llama 8B (hidden 4096, MLP 14336, 32/8 heads); 4 × 2048 tokens",
+        build=_llama(hidden=4096, mlp=14336, layers=4, heads=32, kv_heads=8, vocab=64, trunk=True),
+        batch=_tokens(vocab=64, batch=4, length=2048),
+        loss=_trunk_loss,
+        adapt=Adapt(entry="embed_tokens", targets="all-linear"),
+        variants=_BF16,
+        dtype=torch.bfloat16,
+        needs_gpu=True,
+    ),
+    "small-model": Case(
+        what="RoBERTa, hidden 384, 6 layers; 8 × 128 tokens (huggingface/peft #925: no faster than full)",
+        build=_roberta,
+        batch=_classified_tokens,
+        loss=_own_loss,
+        adapt=Adapt(entry="roberta.embeddings", targets=r".*encoder.*\.(query|key|value|dense)"),
+        variants=_STOCK_BLOCKS,
+    ),
+    "resnet18": Case(
+        what="ResNet-18, convolutions; 64 images of 32 × 32 (huggingface/peft #960: slower than full)",
+        build=_resnet((2, 2, 2, 2), "basic", (64, 128, 256, 512)),
+        batch=_images(classes=10, batch=64, size=32),
+        loss=_own_loss,
+        adapt=Adapt(entry="resnet.embedder", targets=_CONVS, lora_r=16, paca_r=16, dropout=0.1),
+        variants=_STOCK_BLOCKS,
+    ),
+    "small-llama-memory": Case(
+        # Width, tokens, ranks by 16, layers by 5.5, vocabulary by both: every share of memory stays.
+        what="TinyLlama, LoRA r=64, 2 × 8192 tokens, scaled down (huggingface/peft #1514: more than full)",
+        build=_llama(hidden=128, mlp=352, layers=4, heads=8, kv_heads=1, vocab=364),
+        batch=_tokens(vocab=364, batch=2, length=512),
+        loss=_next_token_loss,
+        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", lora_r=4, paca_r=8),
+        variants=_BF16,
+        dtype=torch.bfloat16,
+    ),
+    "tinyllama": Case(
+        what="TinyLlama 1.1B, LoRA r=64, 2 × 4096 tokens: huggingface/peft #1514 itself, at half its context",
+        build=_llama(hidden=2048, mlp=5632, layers=22, heads=32, kv_heads=4, vocab=32000),
+        batch=_tokens(vocab=32000, batch=2, length=4096),
+        loss=_next_token_loss,
+        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", lora_r=64, paca_r=128),
+        variants=("floor", "full", "lora", "lora_fp32", "paca", "paca_lean"),
+        dtype=torch.bfloat16,
+        needs_gpu=True,
+    ),
+    "resnet50": Case(
+        what="ResNet-50, convolutions; 4 images of 224 × 224 (huggingface/peft #2196: activations double)",
+        build=_resnet((3, 4, 6, 3), "bottleneck", (256, 512, 1024, 2048)),
+        batch=_images(classes=10, batch=4, size=224),
+        loss=_own_loss,
+        adapt=Adapt(entry="resnet.embedder", targets=_CONVS, lora_r=4, paca_r=6),
+        variants=_STOCK_BLOCKS,
+    ),
+    "vit": Case(
+        what="small vision transformer (width 64, 3 blocks); 64 images of 32 × 32",
+        build=VisionTransformer,
+        batch=_images(classes=10, batch=64, size=32),
+        loss=_image_loss,
+        adapt=Adapt(entry="patches", targets=VisionTransformer.targets),
+        variants=_STOCK_BLOCKS,
+    ),
+    "convnet": Case(
+        what="small residual conv net (width 32 to 128); 64 images of 32 × 32",
+        build=ConvNet,
+        batch=_images(classes=10, batch=64, size=32),
+        loss=_image_loss,
+        adapt=Adapt(entry="stem", targets=ConvNet.targets, paca_r=7),
+        variants=_STOCK_BLOCKS,
+    ),
+}  # fmt: skip

@@ -1,0 +1,99 @@
+"""The ways to train one network that the benches put side by side, each made as its users would make it."""
+
+from __future__ import annotations
+
+__all__ = ["VARIANTS", "Adapt", "attach"]
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import peft
+from torch import Tensor, nn
+
+from thawline.errors import ConfigError, did_you_mean
+from thawline.ops.lean import apply_lean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapt:
+    """What of a network is adapted, and how much."""
+
+    entry: str
+    """The first module. Where frozen, its output is made to require a gradient, so that every variant runs
+    backward through the whole network and none is faster for stopping early."""
+    targets: str
+    """`target_modules` of LoRA and PaCA: "all-linear", or a regular expression over module names."""
+    lora_r: int = 8
+    paca_r: int = 16
+    dropout: float = 0.05
+    """LoRA's, in the variants that have one."""
+    head: str | None = None
+    """A module trained whole beside every tuner, such as a new classification head."""
+
+
+def attach(variant: str, model: nn.Module, adapt: Adapt) -> nn.Module:
+    """Make `model` train as `variant` says. In place; returns the module to call.
+
+    Raises:
+        ConfigError: if `variant` is none of `VARIANTS`.
+    """
+    if variant not in VARIANTS:
+        raise ConfigError(f"Unknown variant '{variant}'. {did_you_mean(variant, VARIANTS)}")
+    if variant != "full":
+        model.requires_grad_(False)
+        model.get_submodule(adapt.entry).register_forward_hook(_require_grad)
+    return VARIANTS[variant](model, adapt)
+
+
+def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
+    first = output if isinstance(output, Tensor) else next(iter(output))
+    if first.is_floating_point() and not first.requires_grad:
+        first.requires_grad_()
+
+
+def _frozen(model: nn.Module, adapt: Adapt) -> nn.Module:
+    if adapt.head is not None:
+        model.get_submodule(adapt.head).requires_grad_(True)
+    return model
+
+
+def _full(model: nn.Module, adapt: Adapt) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _lora(model: nn.Module, adapt: Adapt, *, dropout: bool = False, fp32: bool = False) -> nn.Module:
+    config = peft.LoraConfig(
+        r=adapt.lora_r,
+        lora_alpha=2 * adapt.lora_r,
+        lora_dropout=adapt.dropout if dropout else 0.0,
+        target_modules=adapt.targets,
+        modules_to_save=[adapt.head] if adapt.head else None,
+    )
+    # PEFT's default keeps float32 adapters beside a half-precision base; both are what users run.
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=fp32)
+
+
+def _paca(model: nn.Module, adapt: Adapt, *, lean: bool = False) -> nn.Module:
+    from thawline.tuners import PacaConfig  # registers PaCA with PEFT: only where it is asked for
+
+    config = PacaConfig(
+        r=adapt.paca_r,
+        target_modules=adapt.targets,
+        modules_to_save=[adapt.head] if adapt.head else None,
+    )
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return apply_lean(adapted) if lean else adapted
+
+
+VARIANTS: dict[str, Callable[[nn.Module, Adapt], nn.Module]] = {
+    "floor": _frozen,
+    "full": _full,
+    "lora": _lora,
+    "lora_dropout": partial(_lora, dropout=True),
+    "lora_fp32": partial(_lora, fp32=True),
+    "lora_fp32_dropout": partial(_lora, fp32=True, dropout=True),
+    "paca": _paca,
+    "paca_lean": partial(_paca, lean=True),
+}
