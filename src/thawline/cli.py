@@ -412,7 +412,7 @@ def _parse_recipe(
     argv = _write_out_sections(argv)
     values = recipe.expand_sections(values)
     objective = _option(argv, "--objective.kind") or values["objective"].get("kind", "text")
-    method = _option(argv, "--tuner.method") or values["tuner"].get("method", recipe.Paca.method)
+    method = _option(argv, "--tuner.method") or values["tuner"].get("method", recipe.usual_method(objective))
     types = recipe.section_types(objective, method)
     # The recipe's values alone first: what the parser demands beside them would be missing there.
     of_recipe = _parser("", train)
@@ -543,17 +543,21 @@ def _say_evaluation(metrics: Mapping[str, float], parts: Mapping[str, Mapping[st
     """A table of one line a part, with the mean over parts and over everything below it."""
     if not metrics:
         return _say("No held-out rows: nothing was evaluated.")
-    names = list(metrics)
+    part_name, whole = ("class", "classes") if "AP" in metrics else ("task", "tasks")
+    # A class of objects may lack a metric that others have: small ones, say.
+    names = [name for name in metrics if not parts or any(name in part for part in parts.values())]
     rows = [
-        [name, str(part.get("rows", "")), *(_round(part[key]) for key in names)]
+        [name, str(part.get("rows", "")), *(_round(part[key]) if key in part else "" for key in names)]
         for name, part in parts.items()
     ]
     if len(parts) > 1:
-        means = [sum(part[key] for part in parts.values()) / len(parts) for key in names]
-        rows.append(["mean over tasks", "", *map(_round, means)])
+        found = {key: [part[key] for part in parts.values() if key in part] for key in names}
+        rows.append(
+            [f"mean over {whole}", "", *(_round(sum(values) / len(values)) for values in found.values())]
+        )
         total = sum(int(part.get("rows", 0)) for part in parts.values())
         rows.append(["all rows", str(total), *(_round(metrics[key]) for key in names)])
-    header = ["task", "rows", *names]
+    header = [part_name, "rows", *names]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(

@@ -12,6 +12,8 @@ A run's folder, every name stable:
     model/            what the run ends with: an adapter or a whole model, and its tokenizer
     result.json       metrics of the last evaluation, over all held-out rows and by part
     predictions.jsonl what was predicted in it
+    pictures/         of a detector: training pictures as it gets them, its worst images
+    best/, last/      of a detector: ready to use, at its best and at its latest evaluation
     report.html       all of the above on one page, by `thawline train` and `thawline report`
 """
 
@@ -35,20 +37,28 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from transformers import set_seed
 
 import thawline
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.recipe import Frozen, RunConfig, load_recipe
-from thawline.training.build import build_model, build_objective, load_tuned, n_parameters, saved_model_folder
+from thawline.report.pictures import save_worst_images
+from thawline.report.run_report import PICTURES
+from thawline.training.build import (
+    build_model,
+    build_objective,
+    build_trainer,
+    load_tuned,
+    n_parameters,
+    saved_model_folder,
+)
 from thawline.training.objective import Evaluation, Objective
 from thawline.training.trainer import (
     StopOnSignal,
     Trainer,
     newest_checkpoint,
     remove_torn_checkpoints,
-    training_arguments,
     write_text,
 )
 
@@ -56,6 +66,9 @@ logger = logging.getLogger(__name__)
 
 NO_DATA = "-"
 """`data.path` of a recipe made up for a model that no run of ours trained."""
+
+USUAL_BATCH = 8
+"""Rows evaluated at a time where the recipe leaves it open."""
 
 MAY_CHANGE = ("folder", "training.report_to", "training.workers", "training.keep_checkpoints")
 """What a resumed run may set anew: everything else would make it another run."""
@@ -105,14 +118,10 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
     objective = build_objective(config)
     model = build_model(config, objective)
     use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-    arguments = training_arguments(
-        config.training, folder=folder, tuner=config.tuner, seed=config.seed,
-        smaller_is_better=objective.smaller_is_better,
-    )  # fmt: skip
     stop = StopOnSignal()
-    trainer = Trainer(model, arguments, objective, callbacks=[stop])
-    plan = _plan(config, trainer)
-    _describe(config, objective, plan)
+    trainer = build_trainer(config, model, objective, callbacks=[stop])
+    plan = _plan(trainer)
+    _describe(config, trainer, plan)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "plan.json", _to_json(plan))
@@ -123,7 +132,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         return RunResult(folder=folder, status="planned", trainable=trainable)
 
     start = time.perf_counter()
-    if not isinstance(config.tuner, Frozen):
+    if trainable:
         remove_torn_checkpoints(folder)
         checkpoint = newest_checkpoint(folder)
         if resume:
@@ -138,9 +147,9 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         )
     if use_cache is not None:
         model.config.use_cache = use_cache
-    if not isinstance(config.tuner, Frozen):
+    if trainable:
         _save_model(trainer, folder / "model")
-    evaluation = _last_evaluation(trainer)
+    evaluation = trainer.final_evaluation()
     result = RunResult(
         folder=folder, status="finished", steps=steps, trainable=trainable, seconds=round(seconds, 3),
         metrics=evaluation.metrics, parts=evaluation.parts,
@@ -149,6 +158,10 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         write_text(
             folder / "predictions.jsonl", "".join(f"{_to_json(row, None)}\n" for row in evaluation.rows)
         )
+        if evaluation.detections is not None:
+            save_worst_images(folder / PICTURES / "worst.png", *evaluation.detections)
+        for name, values in evaluation.files.items():
+            write_text(folder / name, _to_json(values))
         write_text(folder / "result.json", _to_json(dataclasses.asdict(result)))
     return result
 
@@ -171,7 +184,9 @@ def evaluate(model: str | Path, *, config: RunConfig | None = None) -> Evaluatio
             f"'{config.data.path}' holds no held-out rows. Give `data.eval_path` or `data.eval_fraction`."
         )
     tuned = _to_device(load_tuned(config, objective, _saved_folder(model)))
-    return objective.evaluate(tuned, config.training.eval_batch_size or config.training.batch_size)
+    return objective.evaluate(
+        tuned, config.training.eval_batch_size or config.training.batch_size or USUAL_BATCH
+    )
 
 
 def predict(
@@ -225,10 +240,13 @@ def _saved_folder(model: str | Path) -> Path | None:
     """Where trained weights lie: a run's or an adapter's; None for a plain model, which is its own base."""
     path = Path(model)
     if (path / "config.yaml").is_file():
-        return (
-            None if isinstance(load_recipe(path / "config.yaml").tuner, Frozen) else saved_model_folder(path)
-        )
+        only_evaluated = isinstance(load_recipe(path / "config.yaml").tuner, Frozen)
+        return None if only_evaluated and not _holds_detector(path) else saved_model_folder(path)
     return path if (path / "adapter_config.json").is_file() else None
+
+
+def _holds_detector(folder: Path) -> bool:
+    return any((folder / name / "config.json").is_file() for name in ("model", "best", "last"))
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -281,6 +299,7 @@ def _open_folder(config: RunConfig, objective: Objective) -> None:
     write_text(env_file, _to_json([*starts, environment()]))
     write_text(folder / "objective.json", _to_json(objective.describe()))
     write_text(folder / "sample.txt", objective.preview() + "\n")
+    objective.save_pictures(folder / PICTURES)
     named = dataclasses.replace(config, name=config.run_name)
     text = yaml.safe_dump(named.to_mapping(), sort_keys=False, allow_unicode=True)
     write_text(folder / "config.yaml", text)
@@ -296,20 +315,7 @@ def _save_model(trainer: Trainer, target: Path) -> None:
         beside.rename(target)
 
 
-def _last_evaluation(trainer: Trainer) -> Evaluation:
-    """The evaluation of the model the run ends with: the one after the last step, if that is the model."""
-    if not trainer.objective.held_out_rows:
-        return Evaluation(metrics={})
-    is_last = (
-        trainer.last_evaluated_step == trainer.state.global_step and not trainer.args.load_best_model_at_end
-    )
-    if trainer.last_evaluation is None or not is_last:
-        trainer.evaluate()
-    assert trainer.last_evaluation is not None
-    return trainer.last_evaluation
-
-
-def _plan(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+def _plan(trainer: Trainer) -> dict[str, Any]:
     """What is about to happen, as plain values."""
     trainable, total = n_parameters(trainer.model)
     plan: dict[str, Any] = {
@@ -323,38 +329,13 @@ def _plan(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
             "held_out": len(trainer.objective.held_out_rows),
         },
     }
-    if isinstance(config.tuner, Frozen):
-        return plan
-    groups = trainer.create_optimizer().param_groups
-    rows_a_step = (
-        trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * trainer.args.world_size
-    )
-    steps_an_epoch = -(-len(trainer.objective.train_rows) // rows_a_step)
-    steps = config.training.max_steps or round(steps_an_epoch * config.training.epochs)
-    batch = trainer.objective.collate(trainer.objective.train_rows[: trainer.args.train_batch_size])
-    return plan | {
-        "steps": steps,
-        "rows_a_step": rows_a_step,
-        "warmup_steps": trainer.args.get_warmup_steps(steps),
-        "schedule": config.training.schedule,
-        "parameter_groups": [
-            {
-                "lr": group["lr"],
-                "weight_decay": group["weight_decay"],
-                "tensors": len(group["params"]),
-                "parameters": sum(p.numel() for p in group["params"]),
-            }
-            for group in groups
-            if group["params"]
-        ],
-        "first_batch": {name: _summary(value) for name, value in batch.items()},
-    }
+    return plan | trainer.plan() if trainable else plan
 
 
-def _describe(config: RunConfig, objective: Objective, plan: Mapping[str, Any]) -> None:
+def _describe(config: RunConfig, trainer: Trainer, plan: Mapping[str, Any]) -> None:
     trainable, total = plan["trainable_parameters"], plan["parameters"]
     logger.info("run      %s", config.run_folder)
-    logger.info("base     %s: %s, %s parameters", config.base.model, plan["model"], f"{total:,}")
+    logger.info("base     %s: %s, %s parameters", config.base.label, plan["model"], f"{total:,}")
     logger.info(
         "tuner    %s: %s trainable (%.2f %%)", config.tuner.method, f"{trainable:,}", 100 * trainable / total
     )
@@ -363,13 +344,14 @@ def _describe(config: RunConfig, objective: Objective, plan: Mapping[str, Any]) 
         config.data.path,
         "{train:,} rows to learn, {held_out:,} held out".format(**plan["rows"]),
     )
-    if "steps" in plan:
+    if trainable:
         logger.info(
-            "training %s steps of %d rows, lr %.2g, %s on %s",
-            f"{plan['steps']:,}", plan["rows_a_step"], plan["parameter_groups"][0]["lr"], plan["precision"],
-            plan["device"],
+            "training %s steps of %d rows, %s on %s",
+            f"{plan['steps']:,}", plan["rows_a_step"], plan["precision"], plan["device"],
         )  # fmt: skip
-        logger.info("sample   %s  (⟦learned⟧)", objective.preview())
+        for line in trainer.plan_lines(plan):
+            logger.info(line)
+        logger.info("sample   %s  (⟦learned⟧)", trainer.objective.preview())
 
 
 def environment() -> dict[str, Any]:
@@ -389,10 +371,6 @@ def environment() -> dict[str, Any]:
 
 def _base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _summary(value: Tensor) -> dict[str, Any]:
-    return {"shape": list(value.shape), "least": value.min().item(), "greatest": value.max().item()}
 
 
 def _read_result(folder: Path) -> RunResult:

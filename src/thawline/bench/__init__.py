@@ -1,1 +1,1 @@
-"""Floor 3: paired measurements, each a module to run: `python -m thawline.bench.<name>`."""
+"""Floor 4: paired measurements, each a module to run: `python -m thawline.bench.<name>`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 __all__ = ["BatchPolicy", "Collate", "build_loader", "multi_scale_sizes", "to_float"]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from thawline.data.augment import TrainingImages, TrainingSample
-from thawline.data.draws import BATCH, chance
+from thawline.data.draws import BATCH, EpochSampler, chance
 from thawline.data.images import opencv
 from thawline.errors import ConfigError
 
@@ -196,9 +196,15 @@ def copy_blend(
 
 
 def build_loader(
-    images: TrainingImages, collate: Collate, *, batch_size: int, workers: int = 0, pin_memory: bool = False
+    images: TrainingImages,
+    collate: Callable[[Sequence[TrainingSample]], Any],
+    *,
+    batch_size: int,
+    sampler: EpochSampler | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[Any]:
-    """A loader of training batches. Call `loader.sampler.set_epoch` before each epoch.
+    """A loader of training batches. Call its sampler's `set_epoch` before each epoch.
 
     The last, smaller batch of an epoch is left out, unless it is the only one.
 
@@ -206,19 +212,22 @@ def build_loader(
         images: built with the same batch size.
         collate: as above.
         batch_size: images per device.
+        sampler: of draws; `None` makes one.
         workers: processes; 0 works in this one.
         pin_memory: for copies to a GPU that nobody waits for.
     """
     return DataLoader(
         images,
         batch_size=batch_size,
-        sampler=images.sampler(),
+        sampler=sampler or images.sampler(),
         collate_fn=collate,
         drop_last=len(images) >= batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread if workers else None,
+        # Without one of its own, each start of the workers would draw from the run's random state.
+        generator=torch.Generator(),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["build_model", "build_objective", "load_tuned", "n_parameters"]
+__all__ = ["build_model", "build_objective", "build_trainer", "load_tuned", "n_parameters"]
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,11 +11,23 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from thawline.errors import CheckpointError, ConfigError
-from thawline.recipe import Frozen, Full, RunConfig
+from thawline.recipe import (
+    DetectionBase,
+    DetectionData,
+    DetectionSettings,
+    DetectionTraining,
+    Frozen,
+    Full,
+    RunConfig,
+    TextBase,
+    TextData,
+    TextSettings,
+)
 from thawline.training.objective import Objective
-from thawline.training.trainer import choose_precision, newest_checkpoint
+from thawline.training.trainer import Trainer, choose_precision, newest_checkpoint, training_arguments
 from thawline.tuners.build import attach_tuner
 
 
@@ -32,14 +44,31 @@ def build_objective(
         read: which rows to read.
         described: what the objective said of itself when the run was trained (`Objective.describe`).
     """
-    if config.objective.kind == "text":
+    if isinstance(config.objective, DetectionSettings):
+        assert isinstance(config.base, DetectionBase)
+        assert isinstance(config.data, DetectionData)
+        assert isinstance(config.training, DetectionTraining)
+        from thawline.training.detection import DetectionObjective
+
+        return DetectionObjective(
+            config.objective,
+            config.base,
+            config.data,
+            config.training,
+            seed=config.seed,
+            read=read,
+            described=described,
+        )
+    if isinstance(config.objective, TextSettings):
+        assert isinstance(config.base, TextBase)
+        assert isinstance(config.data, TextData)
         from thawline.training.text import TextObjective
 
         return TextObjective(
             config.objective,
             config.base,
             config.data,
-            dtype=_dtype(config),
+            dtype=_dtype(config, config.base),
             seed=config.seed,
             read=read,
             labels=(described or {}).get("labels", ()),
@@ -48,32 +77,69 @@ def build_objective(
 
 
 def build_model(config: RunConfig, objective: Objective) -> nn.Module:
-    """The base, lean where asked, with the tuner attached."""
+    """The base, lean where asked, with the tuner attached: to all of it, or to a detector's backbone."""
     model = objective.load_base()
     if config.lean:
         from thawline.ops.lean import apply_lean
 
         model = apply_lean(model)
+    if isinstance(config.objective, DetectionSettings):
+        from thawline.training.backbone import tune_backbone
+
+        detection: Any = objective
+        if not isinstance(config.tuner, Full) and detection.start == "scratch":
+            raise ConfigError(
+                f"`tuner: {config.tuner.method}` would keep a backbone of random weights. Give pretrained "
+                "ones as `base.weights`, or `--tuner none` to train all of it."
+            )
+        return tune_backbone(model, config.tuner)
     return attach_tuner(model, config.tuner)
+
+
+def build_trainer(
+    config: RunConfig, model: nn.Module, objective: Objective, callbacks: list[TrainerCallback]
+) -> Trainer:
+    """The objective's trainer, with the arguments its recipe says."""
+    if isinstance(config.training, DetectionTraining):
+        from thawline.training.detection_trainer import DetectionTrainer, detection_arguments
+
+        detection: Any = objective
+        return DetectionTrainer(
+            model,
+            detection_arguments(
+                config.training, detection, folder=config.run_folder, tuner=config.tuner, seed=config.seed
+            ),
+            detection,
+            config.tuner,
+            callbacks,
+        )
+    arguments = training_arguments(
+        config.training, folder=config.run_folder, tuner=config.tuner, seed=config.seed,
+        smaller_is_better=objective.smaller_is_better,
+    )  # fmt: skip
+    return Trainer(model, arguments, objective, callbacks)
 
 
 def load_tuned(config: RunConfig, objective: Objective, folder: Path | None) -> nn.Module:
     """The base with what a run saved in `folder` (its model/ or a checkpoint); None: the base as it is."""
-    if folder is None or isinstance(config.tuner, Frozen):
+    if folder is None:
         return build_model(dataclasses.replace(config, tuner=Frozen()), objective)
-    if isinstance(config.tuner, Full):
+    if isinstance(config.tuner, (Full, Frozen)) or not (folder / "adapter_config.json").is_file():
         return objective.load_base(str(folder))
     tuner = dataclasses.replace(config.tuner, start_from=str(folder))
     return build_model(dataclasses.replace(config, tuner=tuner), objective)
 
 
 def saved_model_folder(run_folder: Path) -> Path:
-    """Where a run keeps what it trained: model/, or its newest checkpoint where it has not finished.
+    """Where a run keeps what it trained: model/, or what there is before it has finished.
 
-    Raises: CheckpointError: if it holds neither.
+    That is a detector's best/ or last/, else the newest checkpoint.
+
+    Raises: CheckpointError: if it holds none of them.
     """
-    if (run_folder / "model").is_dir():
-        return run_folder / "model"
+    for name in ("model", "best", "last"):
+        if (run_folder / name).is_dir():
+            return run_folder / name
     checkpoint = newest_checkpoint(run_folder)
     if checkpoint is None:
         raise CheckpointError(
@@ -88,8 +154,8 @@ def n_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(p.numel() for p in model.parameters())
 
 
-def _dtype(config: RunConfig) -> torch.dtype:
-    wanted = config.base.dtype
+def _dtype(config: RunConfig, base: TextBase) -> torch.dtype:
+    wanted = base.dtype
     if wanted == "auto":
         trains_base = isinstance(config.tuner, Full)
         is_bf16 = choose_precision(config.training.precision) == "bf16"

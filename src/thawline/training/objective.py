@@ -6,6 +6,7 @@ __all__ = ["Evaluation", "Objective"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ class Evaluation:
     """The same by part: a task of text, a class of detection."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """What was predicted, row by row, as plain values."""
+    files: dict[str, Any] = field(default_factory=dict)
+    """More of it: plain values by the name of the JSON file they go to in the run's folder."""
+    detections: tuple[Any, Any, Any] | None = None
+    """Of a detector: images, evaluator and its metrics, from which its worst images are drawn."""
 
 
 class Objective(Protocol):
@@ -47,6 +52,9 @@ class Objective(Protocol):
 
     def preview(self) -> str:
         """One training row as the model sees it, for a person to check before step 1."""
+
+    def save_pictures(self, folder: Path) -> None:
+        """Draw into `folder` what is worth seeing before step 1."""
 
     def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
         """Judge `model` on the held-out rows; leaves it in eval mode."""

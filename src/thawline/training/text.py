@@ -139,6 +139,9 @@ class TextObjective:
                 start = end
         return "".join(parts)
 
+    def save_pictures(self, folder: Path) -> None:
+        """Text has none."""
+
     def describe(self) -> dict[str, Any]:
         """How a text becomes a prompt, and a classifier's labels."""
         return {"format": self.format, "template": self.data.template, "labels": list(self.labels)}

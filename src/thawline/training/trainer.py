@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -79,6 +79,50 @@ class Trainer(transformers.Trainer):
             self.add_callback(Progress())
         self.remove_callback(PrinterCallback)
 
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """What the objective judges."""
+        return self.model
+
+    def plan(self) -> dict[str, Any]:
+        """What is about to happen: steps, parameter groups, the first batch; as plain values."""
+        rows, args = self.objective.train_rows, self.args
+        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = round(-(-len(rows) // rows_a_step) * args.num_train_epochs)
+        steps = args.max_steps if args.max_steps > 0 else steps
+        batch = self.objective.collate(rows[: args.train_batch_size])
+        return {
+            "steps": steps,
+            "rows_a_step": rows_a_step,
+            "warmup_steps": args.get_warmup_steps(steps),
+            "schedule": str(args.lr_scheduler_type.value),
+            "parameter_groups": [
+                {
+                    "lr": group["lr"],
+                    "weight_decay": group["weight_decay"],
+                    "tensors": len(group["params"]),
+                    "parameters": sum(p.numel() for p in group["params"]),
+                }
+                for group in self.create_optimizer().param_groups
+                if group["params"]
+            ],
+            "first_batch": {name: _summary(value) for name, value in batch.items()},
+        }
+
+    def plan_lines(self, plan: Mapping[str, Any]) -> list[str]:
+        """The plan in a few lines, for a person to read before step 1."""
+        return [f"rate     {plan['parameter_groups'][0]['lr']:.2g}, {plan['schedule']}"]
+
+    def final_evaluation(self) -> Evaluation:
+        """Of the model that the run ends with: the one after the last step, if that is the model."""
+        if not self.objective.held_out_rows:
+            return Evaluation(metrics={})
+        is_last = self.last_evaluated_step == self.state.global_step and not self.args.load_best_model_at_end
+        if self.last_evaluation is None or not is_last:
+            self.evaluate()
+        assert self.last_evaluation is not None
+        return self.last_evaluation
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -90,7 +134,7 @@ class Trainer(transformers.Trainer):
         """The objective's evaluation in place of a loss over batches."""
         was_training = self.model.training
         with torch.no_grad(), self.compute_loss_context_manager():
-            evaluation = self.objective.evaluate(self.model, self.args.per_device_eval_batch_size)
+            evaluation = self.objective.evaluate(self.evaluated_model, self.args.per_device_eval_batch_size)
         self.model.train(was_training)
         self.last_evaluation = evaluation
         self.last_evaluated_step = self.state.global_step
@@ -341,6 +385,10 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return None
+
+
+def _summary(value: Tensor) -> dict[str, Any]:
+    return {"shape": list(value.shape), "least": value.min().item(), "greatest": value.max().item()}
 
 
 def _is_speed(name: str) -> bool:
