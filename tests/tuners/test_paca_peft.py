@@ -142,7 +142,7 @@ def test_merge_is_a_change_of_flag(base, x):
 
 def adapted_weight(model: nn.Module) -> torch.Tensor:
     layer = model.base_model.model.first
-    return layer._resident.original(layer.base_layer.weight) + layer.get_delta_weight("default")
+    return layer._state.resident.original(layer.base_layer.weight) + layer.get_delta_weight("default")
 
 
 def test_merged_columns_show_in_the_state_dict_where_rollouts_read_them(base, x):

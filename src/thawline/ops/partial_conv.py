@@ -20,7 +20,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+
+from thawline.ops.partial_linear import refuse_second_derivatives
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class _TapChannels(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         x, index = ctx.saved_tensors
         if ctx.on_backward is not None:
             ctx.on_backward()

@@ -39,6 +39,23 @@ HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
 
 
+class State:
+    """What a layer knows of its weight. Not kept on the layer: setting a module's attribute is slow."""
+
+    def __init__(self, resident: Resident) -> None:
+        self.resident = resident
+        self.wanted: tuple[str, ...] = ()  # adapters whose columns the weight should hold
+        self.inside: tuple[str, ...] = ()  # … and does, as far as we wrote them
+        self.trained: tuple[str, ...] = ()  # adapters that forward gives a gradient
+        self.dirty = True  # write before the next forward
+        self.pending = False  # a gradient was emitted since the last write
+        self.claimed = False  # an optimiser that tells of its steps holds our change
+        self.sharded = False  # the weight was seen as one rank's shard
+        self.gathered = False  # FSDP2 shows a gathered weight in forward; the shards are what counts
+        self.compiled = False  # forward was compiled: it cannot look before it runs
+        self.released = False  # the base layer went its own way
+
+
 class PacaLayer(nn.Module, BaseTunerLayer):
     """A frozen layer and the adapters that move some of its columns.
 
@@ -66,15 +83,24 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         _check_weight(base_layer, name)
-        self._start()
+        self._state = State(Resident(name, self._view))
+        watch(self)
         self.register_state_dict_post_hook(_put_original_weight)
         self.register_load_state_dict_post_hook(_after_load)
 
     # What a type of layer must say of itself.
 
     @abstractmethod
-    def tap(self, y: Tensor, x: Tensor, name: str, on_backward: Callable[[], None] | None) -> Tensor:
-        """Give adapter `name` its gradient from the layer's output and input; returns y."""
+    def tap(
+        self,
+        y: Tensor,
+        x: Tensor,
+        delta: Tensor,
+        index: Tensor,
+        scale: float,
+        on_backward: Callable[[], None] | None,
+    ) -> Tensor:
+        """Give `delta` its gradient from the layer's output and input; returns y."""
 
     @abstractmethod
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
@@ -87,19 +113,21 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output; its gradient reaches the active adapters' columns."""
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            self._compiled = True
-        elif not self._is_current():
-            self.sync()
+        state, on_backward = self._state, None
+        if torch.compiler.is_compiling():
+            state.compiled = True
+        else:
+            if not self._is_current():
+                self.sync()
+            # Made here, not kept: kept, it would hold the layer in a cycle.
+            on_backward = partial(self._before_backward, state.wanted)
         y = self.base_layer(x, *args, **kwargs)
-        if self._trained and torch.is_grad_enabled():
-            for name in self._trained:
-                if self.thawline_paca_delta[name].requires_grad:
-                    # The partial is made here, not kept: kept, it would hold the layer in a cycle.
-                    y = self.tap(
-                        y, x, name, None if compiling else partial(self._before_backward, self._wanted)
-                    )
+        if state.trained and torch.is_grad_enabled():
+            for name in state.trained:
+                delta = self.thawline_paca_delta[name]
+                if delta.requires_grad:
+                    index = self.thawline_paca_indices[name]
+                    y = self.tap(y, x, delta, index, self.scaling[name], on_backward)
         return y
 
     def columns_of(self, weight: Tensor) -> Tensor:
@@ -180,7 +208,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         before = list(self.merged_adapters)
         self.merged_adapters = before + names
         self._rethink()
-        if safe_merge and not self._resident.is_finite():
+        if safe_merge and not self._state.resident.is_finite():
             self.merged_adapters = before
             self._rethink()
             raise ConfigError(
@@ -198,10 +226,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """The base layer alone: with the columns for good, or as it was."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            self._resident.forget()
+            self._state.resident.forget()
         else:
             self.evict()
-        self._released = True
+        self._state.released = True
         return self.base_layer
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -217,94 +245,84 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def sync(self) -> None:
         """Make the weight hold what the wanted adapters say now."""
-        weight = self.base_layer.weight
-        if self._released or self._is_gathered(weight):
+        state, weight = self._state, self.base_layer.weight
+        if state.released or self._is_gathered(weight):
             return
-        changes = [
-            Change(self.thawline_paca_delta[n], self.thawline_paca_indices[n], self.scaling[n])
-            for n in self._wanted
-        ]
+        deltas, indices = self.thawline_paca_delta, self.thawline_paca_indices
+        changes = [Change(deltas[name], indices[name], self.scaling[name]) for name in state.wanted]
         if any(change.delta.is_meta for change in changes):
             return  # being loaded; _after_load or the next forward comes back
-        self._check_in_place(weight)
-        self._resident.install(weight, changes)
-        self._inside, self._dirty, self._pending = self._wanted, False, False
+        if not state.resident.is_in(weight):
+            self._check_in_place(weight)
+        state.resident.install(weight, changes)
+        state.inside, state.dirty, state.pending = state.wanted, False, False
 
     def evict(self) -> None:
         """Bring back every bit of the original weight; the next forward brings the columns in again."""
-        if not self._released and self._inside:
+        state = self._state
+        if not state.released and state.inside:
             self._check_not_gathered()
-            self._resident.evict(self.base_layer.weight)
-            self._inside, self._dirty = (), True
+            state.resident.evict(self.base_layer.weight)
+            state.inside, state.dirty = (), True
 
     def after_step(self, moved: set[int]) -> None:
         """An optimiser stepped (see `watch`): write now if it holds δ, else before the next forward."""
-        weight = self.base_layer.weight
-        self._sharded = is_sharded(weight)
-        self._gathered = False
-        self._dirty = True
-        if any(id(self.thawline_paca_delta[name]) in moved for name in self._wanted):
-            self._claimed = True
+        state = self._state
+        state.sharded = is_sharded(self.base_layer.weight)
+        state.gathered = False
+        state.dirty = True
+        deltas = self.thawline_paca_delta
+        if any(id(deltas[name]) in moved for name in state.wanted):
+            state.claimed = True
             self.sync()
-        elif self._sharded:
+        elif state.sharded:
             self.sync()
-
-    _wanted: tuple[str, ...]  # adapters whose columns the weight should hold
-    _inside: tuple[str, ...]  # … and does, as far as we wrote them
-    _trained: tuple[str, ...]  # adapters that forward gives a gradient
-
-    def _start(self) -> None:
-        """Nothing is inside the weight."""
-        self._resident = Resident(self.name, self._view)
-        self._wanted = self._inside = self._trained = ()
-        self._dirty = True  # write before the next forward
-        self._pending = False  # a gradient was emitted since the last write
-        self._claimed = False  # an optimiser that tells of its steps holds our change
-        self._sharded = False  # the weight was seen as one rank's shard
-        self._gathered = False  # FSDP2 shows a gathered weight in forward; the shards are what counts
-        self._compiled = False  # forward was compiled: it cannot look before it runs
-        self._released = False  # the base layer went its own way
-        watch(self)
 
     def _rethink(self) -> None:
         """Draw the consequences of a change of adapters, flags or merging, and write."""
+        state = self._state
         names = self.merged_adapters or self.active_adapters
-        self._wanted = (
-            () if self._disable_adapters else tuple(n for n in names if n in self.thawline_paca_delta)
-        )
-        self._trained = () if self.merged else self._wanted
-        if self._inside != self._wanted:
+        deltas = self.thawline_paca_delta
+        state.wanted = () if self._disable_adapters else tuple(name for name in names if name in deltas)
+        state.trained = () if self.merged else state.wanted
+        if state.inside != state.wanted:
             self._check_not_gathered()
         self.sync()
 
     def _is_current(self) -> bool:
-        """Whether the weight surely holds the wanted columns."""
-        if self._gathered:
+        """Whether the weight surely holds the wanted columns. Runs before every forward."""
+        state = self._state
+        if state.gathered:
             return True
-        if self._dirty or self._inside != self._wanted:
+        if state.dirty or state.inside != state.wanted:
             return False
-        for name, change in zip(self._wanted, self._resident.changes, strict=True):
-            delta = self.thawline_paca_delta[name]
-            if not change.is_unmoved(delta, self.thawline_paca_indices[name], self.scaling[name]):
+        # Past nn.Module's __getattr__, which costs more than all the rest.
+        modules = self._modules
+        deltas = modules["thawline_paca_delta"]._parameters
+        indices = modules["thawline_paca_indices"]._buffers
+        for name, change in zip(state.wanted, state.resident.changes, strict=True):
+            delta = deltas[name]
+            if not change.is_unmoved(delta, indices[name], self.scaling[name]):
                 return False
             if delta.grad is None:
-                if self._pending:  # emitted and gone: somebody may have applied it
+                if state.pending:  # emitted and gone: somebody may have applied it
                     return False
-            elif not self._claimed:  # somebody may be applying it, again and again
+            elif not state.claimed:  # somebody may be applying it, again and again
                 return False
-        return not self._wanted or self._resident.is_in(self.base_layer.weight)
+        weight = modules["base_layer"]._parameters.get("weight")
+        return not state.wanted or state.resident.is_in(weight)
 
     def _before_backward(self, inside: tuple[str, ...]) -> None:
-        """Before the base layer's own backward: bring back what its forward ran with, should it have been
-        changed.
+        """Before the base layer's own backward: bring back what its forward ran with, if that was changed.
 
         A reference pass with adapters disabled, or another adapter's forward, may lie between the two.
         """
-        if self._inside != inside and not self._gathered:
-            wanted, self._wanted = self._wanted, inside
+        state = self._state
+        if state.inside != inside and not state.gathered:
+            wanted, state.wanted = state.wanted, inside
             self.sync()
-            self._wanted, self._dirty = wanted, True
-        self._pending = True
+            state.wanted, state.dirty = wanted, True
+        state.pending = True
 
     def _is_gathered(self, weight: Tensor) -> bool:
         """Whether FSDP2 shows a gathered copy of the weight, which dies with this forward.
@@ -312,11 +330,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         Then nothing is written: `after_step` writes the shards, and this copy came from them.
         """
         if is_sharded(weight):
-            self._sharded = True
-            self._gathered = False
+            self._state.sharded = True
+            self._state.gathered = False
         elif torch.distributed.is_initialized():
-            self._gathered = self._sharded or self._resident.is_elsewhere(weight)
-        return self._gathered
+            self._state.gathered = self._state.sharded or self._state.resident.is_elsewhere(weight)
+        return self._state.gathered
 
     def _check_not_gathered(self) -> None:
         if self._is_gathered(self.base_layer.weight):
@@ -351,8 +369,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> PacaLayer:
         """Switch mode; an optimiser may have swapped parameters along with it."""
         if mode != self.training:
-            self._dirty = True
-            if self._compiled:
+            self._state.dirty = True
+            if self._state.compiled:
                 self.sync()
         return super().train(mode)
 
@@ -387,7 +405,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Others than eager forwards cannot bring evicted columns in again: see _put_original_weight.
-        if not (self.merged or self._compiled or is_sharded(self.base_layer.weight)):
+        if not (self.merged or self._state.compiled or is_sharded(self.base_layer.weight)):
             self.evict()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -406,21 +424,16 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.evict()
-        return {k: v for k, v in self.__dict__.items() if k not in RUNTIME}
+        return {key: value for key, value in self.__dict__.items() if key != "_state"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._start()
+        self._state = State(Resident(self.name, self._view))
+        watch(self)
         self._rethink()
 
     def __repr__(self) -> str:
         return f"thawline.{super().__repr__()}"
-
-
-RUNTIME = (
-    "_resident", "_wanted", "_inside", "_trained",
-    "_dirty", "_pending", "_claimed", "_sharded", "_gathered", "_compiled", "_released",
-)  # fmt: skip
 
 
 class PacaLinear(PacaLayer):
@@ -430,10 +443,17 @@ class PacaLinear(PacaLayer):
         super().__init__(base_layer, name)
         self._rows_are_outputs = not isinstance(base_layer, Conv1D)
 
-    def tap(self, y: Tensor, x: Tensor, name: str, on_backward: Callable[[], None] | None) -> Tensor:
+    def tap(
+        self,
+        y: Tensor,
+        x: Tensor,
+        delta: Tensor,
+        index: Tensor,
+        scale: float,
+        on_backward: Callable[[], None] | None,
+    ) -> Tensor:
         """See `tap_columns`."""
-        delta, index = self.thawline_paca_delta[name], self.thawline_paca_indices[name]
-        return tap_columns(y, x, delta, index, self.scaling[name], on_backward)
+        return tap_columns(y, x, delta, index, scale, on_backward)
 
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
         """A picks the columns, (R, I); B is their scaled change, (O, R)."""
@@ -456,10 +476,17 @@ class PacaConv2d(PacaLayer):
         self._geometry = ConvGeometry.of(base_layer)
         self._rows_are_outputs = not self._geometry.depthwise
 
-    def tap(self, y: Tensor, x: Tensor, name: str, on_backward: Callable[[], None] | None) -> Tensor:
+    def tap(
+        self,
+        y: Tensor,
+        x: Tensor,
+        delta: Tensor,
+        index: Tensor,
+        scale: float,
+        on_backward: Callable[[], None] | None,
+    ) -> Tensor:
         """See `tap_channels`."""
-        delta, index = self.thawline_paca_delta[name], self.thawline_paca_indices[name]
-        return tap_channels(y, x, delta, index, self._geometry, self.scaling[name], on_backward)
+        return tap_channels(y, x, delta, index, self._geometry, scale, on_backward)
 
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
         """A picks one channel at one place of the kernel, (R·K·K, C, K, K); B is its change, (O, R·K·K, 1,
@@ -532,7 +559,7 @@ def _check_weight(base_layer: nn.Module, name: str) -> None:
         )
     for other in watched():
         theirs = other.base_layer.weight
-        if not other._released and not weight.is_meta and theirs.data_ptr() == weight.data_ptr():
+        if not other._state.released and not weight.is_meta and theirs.data_ptr() == weight.data_ptr():
             raise ConfigError(
                 f"The weight of '{name}' already holds the columns of another PaCA layer ('{other.name}'). "
                 "Unload that model first (model.unload()), or give each its own copy of the base."
@@ -545,8 +572,8 @@ def _put_original_weight(
     """In a state dict, a copy of the original weight where it could not simply be evicted."""
     key = f"{prefix}base_layer.weight"
     weight = layer.base_layer.weight
-    if key in state_dict and not layer.merged and (layer._compiled or is_sharded(weight)):
-        state_dict[key] = layer._resident.original(weight)
+    if key in state_dict and not layer.merged and (layer._state.compiled or is_sharded(weight)):
+        state_dict[key] = layer._state.resident.original(weight)
 
 
 def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:

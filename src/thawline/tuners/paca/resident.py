@@ -104,6 +104,7 @@ class Resident:
             write_columns(self._columns_of(copy), self._index, self._original)
         return copy
 
+    @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether the columns that are inside are free of NaN and infinity."""
         return self._original is None or bool(torch.isfinite(self._changed()).all())
@@ -135,7 +136,6 @@ class Resident:
             )
         self._checked = (index, index._version)
 
-    @torch.no_grad()
     def _changed(self) -> Tensor:
         """W₀ + Σ scale · delta at the columns, summed in fp32 or wider and rounded once."""
         assert self._original is not None
