@@ -7,9 +7,8 @@ re-parameterised block RepVGG's (Ding et al., CVPR 2021).
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "ELAN", "MLP", "ConvNorm", "RMSNorm", "SelfAttention", "SwiGLU"]
+__all__ = ["ELAN", "MLP", "ConvNorm", "RMSNorm", "SelfAttention", "SwiGLU"]
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -17,14 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Literal["none", "relu", "silu", "gelu"]
-
-ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
-    "none": nn.Identity,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-}
+from thawline.models.deimv2.fused import FusedConv, fold_norm, fuse_children
 
 
 class ConvNorm(nn.Module):
@@ -38,7 +30,7 @@ class ConvNorm(nn.Module):
         *,
         stride: int = 1,
         groups: int = 1,
-        activation: Activation = "none",
+        activation: Literal["none", "silu"] = "none",
     ) -> None:
         super().__init__()
         padding = (kernel_size - 1) // 2
@@ -46,11 +38,16 @@ class ConvNorm(nn.Module):
             in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
         )
         self.norm = nn.BatchNorm2d(out_channels)
-        self.act = ACTIVATIONS[activation]()
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) to (B, O, H / stride, W / stride)."""
-        return self.act(self.norm(self.conv(x)))
+        x = self.norm(self.conv(x))
+        return F.silu(x) if self.activation == "silu" else x
+
+    def fuse(self) -> FusedConv:
+        """One convolution."""
+        return FusedConv.fold(self.conv, self.norm, self.activation)
 
 
 class RepVGG(nn.Module):
@@ -60,11 +57,16 @@ class RepVGG(nn.Module):
         super().__init__()
         self.conv1 = ConvNorm(channels, channels, 3)
         self.conv2 = ConvNorm(channels, channels, 1)
-        self.act = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
-        return self.act(self.conv1(x) + self.conv2(x))
+        return F.silu(self.conv1(x) + self.conv2(x))
+
+    def fuse(self) -> FusedConv:
+        """One convolution: the 1×1 kernel is the middle of a 3×3 one."""
+        weight, bias = fold_norm(self.conv1.conv.weight, self.conv1.norm)
+        weight_1, bias_1 = fold_norm(self.conv2.conv.weight, self.conv2.norm)
+        return FusedConv(weight + F.pad(weight_1, (1, 1, 1, 1)), bias + bias_1, padding=1, activation="silu")
 
 
 class CSP(nn.Module):
@@ -79,6 +81,23 @@ class CSP(nn.Module):
         """(B, I, H, W) to (B, C, H, W)."""
         straight, deep = self.conv1(x).chunk(2, dim=1)
         return straight + self.bottlenecks(deep)
+
+    def fuse(self) -> FusedCSP:
+        """With a convolution for each half."""
+        return FusedCSP(self)
+
+
+class FusedCSP(nn.Module):
+    """CSP with a convolution for each half: half of a channels-last map is not dense, and would be copied."""
+
+    def __init__(self, csp: CSP) -> None:
+        super().__init__()
+        self.straight, self.deep = _halves(csp.conv1)
+        self.bottlenecks = fuse_children(csp.bottlenecks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) to (B, C, H, W)."""
+        return self.bottlenecks(self.deep(x)).add_(self.straight(x))
 
 
 class ELAN(nn.Module):
@@ -105,10 +124,39 @@ class ELAN(nn.Module):
         first = self.cv2(halves.chunk(2, dim=1)[1])
         return self.cv4(torch.cat([halves, first, self.cv3(first)], dim=1))
 
+    def fuse(self) -> FusedELAN:
+        """With a convolution for each half."""
+        return FusedELAN(self)
+
+
+class FusedELAN(nn.Module):
+    """ELAN whose halves come from two convolutions."""
+
+    def __init__(self, elan: ELAN) -> None:
+        super().__init__()
+        self.straight, self.deep = _halves(elan.cv1)
+        self.first, self.second = fuse_children(elan.cv2), fuse_children(elan.cv3)
+        self.mix = elan.cv4.fuse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) to the same."""
+        deep = self.deep(x)
+        first = self.first(deep)
+        return self.mix(torch.cat([self.straight(x), deep, first, self.second(first)], dim=1))
+
 
 def _chain(in_channels: int, width: int, n_blocks: int, trailing_conv: bool) -> nn.Sequential:
     tail = [ConvNorm(width, width, 3, activation="silu")] if trailing_conv else []
     return nn.Sequential(CSP(in_channels, width, n_blocks), *tail)
+
+
+def _halves(unit: ConvNorm) -> tuple[FusedConv, FusedConv]:
+    weight, bias = fold_norm(unit.conv.weight, unit.norm)
+    first, second = (
+        FusedConv(w, b, activation=unit.activation)
+        for w, b in zip(weight.chunk(2), bias.chunk(2), strict=True)
+    )
+    return first, second
 
 
 class MLP(nn.Module):
@@ -142,6 +190,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to the same."""
+        if x.dtype == torch.float32 == self.scale.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.scale, self.eps)
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.scale
 
 

@@ -9,7 +9,7 @@ Legend: B images, T tokens of all levels, Q queries, N denoising queries, D chan
 
 from __future__ import annotations
 
-__all__ = ["Decoder", "DecoderConfig", "make_anchors"]
+__all__ = ["Decoder", "DecoderConfig"]
 
 import math
 from collections.abc import Sequence
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError
+from thawline.models.deimv2.anchors import make_anchors
 from thawline.models.deimv2.blocks import MLP
-from thawline.models.deimv2.decoder_layer import DecoderLayer, LocationQuality
+from thawline.models.deimv2.decoder_layer import POSITION_LIMIT, DecoderLayer, LocationQuality, to_wide
 from thawline.models.deimv2.denoising import DenoisingQueries
+from thawline.models.deimv2.fused_decoder import FusedDecoder
 from thawline.models.deimv2.outputs import (
     DenoisingOutput,
     DetectionOutput,
@@ -37,11 +39,6 @@ from thawline.ops.distribution import distance_to_box, expected_distance, weight
 
 PRIOR = 0.01
 """Score of every class before training."""
-ANCHOR_SIZE = 0.05
-"""Width and height of the finest level's anchors; each coarser level doubles it."""
-ANCHOR_MARGIN = 0.01
-"""Tokens whose anchor comes closer to a border are not chosen: their logit would be extreme."""
-POSITION_LIMIT = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +165,8 @@ class Decoder(nn.Module):
             chosen = scores.topk(min(self.config.num_queries, scores.shape[1]), dim=1).indices
         picked = chosen[..., None].expand(-1, -1, memory.shape[-1])
         content = memory.gather(1, picked) * valid[chosen]
-        reference_logits = _wide(self.enc_bbox_head(content)) + anchors[chosen]
-        encoder = Predictions(logits=_wide(self.enc_score_head(content)), boxes=reference_logits.sigmoid())
+        reference_logits = to_wide(self.enc_bbox_head(content)) + anchors[chosen]
+        encoder = Predictions(logits=to_wide(self.enc_score_head(content)), boxes=reference_logits.sigmoid())
         return content.detach(), reference_logits.detach(), encoder
 
     def _refine(
@@ -192,10 +189,10 @@ class Decoder(nn.Module):
             before, x = x, stack.layers[index](x, position, reference, maps, blocked)
             edges = self.dec_bbox_head[index](x if index == 0 else x + before.detach())
             if index == 0:
-                refined.base = (_wide(self.pre_bbox_head(x)) + inverse_sigmoid(reference)).sigmoid()
-                corner_logits = _wide(edges)
+                refined.base = (to_wide(self.pre_bbox_head(x)) + inverse_sigmoid(reference)).sigmoid()
+                corner_logits = to_wide(edges)
                 if every_layer:
-                    refined.pre_logits = _wide(self.dec_score_head[0](x))
+                    refined.pre_logits = to_wide(self.dec_score_head[0](x))
             else:
                 corner_logits = corner_logits + edges
             # Not under autocast: a box in 8 bits of mantissa is off by pixels.
@@ -204,7 +201,7 @@ class Decoder(nn.Module):
                 boxes = distance_to_box(refined.base.detach(), distance, stack.reg_scale.to(distance.dtype))
             if every_layer or index == last:
                 quality = stack.lqe_layers[index](corner_logits)
-                refined.logits.append(_wide(self.dec_score_head[index](x) + quality))
+                refined.logits.append(to_wide(self.dec_score_head[index](x) + quality))
                 refined.corner_logits.append(corner_logits)
                 refined.boxes.append(boxes)
             reference = boxes.detach()
@@ -219,6 +216,10 @@ class Decoder(nn.Module):
             if twin is not None:
                 state_dict.setdefault(f"{prefix}decoder.{name}", twin)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def fuse(self) -> FusedDecoder:
+        """Only what the answer needs."""
+        return FusedDecoder(self)
 
 
 class LayerStack(nn.Module):
@@ -262,29 +263,6 @@ class _Refined:
         return Predictions(logits=self.pre_logits[:, queries], boxes=self.base[:, queries])
 
 
-def make_anchors(
-    sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Where a query starts that is made from a token: a box around the token, as logits.
-
-    Args:
-        sizes: (H, W) of each level, fine to coarse.
-    Returns: logits of cxcywh, (T, 4), float32 or wider, infinite where a side comes too close to 0 or 1; and
-        whether it does not, (T, 1), in `dtype`.
-    """
-    anchors = []
-    for level, (height, width) in enumerate(sizes):
-        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-        centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-        anchors.append(torch.cat([centre, torch.full_like(centre, ANCHOR_SIZE * 2**level)], dim=-1))
-    boxes = torch.cat(anchors)
-    valid = ((boxes > ANCHOR_MARGIN) & (boxes < 1 - ANCHOR_MARGIN)).all(dim=-1, keepdim=True)
-    # In float32 also for a float64 model, as the authors' buffer is.
-    logits = (boxes / (1 - boxes)).log().masked_fill(~valid, math.inf)
-    return logits.to(torch.promote_types(dtype, torch.float32)), valid.to(dtype)
-
-
 def _init_score_heads(*heads: nn.Linear) -> None:
     for head in heads:
         nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
@@ -295,8 +273,3 @@ def _init_box_heads(*heads: MLP) -> None:
     for head in heads:
         nn.init.zeros_(head.layers[-1].weight)
         nn.init.zeros_(head.layers[-1].bias)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: boxes and losses need it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

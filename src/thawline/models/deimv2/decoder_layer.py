@@ -8,7 +8,7 @@ Legend: B images, Q queries, D channels, H heads, P points of all levels, C clas
 
 from __future__ import annotations
 
-__all__ = ["DecoderLayer", "LocationQuality"]
+__all__ = ["FLOAT16_MAX", "OFFSET_SCALE", "POSITION_LIMIT", "DecoderLayer", "LocationQuality", "to_wide"]
 
 import math
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ from thawline.models.deimv2.blocks import MLP, RMSNorm, SelfAttention, SwiGLU
 from thawline.ops.deformable import deformable_sample
 
 FLOAT16_MAX = 65504.0
+POSITION_LIMIT = 10.0
+"""Largest value of a query's position."""
 OFFSET_SCALE = 0.5
 """An offset of ±1 with one point to a level reaches the edges of the reference box."""
 
@@ -132,3 +134,8 @@ class LocationQuality(nn.Module):
         probabilities = corner_logits.unflatten(-1, (4, -1)).softmax(dim=-1)
         top = probabilities.topk(self.top, dim=-1).values
         return self.reg_conf(torch.cat([top, top.mean(dim=-1, keepdim=True)], dim=-1).flatten(-2))
+
+
+def to_wide(x: Tensor) -> Tensor:
+    """At least float32: boxes and losses need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

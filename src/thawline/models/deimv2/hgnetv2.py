@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thawline.models.deimv2.fused import Clamp, FusedConv, pad_right_and_below
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -93,6 +95,27 @@ class Stem(nn.Module):
         x = _pad_right_and_below(self.stem1(x))
         learned = self.stem2b(_pad_right_and_below(self.stem2a(x)))
         return self.stem4(self.stem3(torch.cat([F.max_pool2d(x, 2, stride=1), learned], dim=1)))
+
+    def fuse(self) -> FusedStem:
+        """With its maximum taken in two passes."""
+        return FusedStem(self)
+
+
+class FusedStem(nn.Module):
+    """The stem on channels-last maps. Maxima of whole rows cost a third of `max_pool2d` there."""
+
+    def __init__(self, stem: Stem) -> None:
+        super().__init__()
+        self.stem1, self.stem2a, self.stem2b = stem.stem1.fuse(), stem.stem2a.fuse(), stem.stem2b.fuse()
+        self.stem3, self.stem4 = stem.stem3.fuse(), stem.stem4.fuse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, O, H / 4, W / 4)."""
+        x = pad_right_and_below(self.stem1(x))
+        learned = self.stem2b(pad_right_and_below(self.stem2a(x)))
+        largest = torch.maximum(x[:, :, :-1], x[:, :, 1:])
+        largest = torch.maximum(largest[..., :-1], largest[..., 1:])
+        return self.stem4(self.stem3(torch.cat([largest, learned], dim=1)))
 
 
 class Stage(nn.Module):
@@ -180,6 +203,17 @@ class Unit(nn.Module):
         """(B, I, H, W) to (B, O, H / stride, W / stride)."""
         x = self.bn(self.conv(x))
         return x if self.lab is None else self.lab(F.relu(x))
+
+    def fuse(self) -> FusedConv:
+        """One convolution: s·relu(z) + t is s·z + t, limited to values from t on, or up to t where s < 0."""
+        if self.lab is None:
+            return FusedConv.fold(self.conv, self.bn)
+        fused = FusedConv.fold(self.conv, self.bn)
+        scale, shift = self.lab.scale.item(), self.lab.bias.item()
+        fused.weight.mul_(scale)
+        fused.bias.mul_(scale).add_(shift)
+        fused.activation = Clamp(low=shift) if scale >= 0 else Clamp(high=shift)
+        return fused
 
 
 class LearnableAffine(nn.Module):

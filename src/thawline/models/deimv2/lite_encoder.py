@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thawline.models.deimv2.blocks import ELAN, ConvNorm
+from thawline.models.deimv2.fused import FusedConv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class LiteEncoder(nn.Module):
         dim = config.hidden_dim
         (channels,) = in_channels
         self.input_proj = nn.ModuleList([ConvNorm(channels, dim)])
-        self.down_sample1 = _down(dim)
-        self.down_sample2 = _down(dim)
+        self.down_sample1 = DownSample(dim)
+        self.down_sample2 = DownSample(dim)
         self.bi_fusion = GlobalFusion(dim)
         self.fpn_block = ELAN(dim, expansion=config.expansion, n_blocks=config.n_blocks, trailing_conv=True)
         self.pan_block = deepcopy(self.fpn_block)
@@ -65,11 +66,18 @@ class GlobalFusion(nn.Module):
         return self.cv(x + x.mean(dim=(2, 3), keepdim=True))
 
 
-def _down(dim: int) -> nn.Sequential:
-    # The mean at the border counts the padding's zeros, as trained.
-    return nn.Sequential(
-        nn.AvgPool2d(3, stride=2, padding=1),
-        nn.Conv2d(dim, dim, 1, bias=False),
-        nn.BatchNorm2d(dim),
-        nn.SiLU(),
-    )
+class DownSample(nn.Sequential):
+    """Halve the resolution by means, which at the border count the padding's zeros, as trained."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(
+            nn.AvgPool2d(3, stride=2, padding=1),
+            nn.Conv2d(dim, dim, 1, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.SiLU(),
+        )
+
+    def fuse(self) -> nn.Sequential:
+        """Means, then one convolution."""
+        means, conv, norm, _ = self
+        return nn.Sequential(means, FusedConv.fold(conv, norm, "silu"))

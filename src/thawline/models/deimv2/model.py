@@ -10,9 +10,11 @@ __all__ = ["DEIMv2"]
 
 # No postponed annotations here: the hub mixin reads the type of `config` from the constructor's signature.
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ from thawline.errors import ConfigError
 from thawline.models.deimv2.config import DEIMv2Config, with_overrides
 from thawline.models.deimv2.decoder import Decoder
 from thawline.models.deimv2.denoising import build_denoising_queries
+from thawline.models.deimv2.fused import fuse_children
+from thawline.models.deimv2.fused_decoder import FusedDecoder
 from thawline.models.deimv2.hgnetv2 import HGNetV2, HGNetV2Config
 from thawline.models.deimv2.hybrid_encoder import HybridEncoder
 from thawline.models.deimv2.lite_encoder import LiteEncoder, LiteEncoderConfig
@@ -56,7 +60,7 @@ class DEIMv2(
             if isinstance(encoder, LiteEncoderConfig)
             else HybridEncoder(encoder, backbone.out_channels)
         )
-        self.decoder = Decoder(config.decoder, config.num_classes)
+        self.decoder: nn.Module = Decoder(config.decoder, config.num_classes)
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> Self:
@@ -88,6 +92,19 @@ class DEIMv2(
         """
         return load_pretrained(cls, path, variant, overrides)
 
+    def fuse(self) -> Self:
+        """The deployed model: a copy in eval mode that gives the same detections with fewer, leaner layers.
+
+        Norms and learnable scales are inside convolutions and linears; decoder layers, heads and embeddings
+        that only training reads are gone. Load weights first: a fused model has other parameters, and cannot
+        train.
+        """
+        if self.is_fused:
+            return self
+        with torch.inference_mode(False), torch.no_grad():
+            fused = fuse_children(deepcopy(self).eval())
+        return fused.requires_grad_(False)
+
     def forward(self, pixel_values: Tensor, targets: Sequence[Target] | None = None) -> DetectionOutput:
         """Detect; in train mode, and whenever targets are given, also give what the losses need.
 
@@ -98,6 +115,10 @@ class DEIMv2(
         Raises: ConfigError: the image size does not fit the strides.
         """
         self._check_size(pixel_values)
+        if not self.training and targets is None:
+            return self.decoder(self.encoder(self.backbone(pixel_values)))
+        if self.is_fused:
+            raise ConfigError("A fused model only detects. Train the model that `fuse()` was called on.")
         denoising = None
         if targets is not None and self.training and self.config.num_denoising:
             denoising = build_denoising_queries(
@@ -108,8 +129,7 @@ class DEIMv2(
                 label_noise=self.config.label_noise,
                 box_noise=self.config.box_noise,
             )
-        maps = self.encoder(self.backbone(pixel_values))
-        return self.decoder(maps, denoising, for_training=self.training or targets is not None)
+        return self.decoder(self.encoder(self.backbone(pixel_values)), denoising, for_training=True)
 
     def postprocess(
         self, output: DetectionOutput, sizes: Sequence[tuple[int, int]] | Tensor
@@ -121,6 +141,11 @@ class DEIMv2(
         Returns: for each image `scores` (K,), `labels` (K,) and `boxes` (K, 4; xyxy), best first.
         """
         return postprocess(output.logits, output.pred_boxes, sizes, self.config.max_detections)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether this came from `fuse()`."""
+        return isinstance(self.decoder, FusedDecoder)
 
     def _num_queries(self, pixel_values: Tensor) -> int:
         """Queries that an image of this size can have: a small one may have fewer tokens than asked for."""

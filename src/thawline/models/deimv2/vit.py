@@ -10,7 +10,7 @@ in every block.
 
 from __future__ import annotations
 
-__all__ = ["RotaryEmbedding", "ViTConfig", "VisionTransformer", "rotate"]
+__all__ = ["RotaryEmbedding", "ViTConfig", "VisionTransformer", "rotate", "rotate_pairs"]
 
 import math
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError
+from thawline.models.deimv2.fused import FusedConv, linear_of
 from thawline.ops.cache import TensorCache
 
 Table = tuple[Tensor, Tensor]
@@ -126,6 +127,37 @@ class VisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def fuse(self) -> FusedVisionTransformer:
+        """With leaner blocks, and without what only training reads."""
+        return FusedVisionTransformer(self)
+
+
+class FusedVisionTransformer(nn.Module):
+    """The transformer at inference."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.out_blocks = vit.config.out_blocks
+        self.prefix = nn.Parameter(vit._prefix().detach(), requires_grad=False)
+        self.patch_embed, self.rope_embed = vit.patch_embed.fuse(), vit.rope_embed
+        self.blocks = nn.ModuleList(block.fuse() for block in vit.blocks[: max(self.out_blocks) + 1])
+        self.norm = vit.norm if vit.config.final_norm else nn.Identity()
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), normalised, to channels-last maps (B, C, H / 16, W / 16)."""
+        patches = self.patch_embed(pixel_values)
+        size = (patches.shape[-2], patches.shape[-1])
+        n_prefix = self.prefix.shape[1]
+        tokens = patches.flatten(2).transpose(1, 2)
+        x = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        turns = self.rope_embed.turns(size, x.dtype, n_prefix)
+        maps = []
+        for index, block in enumerate(self.blocks):
+            x = block(x, turns)
+            if index in self.out_blocks:
+                maps.append(self.norm(x[:, n_prefix:]).transpose(1, 2).unflatten(-1, size))
+        return maps
+
 
 class PatchEmbed(nn.Module):
     """Image to a map of patches, by one convolution."""
@@ -137,6 +169,10 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, H / patch, W / patch)."""
         return self.proj(x)
+
+    def fuse(self) -> FusedConv:
+        """The same convolution."""
+        return FusedConv(self.proj.weight, self.proj.bias, stride=self.proj.stride[0])
 
 
 class Block(nn.Module):
@@ -156,6 +192,33 @@ class Block(nn.Module):
         """(B, T, C) to the same."""
         x = x + self.ls1(self.attn(self.norm1(x), table))
         return x + self.ls2(self.mlp(self.norm2(x)))
+
+    def fuse(self) -> FusedBlock:
+        """With its scales inside its linears."""
+        return FusedBlock(self)
+
+
+class FusedBlock(nn.Module):
+    """A block at inference. Writes over its own intermediate values: fresh memory is dear on a CPU."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.num_heads = block.attn.num_heads
+        self.qkv = _pair_adjacent(block.attn.qkv, self.num_heads)
+        self.proj = _scale_rows(block.attn.proj, block.ls1)
+        self.mlp = block.mlp
+        name = "w3" if isinstance(self.mlp, SwiGLU) else "fc2"
+        setattr(self.mlp, name, _scale_rows(getattr(self.mlp, name), block.ls2))
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """(B, T, C) to the same; x is kept."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        query, key = rotate_pairs(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4).unbind(0)
+        value = qkv[:, :, 2].transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x.add_(self.mlp(self.norm2(x)))
 
 
 class Attention(nn.Module):
@@ -209,7 +272,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to the same."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc1(x)
+        return self.fc2(F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x))
 
 
 class SwiGLU(nn.Module):
@@ -223,7 +287,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to the same."""
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        gate = self.w1(x)
+        gate = F.silu(gate, inplace=not torch.is_grad_enabled())
+        return self.w3(gate * self.w2(x))
 
 
 FFN: dict[str, type[MLP | SwiGLU]] = {"mlp": MLP, "swiglu": SwiGLU}
@@ -265,25 +331,36 @@ class RotaryEmbedding(nn.Module):
         """
         if rescale is not None:
             factor = torch.empty((), device=self.periods.device).uniform_(-1, 1) * math.log(rescale)
-            return self._build(size, dtype, n_prefix, factor.exp())
+            return self._table(size, dtype, n_prefix, factor.exp())
         key = (*size, dtype, n_prefix, self.periods.dtype, self.periods.device)
-        return self._tables.get(key, lambda: self._build(size, dtype, n_prefix))
+        return self._tables.get(key, lambda: self._table(size, dtype, n_prefix))
 
-    def _build(
+    def turns(self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int) -> Tensor:
+        """Cosine and sine of each pair, (T, 1, 1, head_dim / 2, 2), for `rotate_pairs`."""
+        key = ("pairs", *size, dtype, n_prefix, self.periods.dtype, self.periods.device)
+        return self._tables.get(key, lambda: self._turns(size, dtype, n_prefix))
+
+    def _table(
         self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int, stretch: Tensor | None = None
     ) -> Table:
-        # Coordinates in float32 also in a float64 model, as the authors' are; the periods then widen the
-        # angles.
+        angles = self._angles(size, n_prefix, stretch).tile(2)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _turns(self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int) -> Tensor:
+        angles = self._angles(size, n_prefix)
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)[:, None, None].to(dtype)
+
+    def _angles(self, size: tuple[int, int], n_prefix: int, stretch: Tensor | None = None) -> Tensor:
+        # Coordinates in float32 also in a float64 model, as the authors' are; the periods widen the angles.
         rows, columns = (
             (torch.arange(n, device=self.periods.device, dtype=torch.float32) + 0.5) / n * 2 - 1 for n in size
         )
         place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
         if stretch is not None:
             place = place * stretch
-        angles = (2 * math.pi * place[:, :, None] / self.periods).flatten(1).tile(2)
+        angles = (2 * math.pi * place[:, :, None] / self.periods).flatten(1)
         # A prefix token turns by no angle: cosine 1, sine 0 give it back bit for bit.
-        angles = F.pad(angles, (0, 0, n_prefix, 0))
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return F.pad(angles, (0, 0, n_prefix, 0))
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -299,6 +376,41 @@ def rotate(x: Tensor, table: Table) -> Tensor:
     cos, sin = table
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn each pair (x[2j], x[2j + 1]) by its angle; x may be overwritten.
+
+    Args:
+        x: (B, T, ..., D).        turns: cosines and sines, (T, ..., D / 2, 2).
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        # One pass in place instead of five with copies; compilers want the plain form.
+        torch.view_as_complex(pairs).mul_(torch.view_as_complex(turns))
+        return x
+    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def _pair_adjacent(qkv: nn.Linear, num_heads: int) -> nn.Linear:
+    """The projection with the two halves of each query's and key's pairs side by side, and its masked bias.
+
+    Products of queries and keys do not notice, since both change alike.
+    """
+    head_dim = qkv.out_features // 3 // num_heads
+    order = torch.arange(qkv.out_features).view(3, num_heads, 2, head_dim // 2)
+    order[:2] = order[:2].transpose(-1, -2).reshape(2, num_heads, 2, -1)
+    order = order.flatten()
+    bias = qkv.bias * qkv.bias_mask if isinstance(qkv, MaskedBiasLinear) else qkv.bias
+    return linear_of(qkv.weight[order], bias[order])
+
+
+def _scale_rows(linear: nn.Linear, scale: nn.Module) -> nn.Linear:
+    """A linear with the layer scale that follows it inside."""
+    if not isinstance(scale, LayerScale):
+        return linear
+    return linear_of(linear.weight * scale.gamma[:, None], linear.bias * scale.gamma)
 
 
 def _layer_scale(config: ViTConfig) -> nn.Module:
