@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from paca_kit import IN, VOCAB, B, Net, loss_of, same, tiny_llama, trainable, weights, wrap
@@ -94,6 +97,10 @@ def test_adapters_switched_off_and_on_after_compiling():
     assert torch.equal(adapted, model(x))
     with model.disable_adapter():
         assert torch.equal(compiled(x), expected)
+    assert torch.equal(compiled(x), adapted)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert all(torch.equal(twin(x), adapted) for twin in twins)
+    assert all(torch.equal(twin.unload()(x), expected) for twin in twins)
     assert torch.equal(compiled(x), adapted)
     model.load_state_dict({k: 2 * v for k, v in model.state_dict().items() if "delta" in k}, strict=False)
     assert torch.equal(compiled(x), model(x))

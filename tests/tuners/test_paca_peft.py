@@ -167,6 +167,14 @@ def test_merge_and_unload_gives_the_adapted_output_without_layers_of_ours(base, 
     assert {type(m) for m in merged.children()} == {nn.Linear}
 
 
+def test_merging_while_disabled_merges_the_adapters_all_the_same(base, x):
+    model = wrap(base, init_weights=False)
+    adapted = model(x)
+    with model.disable_adapter():
+        merged = model.merge_and_unload()
+    assert torch.equal(merged(x), adapted)
+
+
 def test_unload_gives_back_every_bit_and_the_base_can_be_wrapped_again(base, x):
     before = weights(base)
     model = wrap(base)

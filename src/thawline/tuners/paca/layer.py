@@ -281,9 +281,12 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def _rethink(self) -> None:
         """Draw the consequences of a change of adapters, flags or merging, and write."""
         state = self._state
-        names = self.merged_adapters or self.active_adapters
+        if self.merged:  # also while disabled: merge_and_unload is asked for the adapters, not the base
+            names = self.merged_adapters
+        else:
+            names = [] if self._disable_adapters else self.active_adapters
         deltas = self.thawline_paca_delta
-        state.wanted = () if self._disable_adapters else tuple(name for name in names if name in deltas)
+        state.wanted = tuple(name for name in names if name in deltas)
         state.trained = () if self.merged else state.wanted
         if state.inside != state.wanted:
             self._check_not_gathered()
@@ -404,15 +407,18 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.thawline_paca_indices[adapter_name] = self.thawline_paca_indices[adapter_name].to(device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # Others than eager forwards cannot bring evicted columns in again: see _put_original_weight.
-        if not (self.merged or self._state.compiled or is_sharded(self.base_layer.weight)):
-            self.evict()
+        if not self.merged and self._brings_columns_back():
+            self.evict()  # else _put_original_weight puts a copy in
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):
             self.evict()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _brings_columns_back(self) -> bool:
+        """Whether the next forward will find evicted columns missing: eager ones look, and see the weight."""
+        return not (self._state.compiled or is_sharded(self.base_layer.weight))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PacaLayer:
         self.evict()
@@ -423,8 +429,14 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        self.evict()
-        return {key: value for key, value in self.__dict__.items() if key != "_state"}
+        state = {key: value for key, value in self.__dict__.items() if key != "_state"}
+        if self._brings_columns_back():
+            self.evict()
+        else:
+            base_layer = copy.deepcopy(self.base_layer)
+            base_layer.weight.data = self._state.resident.original(self.base_layer.weight)
+            state["_modules"] = {**self._modules, "base_layer": base_layer}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -572,7 +584,7 @@ def _put_original_weight(
     """In a state dict, a copy of the original weight where it could not simply be evicted."""
     key = f"{prefix}base_layer.weight"
     weight = layer.base_layer.weight
-    if key in state_dict and not layer.merged and (layer._state.compiled or is_sharded(weight)):
+    if key in state_dict and not layer.merged and not layer._brings_columns_back():
         state_dict[key] = layer._state.resident.original(weight)
 
 
