@@ -40,13 +40,15 @@ def test_every_command_and_python_block_runs(tmp_path: Path) -> None:
     for command in commands():
         if command == "make test":
             continue
-        # `make demo` is `thawline demo` once there is an environment; what follows in README uses its folder.
-        command = re.sub(r"^(thawline|make(?= demo))\b", f"{sys.executable} -m thawline", command)
+        # `make demo` is `thawline demo` once there is an environment. README uses the folder of its first
+        # part; the others take longer and have tests of their own.
+        command = re.sub(r"^make demo$", "thawline demo columns", command)
+        command = re.sub(r"^thawline\b", f"{sys.executable} -m thawline", command)
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=180
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-        if command.endswith("thawline demo"):
+        if " demo " in f"{command} ":
             accuracy = dict(re.findall(r"^(frozen|lora|paca) +[\d,]+ +(\d\.\d\d)", done.stdout, re.MULTILINE))
             assert float(accuracy["paca"]) > float(accuracy["frozen"]) + 0.2, done.stdout
     for block in blocks("python"):

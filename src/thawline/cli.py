@@ -304,14 +304,19 @@ BENCHES = {
 
 
 def demo(argv: list[str]) -> int:
-    """The main job, offline, in a minute or two: a small base, frozen, with LoRA and with PaCA."""
-    parser = argparse.ArgumentParser(prog="thawline demo", description=_first_line(demo))
+    """The main jobs, offline, in minutes."""
+    from thawline.demo import PARTS, run_demo
+
+    parts = "\n".join(_choice_lines(PARTS))
+    parser = argparse.ArgumentParser(
+        prog="thawline demo", description=f"{_first_line(demo)} Parts:\n{parts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("parts", nargs="*", help="Those to run. None: all.")
     parser.add_argument("--folder", default="runs/demo", help="Folder for base, tasks and runs.")
     options = parser.parse_args(argv)
     _prepare()
-    from thawline.demo import run_demo
-
-    return _say(run_demo(Path(options.folder)))
+    return _say(run_demo(Path(options.folder), options.parts))
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

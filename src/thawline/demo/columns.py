@@ -1,12 +1,8 @@
-"""`thawline demo`: the main job, offline, in a minute or two.
-
-Makes a small base (a Llama that has learned to spell made-up words), freezes it, and teaches it three
-questions about words: untouched, with LoRA and with PaCA. Then measures what a training step of each costs.
-"""
+"""Three questions about words, taught to a frozen base, and what a step of learning them costs."""
 
 from __future__ import annotations
 
-__all__ = ["run_demo"]
+__all__ = ["run"]
 
 import copy
 import json
@@ -17,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thawline.bench.measure import median_ratio, paired_rounds, saved_bytes
 from thawline.bench.variants import Adapt, attach
-from thawline.data.toy import ALPHABET, TASKS, make_rows, make_word
+from thawline.data.toy import TASKS, make_rows
+from thawline.demo.words import save_base
 from thawline.recipe import RunConfig
-from thawline.run import RunResult, run
+from thawline.run import RunResult
+from thawline.run import run as run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +36,16 @@ VARIANTS = {"frozen": "floor", "lora": "lora", "paca": "paca"}
 N_TRAIN, N_TEST = 400, 100
 
 
-def run_demo(folder: Path, *, pretraining_steps: int = 250, rounds: int = 15) -> str:
+def run(folder: Path, *, pretraining_steps: int = 250, rounds: int = 15) -> str:
     """Make base and tasks in `folder`, train, measure.
 
     Args:
-        folder: made; where it is taken, the next free "folder-2", "folder-3", … is.
         pretraining_steps: of the base.
         rounds: paired measurements of a training step.
     Returns: a table, what it shows, and what to type next.
     """
-    folder = _free(folder)
-    torch.set_num_threads(1)  # networks this small are several times faster so
     logger.info("1/3  A base: a tiny Llama reads made-up words")
-    tokenizer = build_tokenizer()
-    base = pretrain(tokenizer, pretraining_steps)
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    base, tokenizer = save_base(folder / "base", pretraining_steps)
     rows = write_tasks(folder / "tasks")
 
     logger.info("2/3  Three questions it was never asked: %s", ", ".join(TASKS))
@@ -63,51 +53,7 @@ def run_demo(folder: Path, *, pretraining_steps: int = 250, rounds: int = 15) ->
 
     logger.info("3/3  What a training step costs, in paired rounds")
     costs = measure(base, tokenizer, rows[:32], rounds)
-    text = f"{_table(results, costs)}\n\n{_next(folder)}"
-    (folder / "demo.txt").write_text(text + "\n", encoding="utf-8")
-    return text
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
-    vocabulary = {token: i for i, token in enumerate(("</s>", "<unk>", *ALPHABET))}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=characters, eos_token="</s>", pad_token="</s>", unk_token="<unk>"
-    )
-
-
-def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM:
-    """A Llama of some 250,000 parameters that has read words, each twice."""
-    torch.manual_seed(0)
-    rng = random.Random(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    progress = tqdm(range(steps), unit="step", desc="pretraining")
-    for step in progress:
-        words = [make_word(rng) for _ in range(32)]
-        batch = tokenizer([f"{word}\n{word}" for word in words], padding=True, return_tensors="pt")
-        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 10 == 0:
-            progress.set_postfix(loss=f"{loss.item():.2f}")
-    return model
+    return f"{_table(results, costs)}\n\n{_next(folder)}"
 
 
 def write_tasks(folder: Path) -> list[dict[str, Any]]:
@@ -179,7 +125,7 @@ def _train(name: str, folder: Path) -> RunResult:
             "save_every": "end",
         },
     }
-    return run(RunConfig.from_mapping(recipe))
+    return run_recipe(RunConfig.from_mapping(recipe))
 
 
 def _table(results: dict[str, RunResult], costs: dict[str, tuple[float, int]]) -> str:
@@ -217,11 +163,3 @@ def _next(folder: Path) -> str:
         f"  thawline train --config {folder}/paca/config.yaml --name paca-r4 --tuner.r 4\n"
         f"  thawline eval {folder}/lora"
     )
-
-
-def _free(folder: Path) -> Path:
-    """`folder`, or the next name that is not taken: nothing is overwritten."""
-    candidate, n = folder, 2
-    while candidate.exists():
-        candidate, n = folder.with_name(f"{folder.name}-{n}"), n + 1
-    return candidate
