@@ -165,7 +165,8 @@ def test_a_dry_run_plans_and_takes_no_step(recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "tuner"), [("atto", "frozen"), ("s", "frozen"), ("atto", "lora"), ("s", "paca")]
+    ("variant", "tuner"),
+    [("atto", "frozen"), ("s", "frozen"), ("atto", "lora"), ("atto", "paca"), ("s", "paca")],
 )
 def test_a_tuner_on_the_backbone_trains_and_merges_into_a_plain_detector(
     recipe, tmp_path: Path, variant: str, tuner: str
@@ -174,7 +175,8 @@ def test_a_tuner_on_the_backbone_trains_and_merges_into_a_plain_detector(
     overrides = {**(TINY_VIT if variant == "s" else TINY), "class_names": NAMES}
     before = DEIMv2.from_variant(variant, **overrides)
     before.save_pretrained(start)
-    method = {"method": tuner} if tuner == "frozen" else {"method": tuner, "r": 2}
+    # r = 4: more than the three colours that the first convolution could choose from.
+    method = {"method": tuner} if tuner == "frozen" else {"method": tuner, "r": 4}
     config = recipe(
         variant=variant,
         base={"weights": str(start), "overrides": {}},

@@ -21,9 +21,10 @@ from types import MethodType
 
 from torch import nn
 
+from thawline.errors import ConfigError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.sta import AdaptedViT
-from thawline.recipe import Adapter, Frozen, Full, TunerSettings
+from thawline.recipe import Adapter, Frozen, Full, Paca, TunerSettings
 from thawline.tuners.build import attach_tuner
 
 
@@ -33,7 +34,8 @@ def tune_backbone(model: DEIMv2, settings: TunerSettings) -> DEIMv2:
     Args:
         model: changed in place.
         settings: a tuner's section of a recipe. `target_modules: all-linear` means all convolutions of an
-            HGNetv2, which has no linear layers, but the depthwise ones.
+            HGNetv2, which has no linear layers, but the depthwise ones; for PaCA also without those of fewer
+            input channels than `r` (the stem's), where all that there is to select is the whole layer.
     Raises: ConfigError: the tuner does not fit the backbone.
     """
     model.requires_grad_(True)
@@ -47,7 +49,7 @@ def tune_backbone(model: DEIMv2, settings: TunerSettings) -> DEIMv2:
         _hold_still(pretrained)
         return model
     if isinstance(settings, Adapter) and settings.target_modules == "all-linear" and pretrained is backbone:
-        settings = dataclasses.replace(settings, target_modules=_convolutions(backbone))
+        settings = dataclasses.replace(settings, target_modules=_convolutions(backbone, settings))
     model.backbone = attach_tuner(backbone, settings)
     for parameter in beside:
         parameter.requires_grad_(True)
@@ -81,7 +83,15 @@ def _hold_still(module: nn.Module) -> None:
     module.train = MethodType(train, module)
 
 
-def _convolutions(backbone: nn.Module) -> list[str]:
-    return [
-        name for name, layer in backbone.named_modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1
+def _convolutions(backbone: nn.Module, settings: Adapter) -> list[str]:
+    fewest = settings.r if isinstance(settings, Paca) else 1
+    names = [
+        name
+        for name, layer in backbone.named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels >= fewest
     ]
+    if not names:
+        raise ConfigError(
+            f"`tuner.r={fewest}`: no convolution of the backbone has as many input channels. Use a smaller r."
+        )
+    return names
