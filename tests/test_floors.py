@@ -19,7 +19,8 @@ FLOOR = {
 }  # fmt: skip
 DOORS = {
     "peft": ("tuners", "bench"),  # bench: PEFT's own tuners, measured as its users make them
-    "transformers": ("training", "run", "data/text", "bench", "tuners", "demo"),  # tuners: the Conv1D layer
+    # tuners: the Conv1D layer; analysis: a callback of Trainer's
+    "transformers": ("training", "run", "data/text", "bench", "tuners", "demo", "analysis/recorder"),
     "faster_coco_eval": ("metrics", "data"),
     "supervision": ("data", "metrics", "inference", "report"),
     "cv2": ("data", "inference", "report"),

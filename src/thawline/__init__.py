@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
+    "AlignmentRecorder": "thawline.analysis.recorder",
     "CheckpointError": "thawline.errors",
     "ConfigError": "thawline.errors",
     "DEIMv2": "thawline.models.deimv2",
@@ -31,11 +32,14 @@ _HOMES = {
     "build_report": "thawline.report.run_report",
     "derive_schedule": "thawline.training.schedule",
     "from_poly": "thawline.tuners",
+    "gradient_alignment": "thawline.analysis.gradients",
     "load_detection": "thawline.data.detection",
     "load_recipe": "thawline.recipe",
     "load_routing": "thawline.tuners",
     "published_schedule": "thawline.training.schedule",
+    "read_routing": "thawline.analysis.routing",
     "route_by_batch": "thawline.tuners",
+    "routing_statistics": "thawline.analysis.routing",
     "save_routing": "thawline.tuners",
     "select_columns": "thawline.tuners",
     "set_task_ids": "thawline.tuners",

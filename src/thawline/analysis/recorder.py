@@ -1,0 +1,111 @@
+"""Alignment along the trajectory: measured every so many steps, by hand or as a callback of any Trainer."""
+
+from __future__ import annotations
+
+__all__ = ["AlignmentRecorder", "average", "read_trajectory"]
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from thawline.analysis.gradients import Alignment, Loss, gradient_alignment
+from thawline.errors import DataError
+
+
+class AlignmentRecorder(TrainerCallback):
+    """Measures `gradient_alignment` while a model trains, on the same batches each time.
+
+    A callback of transformers' Trainer and its relatives, or called by hand after each step:
+
+        record = AlignmentRecorder(batches, every=40)
+        for step in range(1, 601):
+            ...
+            record(model, step)
+        average(record.rows)["skill"]["coherence"]
+
+    Measuring costs a forward and a backward pass per task and changes nothing in the training, to the bit.
+
+    Args:
+        batches, loss: see `gradient_alignment`.
+        every: steps between measurements; the first is after step `every`.
+        file: appended to, one JSON object a line; a resumed Trainer drops the lines it is about to repeat.
+    """
+
+    def __init__(
+        self,
+        batches: Mapping[str | int, Any],
+        loss: Loss | None = None,
+        *,
+        every: int = 40,
+        file: str | Path | None = None,
+    ) -> None:
+        self.batches, self.loss, self.every = batches, loss, every
+        self.file = None if file is None else Path(file)
+        self.rows: list[dict[str, Any]] = []
+        """{"step", ...`Alignment.to_dict()`}, in the order of steps."""
+        self.last: Alignment | None = None
+        """The latest measurement, with the cosine of every pair."""
+
+    def __call__(self, model: nn.Module, step: int, *, writes: bool = True) -> Alignment | None:
+        """Measure if `step` is due.
+
+        Args:
+            writes: whether this process appends to the file.
+        """
+        if step % self.every:
+            return None
+        self.last = gradient_alignment(model, self.batches, self.loss)
+        self.rows.append({"step": step, **self.last.to_dict()})
+        if self.file is not None and writes:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        return self.last
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep what was measured up to the step that training goes on from."""
+        if self.file is None or not self.file.is_file():
+            return
+        self.rows = [row for row in read_trajectory(self.file) if row["step"] <= state.global_step]
+        if state.is_world_process_zero:
+            beside = self.file.with_name(f".{self.file.name}")
+            beside.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            beside.replace(self.file)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measure if the step is due."""
+        if model is not None:
+            self(model, state.global_step, writes=state.is_world_process_zero)
+
+
+def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean over a trajectory: {"skill" | "effective": {"mean_cosine", "coherence"}}.
+
+    Raises: DataError: if there are no rows.
+    """
+    found = list(rows)
+    if not found:
+        raise DataError("No alignment was measured: the training was shorter than `every` steps.")
+    return {
+        space: {name: statistics.mean(row[space][name] for row in found) for name in found[0][space]}
+        for space in ("skill", "effective")
+    }
+
+
+def read_trajectory(file: str | Path) -> list[dict[str, Any]]:
+    """The rows of a recorder's file. What a kill cut off at its end is passed over."""
+    text = Path(file).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
