@@ -9,6 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch.testing import assert_close
 
 from thawline.models.deimv2.config import DEIMv2Config, with_overrides
 from thawline.models.deimv2.criterion import CriterionConfig
@@ -17,6 +20,7 @@ from thawline.models.deimv2.hgnetv2 import HGNetV2Config, StageConfig
 from thawline.models.deimv2.hybrid_encoder import HybridEncoderConfig
 from thawline.models.deimv2.lite_encoder import LiteEncoderConfig
 from thawline.models.deimv2.model import DEIMv2
+from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.models.deimv2.sta import AdaptedViTConfig
 from thawline.models.deimv2.vit import ViTConfig
 
@@ -89,6 +93,23 @@ def build() -> Callable[..., DEIMv2]:
         return DEIMv2(with_overrides(SHAPES[kind], overrides)).eval()
 
     return build_one
+
+
+@pytest.fixture(scope="session")
+def assert_same_detections() -> Callable[..., None]:
+    """Whether two networks give each image the same queries, in whatever order.
+
+    Queries come in the order of their scores, which rounding swaps where two are nearly equal.
+    """
+
+    def check(got: DetectionOutput, expected: DetectionOutput, **tolerance: float) -> None:
+        first, second = (torch.cat([out.logits, out.pred_boxes], dim=-1) for out in (got, expected))
+        assert first.shape == second.shape
+        for one, other in zip(first, second, strict=True):
+            rows, partners = linear_sum_assignment(torch.cdist(one, other, p=1).numpy())
+            assert_close(one[rows], other[partners], **tolerance)
+
+    return check
 
 
 @pytest.fixture(scope="session")
