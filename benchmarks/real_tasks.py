@@ -206,16 +206,12 @@ def summarise(rows: list[tuple[Job, dict[str, Any]]], tasks: list[str]) -> dict[
     }
 
 
-def difference(by_task: list[list[float]], n_draws: int = 10_000) -> dict[str, float]:
+def difference(by_task: list[list[float]]) -> dict[str, float]:
     """Mean paired difference and its 95 % interval: tasks drawn with replacement, then seeds within each."""
-    rng = random.Random(0)
-    means = []
-    for _ in range(n_draws):
-        drawn = rng.choices(by_task, k=len(by_task))
-        means.append(statistics.mean(statistics.mean(rng.choices(d, k=len(d))) for d in drawn))
-    means.sort()
-    mean = statistics.mean(statistics.mean(d) for d in by_task)
-    return {"mean": mean, "low": means[int(0.025 * n_draws)], "high": means[int(0.975 * n_draws)]}
+    from thawline.bench.bootstrap import interval
+
+    low, high = interval(by_task, statistics.mean)
+    return {"mean": statistics.mean(statistics.mean(d) for d in by_task), "low": low, "high": high}
 
 
 def edges(by_task: dict[str, Any]) -> Iterator[str]:

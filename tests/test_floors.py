@@ -28,6 +28,7 @@ DOORS = {
     "onnxruntime": ("export", "inference"),
     "bitsandbytes": ("tuners/paca",),
     "matplotlib": ("report", "analysis"),
+    "scipy": ("analysis", "models/deimv2/matcher"),
     "jsonargparse": ("cli",),
 }
 FILES = sorted(SRC.rglob("*.py"))

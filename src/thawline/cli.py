@@ -280,6 +280,30 @@ def data(argv: list[str]) -> int:
     return 0 if check.is_trainable else 1
 
 
+def align(argv: list[str]) -> int:
+    """Show what routing learned and whether tasks pull alike: JSON and pictures of a run or adapter."""
+    parser = argparse.ArgumentParser(
+        prog="thawline align", description=_first_line(align), allow_abbrev=False
+    )
+    parser.add_argument("source", help="Folder of a run, of an adapter (MHR, Poly), or of save_routing.")
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="RUN", help="Runs whose alignment to draw beside it."
+    )
+    parser.add_argument("--out", help="Folder for align.json and pictures. None: align/ in `source`.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a summary.")
+    options = parser.parse_args(argv)
+    _prepare()
+    from thawline.analysis.align import align as align_folder
+    from thawline.analysis.align import summary
+    from thawline.report.run_report import ALIGN
+
+    out = Path(options.out or Path(options.source) / ALIGN)
+    found = align_folder(options.source, out, beside=options.beside)
+    _say(_to_json(found) if options.json else "\n".join(summary(found)))
+    logger.info("Look at: %s", ", ".join(str(path) for path in sorted(out.glob("*.png"))))
+    return 0
+
+
 def bench(argv: list[str]) -> int:
     """Measure: `thawline bench tuners`, each benchmark with options of its own."""
     parser = argparse.ArgumentParser(prog="thawline bench", description=_first_line(bench), add_help=False)
@@ -298,6 +322,7 @@ def bench(argv: list[str]) -> int:
 BENCHES = {
     "tuners": "step time, bytes kept and operations of full fine-tuning, LoRA, PaCA and the frozen floor",
     "vision": "accuracy of a ViT and a conv net adapted to another domain",
+    "skills": "LoRA, Poly and MHR on made-up tasks whose skills are known, and how tasks' gradients align",
     "loader": "images a second and core through the detection augmentation",
 }
 """Module of thawline.bench → what it measures."""
@@ -327,6 +352,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "convert": convert,
     "list": list_choices,
+    "align": align,
     "bench": bench,
     "demo": demo,
 }

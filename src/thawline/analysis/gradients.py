@@ -27,7 +27,7 @@ Axes: T tasks, H heads, S skills, D features of a factor, R rank, F = D/H · R.
 
 from __future__ import annotations
 
-__all__ = ["Agreement", "Alignment", "effective_gradient", "gradient_alignment"]
+__all__ = ["Agreement", "Alignment", "Batches", "Loss", "effective_gradient", "gradient_alignment"]
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -41,6 +41,7 @@ from thawline.errors import ConfigError
 from thawline.tuners.mhr.layer import MHRLinear
 from thawline.tuners.mhr.model import find_layers, set_task_ids
 
+Batches = Mapping[str, Any] | Mapping[int, Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 KEEP_BYTES = 2**30
@@ -96,7 +97,7 @@ class Alignment:
 
 def gradient_alignment(
     model: nn.Module,
-    batches: Mapping[str | int, Any],
+    batches: Batches,
     loss: Loss | None = None,
     *,
     keep_bytes: int = KEEP_BYTES,

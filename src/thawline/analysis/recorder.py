@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from thawline.analysis.gradients import Alignment, Loss, gradient_alignment
+from thawline.analysis.gradients import Alignment, Batches, Loss, gradient_alignment
 from thawline.errors import DataError
 
 
@@ -38,7 +38,7 @@ class AlignmentRecorder(TrainerCallback):
 
     def __init__(
         self,
-        batches: Mapping[str | int, Any],
+        batches: Batches,
         loss: Loss | None = None,
         *,
         every: int = 40,

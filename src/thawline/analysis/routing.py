@@ -149,10 +149,15 @@ def _of_routers(tables: Mapping[str, Router], n_tasks: int, names: list[str] | N
     if not any(router.needs_ids for router in tables.values()):
         raise RoutingError("The adapter routes no tasks: its skills are averaged for all of them.")
     probabilities, weights = {}, {}
-    for part, router in tables.items():
-        probabilities[part], weights[part] = _read(router)
+    for part in sorted(tables, key=_by_number):
+        probabilities[part], weights[part] = _read(tables[part])
     tasks = names or [str(number) for number in range(n_tasks)]
     return RoutingTable(tuple(tasks), probabilities, weights)
+
+
+def _by_number(part: str) -> list[tuple[int, str]]:
+    """A model's order of its blocks, which files do not keep: 2 before 10."""
+    return [(int(word) if word.isdigit() else -1, word) for word in part.split(".")]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ result.json             last evaluation                       → Result
 metrics.jsonl           every logged value                    → Curves
 detection_metrics.json  `DetectionMetrics.to_dict()`          → Detection
 pictures/*.png, *.jpg   samples, worst images, …              → Pictures
+align/*.png             what `thawline align` drew            → Routing and alignment
 plan.json               steps, schedule, parameter groups     → Plan
 config.yaml             the recipe                            → Recipe
 env.json                machine and versions, by start        → Environment
@@ -11,7 +12,7 @@ env.json                machine and versions, by start        → Environment
 
 from __future__ import annotations
 
-__all__ = ["DETECTION_METRICS", "PICTURES", "build_report"]
+__all__ = ["ALIGN", "DETECTION_METRICS", "PICTURES", "build_report"]
 
 import json
 import math
@@ -25,6 +26,7 @@ from thawline.report.page import MIME, Chart, Line, Matrix, Part, Picture, Secti
 
 DETECTION_METRICS = "detection_metrics.json"
 PICTURES = "pictures"
+ALIGN = "align"
 
 NOT_CURVES = ("step", "epoch", "seconds")
 WORST = 12
@@ -154,9 +156,10 @@ def _detection(folder: Path) -> Iterator[Section]:
 
 
 def _pictures(folder: Path) -> Iterator[Section]:
-    files = sorted(path for path in (folder / PICTURES).glob("*") if path.suffix.lower() in MIME)
-    if files:
-        yield Section(title="Pictures", parts=[Picture(path=path) for path in files])
+    for name, title in ((PICTURES, "Pictures"), (ALIGN, "Routing and alignment")):
+        files = sorted(path for path in (folder / name).glob("*") if path.suffix.lower() in MIME)
+        if files:
+            yield Section(title=title, parts=[Picture(path=path) for path in files])
 
 
 def _plan(folder: Path) -> Iterator[Section]:
