@@ -19,6 +19,7 @@ from thawline.recipe import (
     Adapter,
     Frozen,
     Lora,
+    Mhr,
     Paca,
     RunConfig,
     TextBase,
@@ -65,6 +66,14 @@ def test_1e_minus_4_is_a_number(tmp_path: Path) -> None:
         ({"tuner": "loraa"}, r"Unknown tuner 'loraa'.*Did you mean 'lora'\?"),
         ({"objective": "txt"}, r"Unknown objective 'txt'.*Did you mean 'text'\?"),
         ({"tuner": {"method": "frozen", "r": 8}}, "Unknown key 'tuner.r'"),
+        ({"tuner": {"method": "poly", "n_heads": 2}}, "`tuner: poly` has one head, got n_heads=2"),
+        ({"tuner": {"method": "mhr", "adapt": "z"}}, "`tuner.adapt: z` needs a trained adapter"),
+        ({"tuner": {"method": "mhr", "adapt": "y"}}, "`tuner.adapt` must be none, full, z or mu, got 'y'"),
+        ({"data": {"path": "d", "batches": "task"}}, "`data.batches` needs tasks to be drawn"),
+        ({"data": {"path": "d", "task_cap": 9}}, "`data.task_cap` needs tasks to be drawn"),
+        ({"data": {"path": "d", "sampling_temperature": 0}}, "must be positive, got 0"),
+        ({"objective": {"kind": "match", "scale": 0}}, "`objective.scale` must be positive, got 0"),
+        ({"objective": {"kind": "match", "choice_template": "x"}}, "must hold {choice}, got 'x'"),
         ({"tuner": {"r": 0}}, "`tuner.r` must be a number of at least 1, got 0"),
         ({"data": None}, "`data` in the recipe must hold keys and values, got None"),
         ({"data": {}}, "`data.path` is missing"),
@@ -121,11 +130,26 @@ def test_paca_mirrors_its_config() -> None:
         assert ours[name].default == theirs[name].default, name
 
 
+def test_mhr_mirrors_its_config() -> None:
+    from thawline import MHRConfig
+    from thawline.tuners.build import RECIPE_ONLY
+
+    theirs = {field.name: field for field in dataclasses.fields(MHRConfig)}
+    inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
+    ours = {field.name: field for field in dataclasses.fields(Mhr)}
+    # Tasks come from the data, `mode` and `uniform_mix` from training; biases are not trained.
+    left_out = {"n_tasks", "task_names", "mode", "uniform_mix", "bias", "init_weights"}
+    assert set(theirs) - inherited - left_out == set(ours) - set(RECIPE_ONLY)
+    for name in set(theirs) & set(ours) - {"target_modules", "n_heads"}:
+        same_default = theirs[name].default
+        assert ours[name].default == (same_default if same_default is not dataclasses.MISSING else None), name
+
+
 def test_training_fields_are_the_trainers_by_shorter_names() -> None:
     ours = {field.name for field in dataclasses.fields(Training)}
     theirs = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     assert set(TRAINING_ARGUMENTS) <= theirs
-    assert set(TRAINING_ARGUMENTS.values()) == ours - {"precision", "args"}
+    assert set(TRAINING_ARGUMENTS.values()) == ours - {"precision", "eval_at_start", "args"}
 
 
 def test_recipes_import_no_framework() -> None:

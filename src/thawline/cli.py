@@ -70,7 +70,7 @@ def train(argv: list[str]) -> int:
         return _say(_to_json(dataclasses.asdict(result)))
     if result.status == "planned":
         return _say((result.folder / "plan.json").read_text(encoding="utf-8"))
-    _say_evaluation(result.metrics, result.parts)
+    _say_evaluation(result.metrics, result.parts, result.start)
     return _say(f"{result.folder}: {result.steps} steps in {result.seconds:.1f} s")
 
 
@@ -127,6 +127,7 @@ def predict(argv: list[str]) -> int:
     )
     parser.add_argument("--file", help="Answer the lines of this file.")
     parser.add_argument("--choices", help="Pick the likeliest of these, parted by commas.")
+    parser.add_argument("--task", help="Which of the tasks trained on the texts are of.")
     parser.add_argument("--max_new_tokens", type=int, help="Longest answer.")
     parser.add_argument("--temperature", type=float, help="Draw instead of taking the likeliest token.")
     parser.add_argument("--batch_size", type=int, default=8, help="Texts at a time.")
@@ -145,7 +146,9 @@ def predict(argv: list[str]) -> int:
     if options.temperature is not None:
         sampling |= {"do_sample": True, "temperature": options.temperature}
     choices = [choice.strip() for choice in options.choices.split(",")] if options.choices else []
-    answers = answer(options.model, texts, choices=choices, batch_size=options.batch_size, **sampling)
+    answers = answer(
+        options.model, texts, choices=choices, task=options.task, batch_size=options.batch_size, **sampling
+    )
     if options.json:
         answers = [_to_json({"input": t, "output": a}, None) for t, a in zip(texts, answers, strict=True)]
     return _say("\n".join(answers))
@@ -570,25 +573,35 @@ def _say(text: str) -> int:
     return 0
 
 
-def _say_evaluation(metrics: Mapping[str, float], parts: Mapping[str, Mapping[str, float]]) -> int:
-    """A table of one line a part, with the mean over parts and over everything below it."""
+def _say_evaluation(
+    metrics: Mapping[str, float],
+    parts: Mapping[str, Mapping[str, float]],
+    start: Mapping[str, Any] | None = None,
+) -> int:
+    """A table of one line a part, with the mean over parts and over everything below it.
+
+    Args:
+        start: `metrics` and `parts` before the first step; the last columns.
+    """
     if not metrics:
         return _say("No held-out rows: nothing was evaluated.")
     part_name, whole = ("class", "classes") if "AP" in metrics else ("task", "tasks")
     # A class of objects may lack a metric that others have: small ones, say.
     names = [name for name in metrics if not parts or any(name in part for part in parts.values())]
+    before: Mapping[str, Mapping[str, float]] = (start or {}).get("parts", {})
+    columns = [(name, parts, metrics) for name in names]
+    columns += [(name, before, start["metrics"]) for name in names if start]
     rows = [
-        [name, str(part.get("rows", "")), *(_round(part[key]) if key in part else "" for key in names)]
+        [name, str(part.get("rows", "")), *(_cell(found.get(name, {}), key) for key, found, _ in columns)]
         for name, part in parts.items()
     ]
     if len(parts) > 1:
-        found = {key: [part[key] for part in parts.values() if key in part] for key in names}
-        rows.append(
-            [f"mean over {whole}", "", *(_round(sum(values) / len(values)) for values in found.values())]
-        )
+        found = [[part[key] for part in of.values() if key in part] for key, of, _ in columns]
+        means = [_round(sum(values) / len(values)) if values else "" for values in found]
+        rows.append([f"mean over {whole}", "", *means])
         total = sum(int(part.get("rows", 0)) for part in parts.values())
-        rows.append(["all rows", str(total), *(_round(metrics[key]) for key in names)])
-    header = [part_name, "rows", *names]
+        rows.append(["all rows", str(total), *(_cell(over_all, key) for key, _, over_all in columns)])
+    header = [part_name, "rows", *names, *(f"{name} at start" for name in names if start)]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -597,6 +610,10 @@ def _say_evaluation(metrics: Mapping[str, float], parts: Mapping[str, Mapping[st
         for row in [header, *rows]
     ]
     return _say("\n".join(lines))
+
+
+def _cell(values: Mapping[str, float], key: str) -> str:
+    return _round(values[key]) if key in values else ""
 
 
 def _round(value: float) -> str:

@@ -27,6 +27,8 @@ __all__ = [
     "Frozen",
     "Full",
     "Lora",
+    "MatchSettings",
+    "Mhr",
     "Paca",
     "PeftMethod",
     "RunConfig",
@@ -119,7 +121,7 @@ class Adapter:
     modules_to_save: list[str] | None = None
     """Modules trained whole and saved beside the adapter. A classifier's new head is added by itself."""
     start_from: str | None = None
-    """Folder of a saved adapter of the same method to go on from. None: a fresh one."""
+    """A run, or the folder of an adapter, of the same method to go on from. None: a fresh one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,82 @@ class Lora(Adapter):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mhr(Adapter):
+    """Skills that tasks share, mixed for each task by its own weights (Caccia et al., NeurIPS 2023)."""
+
+    usual_lr: ClassVar[float] = 1e-3
+    method: Literal["mhr", "poly"] = "mhr"
+    """mhr, or poly (Ponti et al., 2023): whole skills are mixed, by one head."""
+    adapt: Literal["none", "full", "z", "mu"] = "none"
+    """How to turn the adapter of `start_from` to the tasks of `data`: all of it, their routing alone (z), or
+    the average of the skills (mu). none: train on, on the tasks it has."""
+    new_rows: str = "fresh"
+    """Where the routing of new tasks starts when adapting: fresh (near zero, the average of the skills),
+    uniform, mean (of the trained rows), or the name of a trained task."""
+    routing_lr: float = 0.1
+    """Peak learning rate of the routing; `training.lr` is that of the skills."""
+    routing_weight_decay: float = 0.0
+    """Weight decay of the routing, towards the average; `training.weight_decay` is that of the skills."""
+    anneal: float = 0.0
+    """Share of the steps, at the end, over which the routing moves to the average of skills, in [0, 1]."""
+    r: int = 8
+    """Rank of every skill, and so of every task's update."""
+    alpha: float | None = None
+    """The update is scaled by alpha / r. None: r. The authors train with 1."""
+    n_skills: int = 8
+    """Skills in the inventory. With `router: private` as many as tasks, whatever stands here."""
+    n_heads: int | None = None
+    """Blocks of features with weights of their own; must divide every adapted size. None: 4; 1 for poly."""
+    heads_pattern: dict[str, int] | None = None
+    """n_heads for modules whose name matches a regular expression."""
+    router: Literal["learned", "uniform", "private", "random"] = "learned"
+    """How tasks get their weights. private is one skill a task; uniform and random are the controls."""
+    granularity: Literal["linear", "layer", "block", "coder", "network"] = "linear"
+    """Who shares a routing table: nobody, a sub-layer, a block, encoder or decoder, or all."""
+    routing_init: float = 1e-3
+    """Fresh logits are uniform in ± this."""
+    noise: Literal["none", "example", "task"] = "none"
+    """Noise on the logits in training, per example or per task of the batch: more discrete routes."""
+    temperature: float = 1.0
+    """Of the noise: near 0 the sampled weights are all or nothing."""
+    dropout: float = 0.0
+    """Chance of dropping an input of the skills in training, in [0, 1)."""
+    a_init: Literal["lora", "mttl", "peft"] = "lora"
+    """Bound of the uniform A: LoRA's, the authors' or that of PEFT's Poly. B starts at 0."""
+    rank_pattern: dict[str, int] | None = None
+    """r for modules whose name matches a regular expression."""
+    alpha_pattern: dict[str, float] | None = None
+    """alpha for modules whose name matches a regular expression."""
+    layers_pattern: str | list[str] | None = None
+    """Name of the list of blocks that `layers_to_transform` counts in. None: found by itself."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens of the embedding to train besides."""
+
+    def __post_init__(self) -> None:
+        for name in ("r", "n_skills"):
+            _at_least(f"tuner.{name}", getattr(self, name), 1)
+        if self.n_heads is not None:
+            _at_least("tuner.n_heads", self.n_heads, 1)
+        _one_of("tuner.adapt", self.adapt, ("none", "full", "z", "mu"))
+        if self.method == "poly" and self.heads != 1:
+            raise ConfigError(f"`tuner: poly` has one head, got n_heads={self.heads}. Use `tuner: mhr`.")
+        if self.adapt != "none" and self.start_from is None:
+            raise ConfigError(
+                f"`tuner.adapt: {self.adapt}` needs a trained adapter: give its run as `tuner.start_from`."
+            )
+        _fraction("tuner.dropout", self.dropout)
+        if not 0 <= self.anneal <= 1:
+            raise ConfigError(f"`tuner.anneal` must be in [0, 1], got {self.anneal!r}.")
+        for name in ("routing_lr", "routing_weight_decay"):
+            _at_least(f"tuner.{name}", getattr(self, name), 0)
+
+    @property
+    def heads(self) -> int:
+        """`n_heads`, or the method's own."""
+        return self.n_heads or (1 if self.method == "poly" else 4)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeftMethod:
     """Another method of PEFT, by the fields of its own config (`tuner.args`)."""
 
@@ -185,22 +263,24 @@ class PeftMethod:
     args: dict[str, Any] = field(default_factory=dict)
     """The fields of the method's PEFT config, by their names there."""
     start_from: str | None = None
-    """Folder of a saved adapter of the same method to go on from. None: a fresh one."""
+    """A run, or the folder of an adapter, of the same method to go on from. None: a fresh one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Rows of text: JSONL (or JSON) files."""
+    """Rows of text: JSONL (or JSON) files, or a dataset of the `datasets` library."""
 
     path: str | list[str] = ""
-    """File or folder, or several. Rows with a `split` of validation, dev, eval or test are held out, as are
-    files with such a name."""
+    """File or folder, or several; or a dataset: save_to_disk's, "hf://OWNER/NAME". Rows with a `split`
+    of validation, dev, eval or test are held out, as are files with such a name."""
     eval_path: str | list[str] | None = None
     """Held-out rows. None: those held out in `path`, or `eval_fraction` of them."""
     eval_fraction: float = 0.0
     """Share of the training rows to hold out, drawn by `seed`, where nothing else is held out."""
     format: Literal["auto", "prompt-completion", "messages", "instruction", "input-output", "text"] = "auto"
     """How to read a row. auto: by looking at its keys."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where rows have other keys: our key → theirs, e.g. {input: sentence, output: label, task: source}."""
     template: str | None = None
     """Prompt made of a row's fields, e.g. "Question: {input}\\nAnswer:". None: the format's own."""
     chat_template: str | None = None
@@ -211,6 +291,29 @@ class TextData:
     """Use this many training rows, drawn by `seed`. None: all."""
     max_eval_rows: int | None = None
     """Evaluate on this many held-out rows, drawn by `seed`. None: all."""
+    max_task_eval_rows: int | None = None
+    """The same for each task."""
+    tasks: list[str] | None = None
+    """Tasks to use, by name or pattern ("clinc_*"). None: all there are."""
+    exclude_tasks: list[str] = field(default_factory=list)
+    """Tasks to leave out, by name or pattern: those held out for a second phase, say."""
+    task_types: list[str] | None = None
+    """Types of tasks to use, as the folder's manifest.json calls them. None: all."""
+    sampling: Literal["each", "size", "temperature", "equal"] = "each"
+    """Which task comes how often. each: every row once an epoch; size, temperature, equal: tasks are drawn,
+    in proportion to their rows, to a root of them, or alike."""
+    sampling_temperature: float = 2.0
+    """The root of `sampling: temperature`: 1 is size, large is equal."""
+    task_cap: int | None = None
+    """No task counts as having more rows than this when tasks are drawn."""
+    batches: Literal["mixed", "task"] = "mixed"
+    """Whether a batch mixes tasks or is of one. `task` needs a `sampling` that draws tasks."""
+    shots: int | None = None
+    """Learn from this many rows of each task only, drawn by `shots_seed`. None: all."""
+    shots_per: Literal["task", "class"] = "task"
+    """Whether `shots` counts a task's rows, or those of each of its answers."""
+    shots_seed: int | None = None
+    """Draws the shots. None: the run's seed."""
 
     def __post_init__(self) -> None:
         _require(
@@ -218,9 +321,22 @@ class TextData:
         )
         _at_least("data.max_length", self.max_length, 2)
         _fraction("data.eval_fraction", self.eval_fraction)
-        for name in ("max_rows", "max_eval_rows"):
+        for name in ("max_rows", "max_eval_rows", "max_task_eval_rows", "task_cap", "shots"):
             if getattr(self, name) is not None:
                 _at_least(f"data.{name}", getattr(self, name), 1)
+        _one_of("data.sampling", self.sampling, ("each", "size", "temperature", "equal"))
+        _one_of("data.batches", self.batches, ("mixed", "task"))
+        _one_of("data.shots_per", self.shots_per, ("task", "class"))
+        if not self.sampling_temperature > 0:
+            raise ConfigError(
+                f"`data.sampling_temperature` must be positive, got {self.sampling_temperature!r}."
+            )
+        drawn = {"task_cap": self.task_cap, "batches": self.batches == "task" or None}
+        for name in (name for name, value in drawn.items() if value is not None):
+            if self.sampling == "each":
+                raise ConfigError(
+                    f"`data.{name}` needs tasks to be drawn: `data.sampling` size, temperature or equal."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +356,26 @@ class TextSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
             _at_least("objective.max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchSettings:
+    """Choose among a row's choices by the similarity of its embedding and theirs: any text encoder."""
+
+    kind: Literal["match"] = "match"
+    """match."""
+    scale: float = 20.0
+    """The cosine of mean-pooled embeddings is multiplied by this before the softmax."""
+    choice_template: str = "{choice}"
+    """Text made of a choice, e.g. "This is about {choice}."."""
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ConfigError(f"`objective.scale` must be positive, got {self.scale!r}.")
+        if "{choice}" not in self.choice_template:
+            raise ConfigError(
+                f"`objective.choice_template` must hold {{choice}}, got {self.choice_template!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,6 +567,8 @@ class Training:
     """Steps between checkpoints, or once an epoch, or at the end only. A run resumes from its newest one."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; the best one is kept beside them."""
+    eval_at_start: bool | None = None
+    """Evaluate before the first step too: zero-shot. None: where a trained adapter is started from."""
     best_metric: str | None = None
     """Metric that chooses the checkpoint the run ends with (loss, choice_accuracy, …). None: the last one."""
     report_to: str | list[str] = "none"
@@ -462,14 +600,16 @@ class Training:
 PEFT_METHODS = (
     "adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora",
     "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr",
-    "miss", "multitask_prompt_tuning", "oft", "osf", "p_tuning", "peanut", "poly", "prefix_tuning",
+    "miss", "multitask_prompt_tuning", "oft", "osf", "p_tuning", "peanut", "prefix_tuning",
     "prompt_tuning", "psoft", "pvera", "randlora", "road", "shadow", "shira", "supertuning", "tinylora",
     "trainable_tokens", "unilora", "vblora", "vera", "waveft", "xlora",
 )  # fmt: skip
 
-TunerSettings = Paca | Lora | Full | Frozen | PeftMethod
+TunerSettings = Paca | Mhr | Lora | Full | Frozen | PeftMethod
 TUNERS: dict[str, type] = {
     "paca": Paca,
+    "mhr": Mhr,
+    "poly": Mhr,
     "lora": Lora,
     "dora": Lora,
     "none": Full,
@@ -480,6 +620,7 @@ TUNERS: dict[str, type] = {
 
 OBJECTIVES: dict[str, dict[str, type]] = {
     "text": {"objective": TextSettings, "base": TextBase, "data": TextData},
+    "match": {"objective": MatchSettings, "base": TextBase, "data": TextData},
     "detection": {
         "objective": DetectionSettings,
         "base": DetectionBase,
@@ -497,7 +638,7 @@ LEADING_FIELD = {"objective": "kind", "base": "model", "tuner": "method", "data"
 class RunConfig:
     """One run: base × tuner × objective, on data, trained somehow."""
 
-    objective: TextSettings | DetectionSettings = field(default_factory=TextSettings)
+    objective: TextSettings | MatchSettings | DetectionSettings = field(default_factory=TextSettings)
     base: TextBase | DetectionBase = field(default_factory=TextBase)
     tuner: TunerSettings = field(default_factory=Paca)
     data: TextData | DetectionData = field(default_factory=TextData)
@@ -542,7 +683,9 @@ class RunConfig:
         if self.name is not None:
             return self.name
         paths = [self.data.path] if isinstance(self.data.path, str) else self.data.path
-        parts = [Path(self.base.label).name, self.tuner.method, Path(paths[0]).stem]
+        adapt = getattr(self.tuner, "adapt", "none")
+        tuner = self.tuner.method if adapt == "none" else f"{self.tuner.method}-{adapt}"
+        parts = [Path(self.base.label).name, tuner, Path(paths[0]).stem]
         return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
 
     @property
@@ -687,6 +830,11 @@ def _require(value: object, message: str) -> None:
 def _at_least(name: str, value: float, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
         raise ConfigError(f"`{name}` must be a number of at least {least}, got {value!r}.")
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"`{name}` must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}.")
 
 
 def _fraction(name: str, value: float) -> None:

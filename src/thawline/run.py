@@ -5,9 +5,10 @@ A run's folder, every name stable:
     config.yaml       the recipe with every value written out; train with it and --resume to go on
     env.json          machine and versions; one entry for every time the run was started
     plan.json         steps, parameter groups, first batch
-    objective.json    what predicting needs beyond the model: the prompt's template, a classifier's labels
+    objective.json    what predicting needs beyond the model: the prompt's template, labels, tasks
     sample.txt        one training row as the model sees it; what is learned stands in ⟦ ⟧
     metrics.jsonl     every logged value, one JSON object a line
+    start.json        metrics before the first step, where the run starts from a trained adapter
     checkpoint-<n>/   model, optimiser, schedule and random state after step n
     model/            what the run ends with: an adapter or a whole model, and its tokenizer
     result.json       metrics of the last evaluation, over all held-out rows and by part
@@ -41,7 +42,7 @@ from torch import nn
 from transformers import set_seed
 
 import thawline
-from thawline.errors import CheckpointError, ConfigError, did_you_mean
+from thawline.errors import CheckpointError, ConfigError, RoutingError, did_you_mean
 from thawline.recipe import Frozen, RunConfig, load_recipe
 from thawline.report.pictures import save_worst_images
 from thawline.report.run_report import PICTURES
@@ -63,6 +64,8 @@ from thawline.training.trainer import (
 )
 
 logger = logging.getLogger(__name__)
+
+START = "start.json"
 
 NO_DATA = "-"
 """`data.path` of a recipe made up for a model that no run of ours trained."""
@@ -86,6 +89,8 @@ class RunResult:
     """Of the last evaluation, over all held-out rows."""
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
     """The same by part (task)."""
+    start: dict[str, Any] = field(default_factory=dict)
+    """`metrics` and `parts` before the first step (zero-shot), where `training.eval_at_start` asked."""
     trainable: int = 0
     """Trainable parameters."""
     seconds: float = 0.0
@@ -137,6 +142,10 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         checkpoint = newest_checkpoint(folder)
         if resume:
             logger.info("Going on from %s.", checkpoint or "step 0: the run had saved no checkpoint")
+        if checkpoint is None and _evaluates_at_start(config, objective):
+            found = trainer.starting_evaluation()
+            if trainer.is_world_process_zero():
+                write_text(folder / START, _to_json({"metrics": found.metrics, "parts": found.parts}))
         with stop.listen():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
@@ -152,7 +161,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
     evaluation = trainer.final_evaluation()
     result = RunResult(
         folder=folder, status="finished", steps=steps, trainable=trainable, seconds=round(seconds, 3),
-        metrics=evaluation.metrics, parts=evaluation.parts,
+        metrics=evaluation.metrics, parts=evaluation.parts, start=_read_json(folder / START),
     )  # fmt: skip
     if trainer.is_world_process_zero():
         write_text(
@@ -195,6 +204,7 @@ def predict(
     *,
     config: RunConfig | None = None,
     choices: Sequence[str] = (),
+    task: str | None = None,
     batch_size: int = 8,
     **sampling: Any,
 ) -> list[str]:
@@ -204,16 +214,26 @@ def predict(
         model: as for `evaluate`.
         texts: inputs, instructions, users' turns or texts to go on from, by the format trained on.
         config: as for `evaluate`.
-        choices: pick the likeliest of these instead of writing freely.
+        choices: pick the likeliest of these instead of writing freely. None: the task's, where it has some.
+        task: which of the tasks trained on the texts are of. None: the only one.
         batch_size: texts a forward.
         sampling: forwarded to `generate` (do_sample, temperature, top_p, …).
     """
     config = config or saved_config(model)
     described = _described(Path(model))
     objective: Any = build_objective(config, read="none", described=described)
+    known = described.get("tasks", {})
+    if task is not None and task not in known:
+        raise RoutingError(f"'{model}' knows no task '{task}'. {did_you_mean(task, known)}")
     tuned = _to_device(load_tuned(config, objective, _saved_folder(model)))
+    if task is None and objective.task_ids is not None and len(objective.task_ids) > 1:
+        raise RoutingError(f"Which task are the texts of? {did_you_mean('', objective.task_ids)}")
+    task = task or next(iter(objective.task_ids or known), "")
+    # Of a run without tasks to speak of, choices are for the asking only, as ever.
+    if not choices and (objective.task_ids is not None or config.objective.kind == "match" or len(known) > 1):
+        choices = known.get(task, ())
     return objective.predict(
-        tuned, texts, described=described, choices=choices, batch_size=batch_size, **sampling
+        tuned, texts, described=described, choices=choices, task=task, batch_size=batch_size, **sampling
     )
 
 
@@ -250,7 +270,10 @@ def _holds_detector(folder: Path) -> bool:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    file = folder / "objective.json"
+    return _read_json(folder / "objective.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -330,6 +353,13 @@ def _plan(trainer: Trainer) -> dict[str, Any]:
         },
     }
     return plan | trainer.plan() if trainable else plan
+
+
+def _evaluates_at_start(config: RunConfig, objective: Objective) -> bool:
+    wanted = getattr(config.training, "eval_at_start", False)
+    if wanted is None:
+        wanted = getattr(config.tuner, "start_from", None) is not None
+    return bool(wanted and objective.held_out_rows)
 
 
 def _describe(config: RunConfig, trainer: Trainer, plan: Mapping[str, Any]) -> None:

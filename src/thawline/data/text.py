@@ -1,4 +1,5 @@
-"""Rows of text: read from JSONL, whatever their keys, and turned into tokens of which answers are learned.
+"""Rows of text: read from JSONL or a `datasets` dataset, whatever their keys, and turned into tokens of
+which answers are learned.
 
     file ── load_examples ──► Example(prompt, completion | messages, choices, task, split)
                                   └── TextEncoder ──► {"input_ids", "labels"}, label −100 where not learned
@@ -19,6 +20,7 @@ __all__ = [
     "format_prompt",
     "load_examples",
     "prompt_example",
+    "read_manifest",
     "split_examples",
 ]
 
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from thawline.data.datasets import dataset_rows, is_dataset
 from thawline.errors import ConfigError, DataError, did_you_mean
 
 IGNORED = -100
@@ -96,23 +99,63 @@ class Split(NamedTuple):
 
 
 def load_examples(
-    path: str | Path | Sequence[str], *, format: str = "auto", template: str | None = None
+    path: str | Path | Sequence[str],
+    *,
+    format: str = "auto",
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Example]:
-    """Read every row of a JSONL or JSON file, of several, or of all such files below a folder.
+    """Read every row of a JSONL or JSON file, of several, of all such files below a folder, or of a dataset.
+
+    A folder's manifest.json, where there is one, is a list of `{task, choices?, instruction?, type?}`: what
+    rows of a task lack is taken from there, and `{instruction}` may stand in the template.
 
     Args:
-        path: file, folder or a list of them.
+        path: file or folder; a folder written by `datasets`' save_to_disk; "hf://OWNER/NAME" or
+            "hf://OWNER/NAME/CONFIG" for a dataset of the Hub; or a list of them.
         format: one of FORMATS, or "auto": by the keys of each file's first row.
         template: prompt made of a row's fields (`"{input}\\n"`). None: the format's own.
+        columns: our key → the rows' own, e.g. {"input": "sentence", "output": "label", "task": "source"}.
 
     Raises: DataError: naming file and line, for a row that cannot be read as asked.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"Unknown format '{format}'. {did_you_mean(format, FORMATS)}")
     examples: list[Example] = []
-    for file in _files(path):
-        examples += _read_file(file, format, template)
+    for root in [path] if isinstance(path, (str, Path)) else path:
+        if is_dataset(root):
+            stem = Path(root).name
+            for split, rows in dataset_rows(str(root)):
+                examples += _read_rows(rows, format, template, columns or {}, {}, stem, split)
+            continue
+        manifest = {str(entry["task"]): entry for entry in read_manifest(root)}
+        for file in _files(root):
+            # train.jsonl and its like are splits, and their folder is the task.
+            split = file.stem if file.stem in ("train", *HELD_OUT) else ""
+            name = file.parent.name if split else file.stem
+            found = _read_rows(_rows(file), format, template, columns or {}, manifest, name, split)
+            if not found:
+                raise DataError(f"{file}: no rows.")
+            examples += found
     return examples
+
+
+def read_manifest(root: str | Path) -> list[dict[str, Any]]:
+    """The entries of a folder's manifest.json; none where there is no such file, or it is another's.
+
+    Raises: DataError: if an entry's `choices` are no texts.
+    """
+    file = Path(root) / "manifest.json"
+    if not file.is_file():
+        return []
+    entries = _parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(entries, list) or not all(isinstance(one, dict) and "task" in one for one in entries):
+        return []
+    for entry in entries:
+        choices = entry.get("choices") or []
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise DataError(f"{file}: the choices of '{entry['task']}' must be texts, got {choices!r}.")
+    return entries
 
 
 def split_examples(
@@ -149,13 +192,16 @@ def format_prompt(row: Mapping[str, Any], format: str, template: str | None, whe
     return template.format(**{name: row[name] for name in fields})
 
 
-def prompt_example(text: str, format: str, template: str | None, choices: Sequence[str] = ()) -> Example:
+def prompt_example(
+    text: str, format: str, template: str | None, choices: Sequence[str] = (), task: str = ""
+) -> Example:
     """An example without an answer: `text` in the place of the format's first field, or a user's turn."""
+    shared: dict[str, Any] = {"choices": tuple(choices), "format": format, "task": task}
     if format == "messages":
-        return Example(messages=({"role": "user", "content": text},), choices=tuple(choices), format=format)
+        return Example(messages=({"role": "user", "content": text},), **shared)
     if format in TEMPLATES:
         text = format_prompt({FORMATS[format][0]: text}, format, template, "the text")
-    return Example(prompt=text, choices=tuple(choices), format=format)
+    return Example(prompt=text, **shared)
 
 
 class TextEncoder:
@@ -294,11 +340,13 @@ class TextEncoder:
 def collate_tokens(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Pad rows on the right to the longest: `input_ids`, `attention_mask` (B, T), `labels` (B, L).
 
-    A key that holds one number a row (a class, a task's id) becomes (B,).
+    A key that holds one number a row (a class, a task's id) becomes (B,). Text (a task's name) is left out.
     """
     batch = {}
     for key in rows[0]:
         values = [row[key] for row in rows]
+        if isinstance(values[0], str):
+            continue
         if isinstance(values[0], int):
             batch[key] = torch.tensor(values)
         else:
@@ -315,30 +363,46 @@ def _pad(rows: list[list[int]], value: int) -> Tensor:
     return padded
 
 
-def _files(path: str | Path | Sequence[str]) -> Iterable[Path]:
-    paths = [path] if isinstance(path, (str, Path)) else path
-    for root in map(Path, paths):
-        if root.is_file():
-            yield root
-            continue
-        if not root.is_dir():
-            raise DataError(f"No such file or folder: '{root}'.")
-        found = sorted(file for suffix in ("jsonl", "json") for file in root.rglob(f"*.{suffix}"))
-        found = [file for file in found if file.name != "manifest.json"]
-        if not found:
-            raise DataError(f"'{root}' holds no .jsonl or .json file.")
-        yield from found
+def _files(path: str | Path) -> Iterable[Path]:
+    root = Path(path)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise DataError(f"No such file or folder: '{root}'.")
+    found = sorted(file for suffix in ("jsonl", "json") for file in root.rglob(f"*.{suffix}"))
+    found = [file for file in found if file.name != "manifest.json"]
+    if not found:
+        raise DataError(f"'{root}' holds no .jsonl or .json file.")
+    return found
 
 
-def _read_file(file: Path, format: str, template: str | None) -> list[Example]:
+def _read_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    format: str,
+    template: str | None,
+    columns: Mapping[str, str],
+    manifest: Mapping[str, Mapping[str, Any]],
+    task: str,
+    split: str,
+) -> list[Example]:
+    """The examples of one file or split; `task` and `split` are those of rows that do not say."""
     examples: list[Example] = []
-    for where, row in _rows(file):
+    for where, row in rows:
+        if columns:
+            row = _renamed(row, columns, where)
         if format == "auto":
             format = _format_of(row, where)
-        examples.append(_example(row, format, template, where, file))
-    if not examples:
-        raise DataError(f"{file}: no rows.")
+        name = str(row.get("task") or task)
+        shared = {"task": name, "split": str(row.get("split") or split), "format": format, "where": where}
+        examples.append(_example(row, format, template, shared, manifest.get(name, {})))
     return examples
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        raise DataError(f"{where}: `data.columns` asks for '{missing[0]}', the row has {_names(row)}.")
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 def _rows(file: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -378,19 +442,18 @@ def _format_of(row: Mapping[str, Any], where: str) -> str:
     raise DataError(f"{where}: cannot tell the format from the keys {_names(row)}. Known: {formats}.")
 
 
-def _example(row: Mapping[str, Any], format: str, template: str | None, where: str, file: Path) -> Example:
+def _example(
+    row: Mapping[str, Any],
+    format: str,
+    template: str | None,
+    shared: Mapping[str, Any],
+    told: Mapping[str, Any],
+) -> Example:
+    """A row as an example. `told`: what the manifest tells of its task."""
+    where = shared["where"]
     missing = [key for key in FORMATS[format] if key not in row]
     if missing:
         raise DataError(f"{where}: a row of format '{format}' needs '{missing[0]}', got {_names(row)}.")
-    split = str(row.get("split") or (file.stem if file.stem in ("train", *HELD_OUT) else ""))
-    shared: dict[str, Any] = {
-        "task": str(
-            row.get("task") or (file.parent.name if file.stem in ("train", *HELD_OUT) else file.stem)
-        ),
-        "split": split,
-        "format": format,
-        "where": where,
-    }
     if format == "text":
         return Example(completion=_text(row, "text", where), **shared)
     if format == "messages" or isinstance(row.get("prompt"), list):
@@ -399,10 +462,11 @@ def _example(row: Mapping[str, Any], format: str, template: str | None, where: s
     for key in (*FORMATS[format], answer):
         _text(row, key, where)
     completion = _text(row, answer, where)
+    fields = {"instruction": told["instruction"], **row} if "instruction" in told else row
     return Example(
-        prompt=format_prompt(row, format, template, where),
+        prompt=format_prompt(fields, format, template, where),
         completion=completion,
-        choices=_choices(row, completion, where),
+        choices=_choices(row.get("choices") or told.get("choices") or (), completion, where),
         **shared,
     )
 
@@ -413,8 +477,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     return row[key]
 
 
-def _choices(row: Mapping[str, Any], completion: str, where: str) -> tuple[str, ...]:
-    choices = row.get("choices") or ()
+def _choices(choices: Sequence[str], completion: str, where: str) -> tuple[str, ...]:
     if choices and completion not in choices:
         raise DataError(f"{where}: the answer {completion!r} is not among the choices {list(choices)!r}.")
     return tuple(choices)

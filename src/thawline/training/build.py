@@ -6,12 +6,13 @@ __all__ = ["build_model", "build_objective", "build_trainer", "load_tuned", "n_p
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from thawline.errors import CheckpointError, ConfigError
 from thawline.recipe import (
@@ -21,14 +22,17 @@ from thawline.recipe import (
     DetectionTraining,
     Frozen,
     Full,
+    MatchSettings,
+    Mhr,
     RunConfig,
     TextBase,
     TextData,
     TextSettings,
 )
-from thawline.training.objective import Objective
+from thawline.training.objective import Objective, RowObjective
 from thawline.training.trainer import Trainer, choose_precision, newest_checkpoint, training_arguments
-from thawline.tuners.build import attach_tuner
+from thawline.tuners.build import attach_tuner, routed_tasks
+from thawline.tuners.mhr.adapt import parameter_groups, uniform_annealing
 
 
 def build_objective(
@@ -73,11 +77,29 @@ def build_objective(
             read=read,
             labels=(described or {}).get("labels", ()),
         )
+    if isinstance(config.objective, MatchSettings):
+        assert isinstance(config.base, TextBase)
+        assert isinstance(config.data, TextData)
+        from thawline.training.match import MatchObjective
+
+        return MatchObjective(
+            config.objective,
+            config.base,
+            config.data,
+            dtype=_dtype(config, config.base),
+            seed=config.seed,
+            read=read,
+        )
     raise AssertionError(config.objective.kind)
 
 
-def build_model(config: RunConfig, objective: Objective) -> nn.Module:
-    """The base, lean where asked, with the tuner attached: to all of it, or to a detector's backbone."""
+def build_model(config: RunConfig, objective: Objective, *, saved: bool = False) -> nn.Module:
+    """The base, lean where asked, with the tuner attached: to all of it, or to a detector's backbone.
+
+    Args:
+        saved: `tuner.start_from` is what this very recipe made: it has adapted already, unless `tuner.adapt`
+            now says otherwise.
+    """
     model = objective.load_base()
     if config.lean:
         from thawline.ops.lean import apply_lean
@@ -87,13 +109,20 @@ def build_model(config: RunConfig, objective: Objective) -> nn.Module:
         from thawline.training.backbone import tune_backbone
 
         detection: Any = objective
+        if isinstance(config.tuner, Mhr):
+            raise ConfigError(
+                f"`tuner: {config.tuner.method}` routes tasks, and a detector has one. Use lora or paca."
+            )
         if not isinstance(config.tuner, Full) and detection.start == "scratch":
             raise ConfigError(
                 f"`tuner: {config.tuner.method}` would keep a backbone of random weights. Give pretrained "
                 "ones as `base.weights`, or `--tuner none` to train all of it."
             )
         return tune_backbone(model, config.tuner)
-    return attach_tuner(model, config.tuner)
+    rows = cast(RowObjective, objective)
+    model = attach_tuner(model, config.tuner, tasks=rows.tasks, saved=saved)
+    rows.route(routed_tasks(model) if isinstance(config.tuner, Mhr) else None)
+    return model
 
 
 def build_trainer(
@@ -117,7 +146,27 @@ def build_trainer(
         config.training, folder=config.run_folder, tuner=config.tuner, seed=config.seed,
         smaller_is_better=objective.smaller_is_better,
     )  # fmt: skip
-    return Trainer(model, arguments, objective, callbacks)
+    rows = cast(RowObjective, objective)
+    groups = None
+    if isinstance(config.tuner, Mhr):
+        groups = partial(
+            parameter_groups,
+            lr=arguments.learning_rate,
+            routing_lr=config.tuner.routing_lr,
+            weight_decay=arguments.weight_decay,
+            routing_weight_decay=config.tuner.routing_weight_decay,
+        )
+        if config.tuner.anneal:
+            callbacks = [*callbacks, Annealing(config.tuner.anneal)]
+    return Trainer(
+        model,
+        arguments,
+        objective,
+        callbacks,
+        sampler=rows.train_sampler(arguments.train_batch_size),
+        loss=rows.loss,
+        parameter_groups=groups,
+    )
 
 
 def load_tuned(config: RunConfig, objective: Objective, folder: Path | None) -> nn.Module:
@@ -127,7 +176,7 @@ def load_tuned(config: RunConfig, objective: Objective, folder: Path | None) -> 
     if isinstance(config.tuner, (Full, Frozen)) or not (folder / "adapter_config.json").is_file():
         return objective.load_base(str(folder))
     tuner = dataclasses.replace(config.tuner, start_from=str(folder))
-    return build_model(dataclasses.replace(config, tuner=tuner), objective)
+    return build_model(dataclasses.replace(config, tuner=tuner), objective, saved=True)
 
 
 def saved_model_folder(run_folder: Path) -> Path:
@@ -152,6 +201,31 @@ def n_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())
+
+
+class Annealing(TrainerCallback):
+    """Moves the routing to the average of the skills over the last steps (`uniform_annealing`).
+
+    Args:
+        share: of the steps.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set what this step trains with: the last one, the average alone."""
+        n_steps = max(round(self.share * state.max_steps), 1)
+        done = state.global_step + 1 - (state.max_steps - n_steps)
+        if model is not None and done > 0:
+            uniform_annealing(model, done / n_steps)
 
 
 def _dtype(config: RunConfig, base: TextBase) -> torch.dtype:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["Evaluation", "Objective"]
+__all__ = ["Evaluation", "Objective", "RowObjective"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Objective(Protocol):
     def load_base(self, source: str | None = None) -> nn.Module:
         """The pretrained model on the CPU, or one of its kind saved in `source`."""
 
-    def collate(self, rows: Sequence[Any]) -> Mapping[str, Tensor]:
+    def collate(self, rows: Sequence[Any]) -> Mapping[str, Any]:
         """One batch for the model's forward, which returns its loss first or as "loss"."""
 
     def preview(self) -> str:
@@ -61,3 +62,23 @@ class Objective(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What predicting needs beyond model and processor, as plain values; kept in the run's folder."""
+
+
+class RowObjective(Objective, Protocol):
+    """An objective on rows of text, which may be of several tasks."""
+
+    loss: ClassVar[Callable[..., Tensor] | None]
+    """`loss(self, model, batch)`: what training minimises, a mean over rows. None: the model's own."""
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names of the tasks to learn or, where none are, to evaluate on."""
+
+    def route(self, tasks: Sequence[str] | None) -> None:
+        """Give batches the ids of their rows' tasks, by a routing table's names; None: no ids any more.
+
+        Raises: RoutingError: for rows of a task that the table lacks.
+        """
+
+    def train_sampler(self, batch_size: int) -> Sampler[int] | None:
+        """Which row comes when, a function of `set_epoch`. None: every row once an epoch, by chance."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Score", "generate_answers", "score_answers", "score_labels"]
+__all__ = ["Score", "by_length", "generate_answers", "on_device", "score_answers", "score_labels"]
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from thawline.data.text import IGNORED
 
-Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
+Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 """Makes a batch of rows."""
 
 
@@ -48,8 +48,8 @@ def score_answers(
     """
     scores: list[Score] = [Score(0.0, 0)] * len(rows)
     device = _device(model)
-    for indices in _by_length(rows, batch_size, "scoring"):
-        batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
+    for indices in by_length(rows, batch_size, "scoring"):
+        batch = on_device(collate([rows[i] for i in indices]), device)
         labels = batch["labels"]
         # Prompt tuning puts tokens of its own in front.
         logits = model(**batch).logits[:, -labels.shape[1] :]
@@ -71,8 +71,8 @@ def score_labels(
     """A classifier's logits (C,) for every row, float32 on the CPU, in the order given."""
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
     device = _device(model)
-    for indices in _by_length(rows, batch_size, "scoring"):
-        batch = {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
+    for indices in by_length(rows, batch_size, "scoring"):
+        batch = on_device(collate([rows[i] for i in indices]), device)
         for i, found in zip(indices, model(**batch).logits.float().cpu(), strict=True):
             logits[i] = found
     return logits
@@ -97,7 +97,7 @@ def generate_answers(
         tokenizer: the prompts' own.
         max_new_tokens: longest answer.
         batch_size: prompts at a time.
-        extras: one number a prompt for further arguments of `generate` (task ids).
+        extras: one value a prompt for further arguments of `generate` (task ids).
         sampling: forwarded to `generate` (do_sample, temperature, top_p, num_beams, …).
 
     Returns: one text a prompt, in the order given, without special tokens.
@@ -106,7 +106,7 @@ def generate_answers(
     device = _device(model)
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     rows = [{"input_ids": prompt} for prompt in prompts]
-    for indices in _by_length(rows, batch_size, "answering"):
+    for indices in by_length(rows, batch_size, "answering"):
         longest = max(len(prompts[i]) for i in indices)
         # Padding goes to the left, so that every answer starts right after its prompt.
         ids = torch.full((len(indices), longest), tokenizer.pad_token_id, dtype=torch.long)
@@ -114,10 +114,7 @@ def generate_answers(
         for row, i in enumerate(indices):
             ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, longest - len(prompts[i]) :] = 1
-        more = {
-            name: torch.tensor([values[i] for i in indices], device=device)
-            for name, values in (extras or {}).items()
-        }
+        more = {name: [values[i] for i in indices] for name, values in (extras or {}).items()}
         written = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -137,7 +134,12 @@ def generate_answers(
     return answers
 
 
-def _by_length(rows: Sequence[Mapping[str, Any]], batch_size: int, what: str) -> Iterator[list[int]]:
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on `device`; what else it holds (task ids) stays as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def by_length(rows: Sequence[Mapping[str, Any]], batch_size: int, what: str) -> Iterator[list[int]]:
     """Indices of batches of similar length, longest first, so that memory runs out at once or never."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["TextObjective", "load_processor"]
+__all__ = ["TextObjective", "load_pretrained", "load_processor"]
 
 import dataclasses
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -28,14 +28,13 @@ from thawline.data.text import (
     Example,
     TextEncoder,
     collate_tokens,
-    load_examples,
     prompt_example,
-    split_examples,
 )
 from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.metrics.text import METRICS, exact_match, most_likely, rouge_l
 from thawline.recipe import TextBase, TextData, TextSettings
 from thawline.training.objective import Evaluation
+from thawline.training.rows import judged, read_rows, route, train_sampler
 from thawline.training.scoring import Score, generate_answers, score_answers, score_labels
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,8 @@ class TextObjective:
     Raises: DataError: for rows that cannot be read as asked. ConfigError: for settings that do not fit them.
     """
 
-    smaller_is_better: tuple[str, ...] = ("loss",)
+    smaller_is_better: tuple[str, ...] = ("loss", "macro_loss")
+    loss = None
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class TextObjective:
         labels: Sequence[str] = (),
     ) -> None:
         self.settings, self.base, self.data, self.dtype = settings, base, data, dtype
-        self.config = _load(AutoConfig, base)
+        self.config = load_pretrained(AutoConfig, base)
         self.head = _head(base, self.config)
         self.processor = load_processor(base)
         self.encode = TextEncoder(
@@ -90,15 +90,14 @@ class TextObjective:
             seq2seq=self.head == "seq2seq-lm",
             chat_template=data.chat_template,
         )
-        examples = _read(data, data.path) if read != "none" else []
-        held_out = _read(data, data.eval_path) if read != "none" and data.eval_path is not None else None
-        split = split_examples(examples, held_out, fraction=data.eval_fraction, seed=seed)
-        self.format = examples[0].format if examples else data.format
+        self.seed = seed
+        rows = read_rows(data, seed=seed, read=read)
+        self.format = rows.format or data.format
+        self.tasks, self.task_choices = rows.tasks, rows.choices()
+        self.task_ids: dict[str, int] | None = None
+        self.train_examples, self.held_out_examples = rows.train, rows.held_out
+        examples = [*rows.train, *rows.held_out]
         self.labels = tuple(labels) or (_labels(examples) if self.head == "classifier" else ())
-        self.held_out_examples = _draw(split.held_out, data.max_eval_rows, seed)
-        self.train_examples = _draw(split.train, data.max_rows, seed) if read == "all" else []
-        if read == "all" and not self.train_examples:
-            raise DataError(f"'{data.path}' holds no row to train on: every row is marked as held out.")
         self.train_rows = self._encode_all(self.train_examples)
         self.held_out_rows = self._encode_all(self.held_out_examples)
         self.metrics = self._choose_metrics()
@@ -111,15 +110,29 @@ class TextObjective:
             extra |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
             extra["ignore_mismatched_sizes"] = True
         base = self.base if source is None else dataclasses.replace(self.base, model=source, revision=None)
-        model = _load(HEADS[self.head], base, **extra)
+        model = load_pretrained(HEADS[self.head], base, **extra)
         # Padding is masked everywhere but in a decoder's classifier, which finds its last token by it.
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.processor.pad_token_id
         return model
 
-    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A padded batch: `input_ids`, `attention_mask` (B, T), `labels` (B, L), or (B,) of a classifier."""
-        return collate_tokens(rows, self.processor.pad_token_id)
+    def route(self, tasks: Sequence[str] | None) -> None:
+        """Give batches the ids of their rows' tasks, by a routing table's names; None: no ids any more."""
+        self.task_ids = route(tasks, [*self.train_rows, *self.held_out_rows])
+
+    def train_sampler(self, batch_size: int) -> Sampler[int] | None:
+        """Which row comes when. None: every row once an epoch, by chance."""
+        return train_sampler(self.data, self.train_examples, seed=self.seed, batch_size=batch_size)
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A padded batch: `input_ids`, `attention_mask` (B, T), `labels` (B, L), or (B,) of a classifier.
+
+        Where tasks are routed also `task_ids`, a list: ids are read on the host.
+        """
+        batch: dict[str, Any] = collate_tokens(rows, self.processor.pad_token_id)
+        if self.task_ids is not None:
+            batch["task_ids"] = [self.task_ids[row["task"]] for row in rows]
+        return batch
 
     def preview(self) -> str:
         """One training row, decoded: what is learned stands in ⟦ ⟧."""
@@ -143,22 +156,17 @@ class TextObjective:
         """Text has none."""
 
     def describe(self) -> dict[str, Any]:
-        """How a text becomes a prompt, and a classifier's labels."""
-        return {"format": self.format, "template": self.data.template, "labels": list(self.labels)}
+        """How a text becomes a prompt, a classifier's labels, and the tasks."""
+        tasks = {task: list(self.task_choices.get(task, ())) for task in self.tasks}
+        told = {"format": self.format, "template": self.data.template, "labels": list(self.labels)}
+        return {**told, "tasks": tasks}
 
     def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
         """Loss and metrics on the held-out rows, over all of them and by task."""
         model.eval()
         judge = self._judge_labels if self.head == "classifier" else self._judge_answers
         rows = judge(model, batch_size)
-        names = [name for name in METRICS if name in ("loss", *self.metrics)]
-        tasks: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            tasks.setdefault(row["task"], []).append(row)
-        parts = {
-            task: {"rows": len(found), **_average(found, names)} for task, found in sorted(tasks.items())
-        }
-        return Evaluation(metrics=_average(rows, names), parts=parts, rows=rows)
+        return judged(rows, [name for name in METRICS if name in self.metrics])
 
     def predict(
         self,
@@ -167,14 +175,17 @@ class TextObjective:
         *,
         described: Mapping[str, Any],
         choices: Sequence[str] = (),
+        task: str = "",
         batch_size: int = 8,
         **sampling: Any,
     ) -> list[str]:
         """One answer a text: written, chosen from `choices`, or a classifier's label."""
         format, template = described.get("format", "text"), described.get("template")
-        examples = [prompt_example(text, format, template, choices) for text in inputs]
+        examples = [prompt_example(text, format, template, choices, task) for text in inputs]
         if self.head == "classifier":
-            rows = [{"input_ids": self._classifier_ids(example)} for example in examples]
+            rows = [
+                {"input_ids": self._classifier_ids(example), "task": example.task} for example in examples
+            ]
             return [
                 self.labels[logits.argmax()] for logits in score_labels(model, rows, self.collate, batch_size)
             ]
@@ -186,6 +197,7 @@ class TextObjective:
         """For each example the choice the model finds most likely, by mean log-likelihood a token."""
         rows = [
             self.encode.join(self.encode.prompt_ids(example), self.encode.answer_ids(choice))
+            | {"task": example.task}
             for example in examples
             for choice in example.choices
         ]
@@ -205,9 +217,12 @@ class TextObjective:
         longest = sampling.pop("max_new_tokens", None) or self.settings.max_new_tokens
         longest = longest or min(max(n_tokens, default=LONGEST_ANSWER), LONGEST_ANSWER)
         prompts = [self.encode.prompt_ids(example)[-self.data.max_length :] for example in examples]
+        ids = self.task_ids
+        extras = None if ids is None else {"task_ids": [ids[example.task] for example in examples]}
         return generate_answers(
-            model, prompts, self.processor, max_new_tokens=longest, batch_size=batch_size, **sampling
-        )
+            model, prompts, self.processor,
+            max_new_tokens=longest, batch_size=batch_size, extras=extras, **sampling,
+        )  # fmt: skip
 
     def _judge_answers(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
         """One judged row a held-out example: a language model's."""
@@ -217,11 +232,19 @@ class TextObjective:
             {"task": example.task, "where": example.where, "answer": example.answer, **score._asdict()}
             for example, score in zip(examples, scores, strict=True)
         ]
-        if "choice_accuracy" in self.metrics:
-            for row, choice in zip(rows, self.choose(model, examples, batch_size), strict=True):
-                row |= {"choice": choice, "choice_accuracy": float(choice == row["answer"])}
+        given: list[int] = []
+        opened: list[int] = []
+        for i, example in enumerate(examples):
+            (given if "choice_accuracy" in self.metrics and example.choices else opened).append(i)
+        for i, choice in zip(
+            given, self.choose(model, [examples[i] for i in given], batch_size), strict=True
+        ):
+            rows[i] |= {"choice": choice, "choice_accuracy": float(choice == rows[i]["answer"])}
         if {"exact_match", "rouge_l"} & set(self.metrics):
-            for row, text in zip(rows, self.answer(model, examples, batch_size), strict=True):
+            # Where both kinds of metric were asked for by name, rows with choices are generated for too.
+            asked = opened if self.settings.metrics == "auto" else range(len(examples))
+            answers = self.answer(model, [examples[i] for i in asked], batch_size)
+            for row, text in zip([rows[i] for i in asked], answers, strict=True):
                 row["prediction"] = text.strip()
                 if "exact_match" in self.metrics:
                     row["exact_match"] = exact_match(text, row["answer"])
@@ -254,8 +277,9 @@ class TextObjective:
 
     def _encode_all(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         before = self.encode.n_cut
-        rows = [
-            self._encode_label(example) if self.head == "classifier" else self.encode(example)
+        rows: list[dict[str, Any]] = [
+            (self._encode_label(example) if self.head == "classifier" else self.encode(example))
+            | {"task": example.task}
             for example in tqdm(
                 examples, desc="tokens", unit="row", leave=False, disable=len(examples) < 5000
             )
@@ -284,9 +308,11 @@ class TextObjective:
         if self.settings.metrics == "auto":
             if self.head == "classifier":
                 return ("accuracy",)
-            if has_choices:
-                return ("choice_accuracy",)
-            return ("exact_match", "rouge_l") if examples and examples[0].format in SHORT_ANSWERS else ()
+            is_short = any(not one.choices and one.format in SHORT_ANSWERS for one in examples)
+            return (
+                *(("choice_accuracy",) if any(example.choices for example in examples) else ()),
+                *(("exact_match", "rouge_l") if is_short else ()),
+            )
         for name in self.settings.metrics:
             if name not in METRICS:
                 raise ConfigError(
@@ -304,7 +330,7 @@ class TextObjective:
 
 def load_processor(base: TextBase) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token. Raises: ConfigError: if there is none."""
-    tokenizer = _load(AutoTokenizer, base)
+    tokenizer = load_pretrained(AutoTokenizer, base)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"The tokenizer of '{base.model}' has neither a padding nor an end token.")
@@ -313,7 +339,7 @@ def load_processor(base: TextBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(loader: Any, base: TextBase, **extra: Any) -> Any:
+def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
     """`from_pretrained`, with a one-line error for what a user can mend."""
     folder = Path(base.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -345,24 +371,7 @@ def _head(base: TextBase, config: Any) -> Literal["causal-lm", "seq2seq-lm", "cl
     )
 
 
-def _read(data: TextData, path: str | list[str]) -> list[Example]:
-    return load_examples(path, format=data.format, template=data.template)
-
-
 def _labels(examples: Sequence[Example]) -> tuple[str, ...]:
     return tuple(
         sorted({label for example in examples for label in (example.choices or (example.completion,))})
     )
-
-
-def _draw(examples: list[Example], n: int | None, seed: int) -> list[Example]:
-    if n is None or n >= len(examples):
-        return examples
-    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), n))]
-
-
-def _average(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    """Means over rows; the loss is a mean over tokens."""
-    averages = {name: sum(row[name] for row in rows) / max(len(rows), 1) for name in names if name != "loss"}
-    n_tokens = sum(row["n_tokens"] for row in rows)
-    return {"loss": -sum(row["log_likelihood"] for row in rows) / max(n_tokens, 1), **averages}

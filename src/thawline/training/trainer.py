@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -53,7 +53,12 @@ class Trainer(transformers.Trainer):
         args: transformers' own; see `training_arguments`.
         objective: what is asked; gives rows, batches and evaluation.
         callbacks: further ones, transformers' own kind.
+        sampler: which row comes when, with a `set_epoch`. None: every row once an epoch, by chance.
+        loss: `loss(model, batch)`, a mean over rows. None: the model's own.
+        parameter_groups: what trains of a model, in groups for an optimiser. None: transformers' choice.
     """
+
+    optimizer: Any
 
     def __init__(
         self,
@@ -61,8 +66,13 @@ class Trainer(transformers.Trainer):
         args: TrainingArguments,
         objective: Objective,
         callbacks: list[TrainerCallback] | None = None,
+        *,
+        sampler: Sampler[int] | None = None,
+        loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+        parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
     ) -> None:
         self.objective = objective
+        self.row_sampler, self.loss, self.parameter_groups = sampler, loss, parameter_groups
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step = -1
         super().__init__(
@@ -74,6 +84,9 @@ class Trainer(transformers.Trainer):
             processing_class=objective.processor,
             callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl"), *(callbacks or [])],
         )
+        if loss is not None:
+            # It is a mean over a batch's rows: of accumulated batches the mean is to be taken, not the sum.
+            self.model_accepts_loss_kwargs = False
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress())
@@ -84,11 +97,50 @@ class Trainer(transformers.Trainer):
         """What the objective judges."""
         return self.model
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the sampler's order, where there is one."""
+        if self.row_sampler is None:
+            return super().get_train_dataloader()
+        return self.accelerator.prepare(
+            DataLoader(
+                self.objective.train_rows,
+                batch_size=self.args.train_batch_size,
+                sampler=self.row_sampler,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+                drop_last=self.args.dataloader_drop_last,
+            )
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser of the recipe, on the groups asked for."""
+        if self.parameter_groups is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        trained = self.model if model is None else model
+        make, fields = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        self.optimizer = make(self.parameter_groups(trained), **fields)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss, where it has one, else the model's."""
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.loss(model, inputs)
+        return (loss, None) if return_outputs else loss
+
     def plan(self) -> dict[str, Any]:
         """What is about to happen: steps, parameter groups, the first batch; as plain values."""
         rows, args = self.objective.train_rows, self.args
         rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = round(-(-len(rows) // rows_a_step) * args.num_train_epochs)
+        n_rows = len(rows) if self.row_sampler is None else len(self.row_sampler)
+        steps = round(-(-n_rows // rows_a_step) * args.num_train_epochs)
         steps = args.max_steps if args.max_steps > 0 else steps
         batch = self.objective.collate(rows[: args.train_batch_size])
         return {
@@ -111,7 +163,14 @@ class Trainer(transformers.Trainer):
 
     def plan_lines(self, plan: Mapping[str, Any]) -> list[str]:
         """The plan in a few lines, for a person to read before step 1."""
-        return [f"rate     {plan['parameter_groups'][0]['lr']:.2g}, {plan['schedule']}"]
+        rates = dict.fromkeys(f"{group['lr']:.2g}" for group in plan["parameter_groups"])
+        return [f"rate     {' and '.join(rates)}, {plan['schedule']}"]
+
+    def starting_evaluation(self) -> Evaluation:
+        """Of the model before its first step."""
+        self.evaluate()
+        assert self.last_evaluation is not None
+        return self.last_evaluation
 
     def final_evaluation(self) -> Evaluation:
         """Of the model that the run ends with: the one after the last step, if that is the model."""
@@ -387,7 +446,8 @@ def _json(text: str) -> Any:
         return None
 
 
-def _summary(value: Tensor) -> dict[str, Any]:
+def _summary(value: Any) -> dict[str, Any]:
+    value = torch.as_tensor(value)
     return {"shape": list(value.shape), "least": value.min().item(), "greatest": value.max().item()}
 
 

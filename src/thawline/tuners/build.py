@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["attach_tuner"]
+__all__ = ["attach_tuner", "routed_tasks"]
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import peft
 from torch import nn
 
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
-from thawline.recipe import Adapter, Frozen, Full, Lora, Paca, PeftMethod, TunerSettings
+from thawline.recipe import Adapter, Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
+from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
+from thawline.tuners.mhr.config import MHR, MHRConfig
+from thawline.tuners.mhr.model import route_by_batch
 from thawline.tuners.paca.config import PACA, PacaConfig
 
 TASK_TYPES = {
@@ -22,14 +26,20 @@ TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
 }
 """End of a transformers model's class name → PEFT's task type. Other modules get none."""
+RECIPE_ONLY = ("method", "start_from", "adapt", "new_rows", "routing_lr", "routing_weight_decay", "anneal")
+"""Fields of `Mhr` that are not those of `MHRConfig`: how it is trained."""
 
 
-def attach_tuner(model: nn.Module, settings: TunerSettings) -> nn.Module:
-    """Freeze `model` and make trainable what `settings` say.
+def attach_tuner(
+    model: nn.Module, settings: TunerSettings, *, tasks: Sequence[str] = (), saved: bool = False
+) -> nn.Module:
+    """Freeze `model` and make trainable what `settings` say. MHR then takes `task_ids` out of the batch.
 
     Args:
         model: any module; changed in place.
         settings: a tuner's section of a recipe.
+        tasks: names of the tasks that MHR routes; none: one task without ids.
+        saved: what `start_from` holds has adapted as it says already; only another `adapt` does again.
 
     Returns: `model` itself for `none` and `frozen`, else a `PeftModel` around it.
     Raises: ConfigError: for fields the method does not have, or that do not fit the model.
@@ -38,10 +48,12 @@ def attach_tuner(model: nn.Module, settings: TunerSettings) -> nn.Module:
     if isinstance(settings, (Full, Frozen)):
         return model.requires_grad_(isinstance(settings, Full))
     if settings.start_from is not None:
-        return _load_adapter(model, settings.start_from, settings.method)
-    config = _peft_config(settings, _task_type(model))
+        tuned = _load_adapter(model, settings.start_from, settings.method)
+        return _adapted(tuned, settings, tasks, saved) if isinstance(settings, Mhr) else tuned
+    config = _peft_config(settings, _task_type(model), tasks)
     try:
-        return peft.get_peft_model(model, config)
+        tuned = peft.get_peft_model(model, config)
+        return route_by_batch(tuned) if isinstance(settings, Mhr) else tuned
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError) as error:
@@ -50,13 +62,50 @@ def attach_tuner(model: nn.Module, settings: TunerSettings) -> nn.Module:
         ) from error
 
 
-def _peft_config(settings: Paca | Lora | PeftMethod, task_type: str | None) -> peft.PeftConfig:
+def routed_tasks(model: nn.Module) -> list[str] | None:
+    """Names of the tasks in a model's routing table; None: it needs no ids.
+
+    Raises: CheckpointError: for a table whose tasks go by number, which rows of text cannot be told by.
+    """
+    shared, name = find_adapter(model)
+    config = shared.configs[name]
+    if config.router == "uniform" or (config.n_tasks == 1 and config.task_names is None):
+        return None
+    if config.task_names is None:
+        raise CheckpointError(
+            f"The adapter's {config.n_tasks} tasks go by number. Give its adapter_config.json `task_names`."
+        )
+    return config.task_names
+
+
+def _adapted(model: nn.Module, settings: Mhr, tasks: Sequence[str], saved: bool) -> nn.Module:
+    """A loaded MHR turned to `tasks`, where it is to be."""
+    shared, name = find_adapter(model)
+    mode = shared.configs[name].mode
+    if settings.adapt != "none" and not (saved and settings.adapt == mode):
+        names: Any = list(tasks) or 1
+        start_adaptation(model, mode=settings.adapt, tasks=names, start_from=settings.new_rows)
+    return route_by_batch(model)
+
+
+def _peft_config(
+    settings: Paca | Mhr | Lora | PeftMethod, task_type: str | None, tasks: Sequence[str]
+) -> peft.PeftConfig:
     if isinstance(settings, PeftMethod):
         return _build(_config_class(settings.method), {"task_type": task_type}, settings.args)
     if isinstance(settings, Paca):
         fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Paca)}
         del fields["method"], fields["start_from"]
         return _build(PacaConfig, {**fields, "task_type": task_type}, {})
+    if isinstance(settings, Mhr):
+        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Mhr)}
+        for name in RECIPE_ONLY:
+            del fields[name]
+        # One task is routed too, where it has a name: its skills are mixed by a row that learns.
+        fields |= {"task_names": list(tasks) or None, "n_heads": settings.heads, "task_type": task_type}
+        if settings.router == "private":
+            fields["n_skills"] = max(len(tasks), 1)
+        return _build(MHRConfig, fields, {})
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Adapter)}
     del fields["start_from"]
     fields |= {
@@ -97,11 +146,15 @@ def _config_class(method: str) -> type[peft.PeftConfig]:
     return known[method]
 
 
-def _load_adapter(model: nn.Module, folder: str, method: str) -> nn.Module:
+def _load_adapter(model: nn.Module, start_from: str, method: str) -> nn.Module:
+    in_run = Path(start_from) / "model"
+    folder = str(in_run) if (in_run / "adapter_config.json").is_file() else start_from
     if not (Path(folder) / "adapter_config.json").is_file():
         raise CheckpointError(f"`tuner.start_from`: '{folder}' holds no adapter (no adapter_config.json).")
     saved = peft.PeftConfig.from_pretrained(folder).peft_type.value.lower()
-    if saved != {"dora": "lora", "paca": PACA.lower()}.get(method, method):
+    if saved != {"dora": "lora", "paca": PACA.lower(), "mhr": MHR.lower(), "poly": MHR.lower()}.get(
+        method, method
+    ):
         raise CheckpointError(f"`tuner.start_from`: '{folder}' is of method '{saved}', not '{method}'.")
     return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
 

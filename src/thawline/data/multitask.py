@@ -1,0 +1,106 @@
+"""Mixtures of tasks: which task comes when, and which of its rows, as pure functions of a seed.
+
+    sizes of the tasks ── mixture_weights ──► a share for each ── TaskSampler ──► rows, epoch by epoch
+
+A row's place is drawn from seed and epoch alone, so nothing about chance has to be saved: a run that goes on
+in the middle of an epoch draws what it would have drawn (compare data/draws.py).
+
+Shares: n_t^(1/T) over its sum, n_t the task's rows, at most the cap. T = 1 is proportional to size, T → ∞
+equal; the cap is the artificial limit on a task's size of T5 (Raffel et al. 2020, 3.5.2).
+"""
+
+from __future__ import annotations
+
+__all__ = ["SAMPLING", "TaskSampler", "mixture_weights"]
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from thawline.data.draws import ORDER, Draw, chance
+from thawline.errors import ConfigError, did_you_mean
+
+SAMPLING: dict[str, str] = {
+    "each": "every row once an epoch",
+    "size": "tasks in proportion to their rows",
+    "temperature": "tasks in proportion to their rows to the power of 1/temperature",
+    "equal": "all tasks alike",
+}
+"""How often a task is drawn → what that means."""
+
+
+def mixture_weights(
+    sizes: Sequence[int], sampling: str, *, temperature: float = 1.0, cap: int | None = None
+) -> np.ndarray:
+    """The share of each task in a mixture, (K,) float64, summing to 1.
+
+    Args:
+        sizes: rows of each task.
+        sampling: one of SAMPLING; `each` is `size` in expectation.
+        temperature: of `temperature`: 1 is `size`, large values near `equal`.
+        cap: no task counts as having more rows than this.
+    """
+    if sampling not in SAMPLING:
+        raise ConfigError(f"Unknown sampling '{sampling}'. {did_you_mean(sampling, SAMPLING)}")
+    counted = np.minimum(np.asarray(sizes, dtype=np.float64), np.inf if cap is None else cap)
+    power = {"temperature": 1 / temperature, "equal": 0.0}.get(sampling, 1.0)
+    # Over the largest first: a small temperature would overflow.
+    weights = (counted / counted.max()) ** power
+    return weights / weights.sum()
+
+
+class TaskSampler(Sampler[int]):
+    """Row numbers of a mixture, epoch by epoch; `set_epoch` turns to another, as with DistributedSampler.
+
+    Tasks are drawn independently, by their share; a task's rows come in an order of its own and are all used
+    before one is used again. An epoch has as many rows as there are, a capped task counting up to its cap.
+
+    Args:
+        tasks: number of the task of every row, (N,).
+        sampling, temperature, cap: see `mixture_weights`.
+        seed: of every draw.
+        same_task: draw a task for this many rows in a row: a batch's, where batches are of one task.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[int],
+        sampling: str,
+        *,
+        temperature: float = 1.0,
+        cap: int | None = None,
+        seed: int = 0,
+        same_task: int = 1,
+    ) -> None:
+        self.rows = [np.flatnonzero(np.asarray(tasks) == task) for task in range(max(tasks) + 1)]
+        sizes = [len(rows) for rows in self.rows]
+        self.weights = mixture_weights(sizes, sampling, temperature=temperature, cap=cap)
+        self.n_rows = sum(size if cap is None else min(size, cap) for size in sizes)
+        self.seed, self.same_task = seed, same_task
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration draws."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.draw(self.epoch).tolist())
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch in order, (len(self),) int64."""
+        generator = chance(self.seed, Draw(epoch, 0), ORDER)
+        n_draws = -(-self.n_rows // self.same_task)
+        drawn = generator.choice(len(self.rows), size=n_draws, p=self.weights)
+        tasks = np.repeat(drawn, self.same_task)[: self.n_rows]
+        order = np.empty(self.n_rows, dtype=np.int64)
+        for task, rows in enumerate(self.rows):
+            places = np.flatnonzero(tasks == task)
+            n_passes = -(-len(places) // max(len(rows), 1))
+            passes = [generator.permutation(rows) for _ in range(n_passes)]
+            if passes:
+                order[places] = np.concatenate(passes)[: len(places)]
+        return order

@@ -1,0 +1,225 @@
+"""Runs of several tasks: routed in training, evaluation and prediction; then adapted to new ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from thawline.errors import CheckpointError, ConfigError, DataError, RoutingError
+from thawline.recipe import RunConfig
+from thawline.run import RunResult, evaluate, predict, run
+from thawline.training.build import build_model, build_objective
+from thawline.training.match import MatchObjective
+from thawline.training.text import TextObjective
+from thawline.tuners.mhr.adapt import find_adapter
+
+LETTERS = "abcd"
+TASKS = {"first": lambda a, b: a, "last": lambda a, b: b, "swap": lambda a, b: b + a, "least": min}
+"""What is asked of two letters; the third has no choices."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for each task, and a manifest that knows the choices of two of them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for task, answer in TASKS.items():
+        rows = [
+            {"input": a + b, "output": answer(a, b), "split": "test" if a == b else "train"}
+            for a in LETTERS
+            for b in LETTERS
+        ]
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = [
+        {"task": task, "type": "choice", "choices": list(LETTERS)} for task in ("first", "last", "least")
+    ]
+    (folder / "manifest.json").write_text(json.dumps([*manifest, {"task": "swap", "type": "writing"}]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a BERT with random weights and a tokenizer of one token a byte."""
+    from transformers import BertConfig, BertModel
+
+    from text_kit import byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(byte_tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["text", "match"])
+def recipe(request, folder: Path, tiny_llama: Path, tiny_bert: Path, tmp_path_factory):
+    """A recipe of a few steps, for a language model or an encoder."""
+    base = tiny_bert if request.param == "match" else tiny_llama
+    runs = tmp_path_factory.mktemp("runs")
+
+    def build(
+        name: str, tasks: list[str], tuner: object = None, data: object = None, **training
+    ) -> RunConfig:
+        return RunConfig.from_mapping(
+            {
+                "objective": request.param,
+                "name": name,
+                "folder": str(runs),
+                "base": str(base),
+                "data": {"path": str(folder), "tasks": tasks, "sampling": "equal", **(data or {})},
+                "tuner": tuner or {"method": "mhr", "r": 2, "n_skills": 3, "dropout": 0.1},
+                "training": {
+                    "max_steps": 8, "batch_size": 5, "lr": 1e-2, "save_every": 4, "eval_every": 4,
+                    "log_every": 2, **training,
+                },
+            }
+        )  # fmt: skip
+
+    return build
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "adapter_model.safetensors")
+
+
+def logged(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def pretrained(recipe) -> RunResult:
+    return run(recipe("pretrained", ["first", "last"]))
+
+
+def test_a_run_on_tasks_keeps_their_table_and_reads_back_equal(recipe, pretrained) -> None:
+    result = pretrained
+    assert set(result.parts) == {"first", "last"}
+    mean = sum(part["choice_accuracy"] for part in result.parts.values()) / 2
+    assert result.metrics["macro_choice_accuracy"] == pytest.approx(mean)
+    told = json.loads((result.folder / "objective.json").read_text())
+    assert told["tasks"] == {"first": list(LETTERS), "last": list(LETTERS)}
+    for saved in (result.folder / "model", result.folder / "checkpoint-8"):
+        assert json.loads((saved / "adapter_config.json").read_text())["task_names"] == ["first", "last"]
+    found = evaluate(result.folder)
+    assert (found.metrics, found.parts) == (result.metrics, result.parts)
+    plan = json.loads((result.folder / "plan.json").read_text())
+    assert [group["lr"] for group in plan["parameter_groups"]] == [1e-2, 0.1]
+    assert set(predict(result.folder, ["ab", "ba"], task="last")) <= set(LETTERS)
+
+
+def test_each_task_is_routed_by_its_own_row(recipe, pretrained) -> None:
+    folder = pretrained.folder
+    config = recipe("pretrained", ["first", "last"])
+    together = evaluate(folder)
+    for task in ("first", "last"):
+        alone = evaluate(folder, config=recipe("pretrained", [task]))
+        part = {name: value for name, value in together.parts[task].items() if name != "rows"}
+        assert alone.metrics == pytest.approx(part)
+    objective = build_objective(config)
+    model = build_model(config, objective)
+    shared, name = find_adapter(model)
+    assert shared.configs[name].task_names == ["first", "last"]
+    rows = [objective.train_rows[0], objective.train_rows[-1]]
+    assert objective.collate(rows)["task_ids"] == [0, 1]
+
+
+@pytest.mark.parametrize("adapt", ["full", "z", "mu"])
+def test_adapting_moves_what_it_should_from_the_average_of_the_skills(recipe, pretrained, adapt: str) -> None:
+    before = pretrained
+    tuner = {"method": "mhr", "start_from": str(before.folder), "adapt": adapt}
+    shots = {"shots": 6, "sampling": "each"}
+    result = run(recipe(f"adapted-{adapt}", ["least"], tuner, shots))
+    assert set(result.start["parts"]) == set(result.parts) == {"least"}
+    old, new = weights(before.folder), weights(result.folder)
+    skills = [name for name in old if "mhr_A" in name or "mhr_B" in name]
+    assert len(skills) == len([name for name in new if name in skills]) > 0
+    if adapt == "z":
+        assert all(torch.equal(old[name], new[name]) for name in skills)
+    if adapt == "mu":
+        assert {new[name].shape[0] for name in skills} == {1}
+        assert not any("router" in name for name in new)
+    assert json.loads((result.folder / "model" / "adapter_config.json").read_text())["mode"] == adapt
+    found = evaluate(result.folder)
+    assert (found.metrics, found.parts) == (result.metrics, result.parts)
+    assert len(predict(result.folder, ["ab"])) == 1
+    # The average of the skills, by way of mu without a step, is where every mode starts.
+    average = recipe("average", ["least"], {**tuner, "adapt": "mu"})
+    zero_shot = evaluate(before.folder, config=average)
+    assert result.start["metrics"]["loss"] == pytest.approx(zero_shot.metrics["loss"], rel=2e-3)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(recipe, pretrained, monkeypatch) -> None:
+    before = pretrained
+    for name, tasks, tuner in (
+        ("trained", ["first", "last"], None),
+        ("adapted", ["least", "last"], {"method": "mhr", "start_from": str(before.folder), "adapt": "full"}),
+    ):
+        straight = run(recipe(f"{name}-straight", tasks, tuner, {"batches": "task"}))
+        with monkeypatch.context() as patch:
+            for kind in (TextObjective, MatchObjective):
+                collate, made = kind.collate, [0]
+
+                def dying(self, rows, collate=collate, made=made):
+                    made[0] += all(any(row is known for known in self.train_rows) for row in rows)
+                    if made[0] == 7:
+                        raise RuntimeError("the machine went away")
+                    return collate(self, rows)
+
+                patch.setattr(kind, "collate", dying)
+            with pytest.raises(RuntimeError, match="went away"):
+                run(recipe(f"{name}-killed", tasks, tuner, {"batches": "task"}))
+        resumed = run(recipe(f"{name}-killed", tasks, tuner, {"batches": "task"}), resume=True)
+        assert resumed.metrics == straight.metrics
+        assert resumed.start == straight.start
+        assert logged(resumed.folder) == logged(straight.folder)
+        for key, value in weights(straight.folder).items():
+            assert torch.equal(weights(resumed.folder)[key], value), key
+
+
+def test_annealing_ends_at_the_average_whatever_the_task(recipe) -> None:
+    tuner = {"method": "mhr", "r": 2, "n_skills": 3, "anneal": 0.5}
+    result = run(recipe("annealed", ["first", "last"], tuner))
+    saved = json.loads((result.folder / "model" / "adapter_config.json").read_text())
+    assert saved["uniform_mix"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("method", ["lora", "frozen"])
+def test_tasks_without_routing_are_still_judged_task_by_task(recipe, method: str) -> None:
+    result = run(recipe(method, ["first", "least"], method))
+    assert set(result.parts) == {"first", "least"}
+
+
+def test_private_gives_every_task_a_skill_of_its_own(recipe) -> None:
+    result = run(recipe("private", ["first", "last"], {"method": "mhr", "r": 2, "router": "private"}))
+    saved = json.loads((result.folder / "model" / "adapter_config.json").read_text())
+    assert (saved["n_skills"], saved["n_tasks"]) == (2, 2)
+
+
+def test_what_would_be_a_guess_is_refused(recipe, pretrained, folder: Path) -> None:
+    before = pretrained
+    with pytest.raises(
+        RoutingError, match="No routing for task 'least': the model was trained on tasks 'first'"
+    ):
+        evaluate(before.folder, config=recipe("x", ["least"]))
+    with pytest.raises(RoutingError, match="Which task are the texts of. Available: first, last"):
+        predict(before.folder, ["ab"])
+    with pytest.raises(RoutingError, match="knows no task 'lst'.*Did you mean 'last'"):
+        predict(before.folder, ["ab"], task="lst")
+    with pytest.raises(ConfigError, match="No task 'fist' in `data.tasks`.*Did you mean 'first'"):
+        run(recipe("x", ["fist"]))
+    with pytest.raises(
+        ConfigError, match="No task of type 'choise' in `data.task_types`.*Did you mean 'choice'"
+    ):
+        run(recipe("x", ["*"], data={"task_types": ["choise"]}))
+    with pytest.raises(DataError, match="task 'first' has 12 examples to draw 13 shots"):
+        run(recipe("x", ["first"], data={"shots": 13}))
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        run(recipe("x", ["first"], {"method": "mhr", "start_from": str(folder), "adapt": "z"}))
