@@ -247,3 +247,46 @@ def test_real_tasks_all_read(shared: Path) -> None:
     train, held_out = split_examples(examples)
     assert len(train) == sum(entry["n_train"] for entry in manifest.values())
     assert len(held_out) == sum(entry["n_test"] for entry in manifest.values())
+
+
+def test_a_manifest_gives_choices_and_instruction(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    write(tmp_path / "tasks" / "sky.jsonl", {"input": "noon", "output": "blue"})
+    write(tmp_path / "tasks" / "own.jsonl", {"input": "b", "output": "c", "choices": ["c", "d"]})
+    manifest = [{"task": "sky", "choices": ["blue", "black"], "instruction": "What colour?"}, {"task": "own"}]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    own, sky = load_examples(tmp_path)
+    assert (own.choices, sky.choices) == (("c", "d"), ("blue", "black"))
+    [sky] = [one for one in load_examples(tmp_path / "tasks") if one.task == "sky"]
+    assert sky.choices == ()
+    manifest[1]["instruction"] = "Which?"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    own, sky = load_examples(tmp_path, template="{instruction} {input}:")
+    assert (own.prompt, sky.prompt) == ("Which? b:", "What colour? noon:")
+    manifest[0]["choices"] = "blue"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="manifest.json: the choices of 'sky' must be texts, got 'blue'"):
+        load_examples(tmp_path)
+
+
+def test_a_dataset_is_read_by_its_columns(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["bad", "good"]),
+            "source": datasets.Value("string"),
+        }
+    )
+    rows = {"sentence": ["fine", "dull"], "label": [1, 0], "source": ["films", "books"]}
+    splits = {name: datasets.Dataset.from_dict(rows, features=features) for name in ("train", "validation")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "reviews")
+    columns = {"input": "sentence", "output": "label", "task": "source"}
+    examples = load_examples(tmp_path / "reviews", columns=columns)
+    assert [(e.task, e.split, e.prompt, e.completion, e.choices) for e in examples[:2]] == [
+        ("films", "train", "fine\n", "good", ("bad", "good")),
+        ("books", "train", "dull\n", "bad", ("bad", "good")),
+    ]
+    assert {example.split for example in examples} == {"train", "validation"}
+    with pytest.raises(DataError, match="`data.columns` asks for 'text', the row has"):
+        load_examples(tmp_path / "reviews", columns={"input": "text"})
