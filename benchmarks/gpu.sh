@@ -13,5 +13,8 @@ bench=(run python3 -m thawline.bench.tuners --device cuda --rounds 15)
 "${bench[@]}" --case small-model resnet18 small-llama-memory tinyllama resnet50 --out "$out/complaints-gpu.json"
 "${bench[@]}" --case vit convnet --out "$out/vision-cost-gpu.json"
 run python3 -m thawline.bench.vision --device cuda --out "$out/vision-gpu.json"
+sizes=(atto femto pico n s m l x)
+run python3 -m thawline.bench.detector --device cuda --size "${sizes[@]}" --batch 1 8 --dtype fp32 bf16 fp16 --calls 5 --out "$out/detector-gpu.json"
+run python3 -m thawline.bench.detector --device cuda --size atto s --batch 1 8 --dtype fp32 bf16 --calls 5 --forms port eager fused compiled compiled_fused --out "$out/detector-compiled-gpu.json"
 if [ -d tests/gpu ]; then run python3 -m pytest -q -m gpu tests/gpu; fi
 exit $failed

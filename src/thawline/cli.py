@@ -327,6 +327,7 @@ BENCHES = {
     "vision": "accuracy of a ViT and a conv net adapted to another domain",
     "skills": "LoRA, Poly and MHR on made-up tasks whose skills are known, and how tasks' gradients align",
     "loader": "images a second and core through the detection augmentation",
+    "detector": "latency and throughput of the detector's sizes, beside transformers' port",
 }
 """Module of thawline.bench → what it measures."""
 

@@ -16,7 +16,7 @@ from transformers.models.deimv2.modeling_deimv2 import Deimv2MLP
 from thawline.errors import CheckpointError, ConfigError
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 from thawline.models.deimv2.convert import from_transformers, to_transformers, transformers_names
-from thawline.models.deimv2.save import WRITERS, _port_settings, convert_checkpoint, save_as
+from thawline.models.deimv2.save import WRITERS, convert_checkpoint, port_settings, save_as
 
 
 def shuffled(model: DEIMv2) -> DEIMv2:
@@ -42,7 +42,7 @@ def test_names_are_those_of_the_port(variant: str) -> None:
         model = DEIMv2.from_variant(variant, num_classes=3)
         has_key_bias = variant in "sm"
         port = Deimv2ForObjectDetection(
-            Deimv2Config(**_port_settings(model.config, has_key_bias=has_key_bias))
+            Deimv2Config(**port_settings(model.config, has_key_bias=has_key_bias))
         )
     names = [part for parts in transformers_names(model.state_dict()).values() for part in parts]
     assert len(set(names)) == len(names)

@@ -98,7 +98,7 @@ def _save_authors_hub(model: DEIMv2, folder: Path) -> None:
 def _save_transformers(model: DEIMv2, folder: Path) -> None:
     state = to_transformers(model.state_dict())
     has_key_bias = any(name.endswith("attention.k_proj.bias") for name in state)
-    _write_folder(folder, _port_settings(model.config, has_key_bias=has_key_bias), state)
+    _write_folder(folder, port_settings(model.config, has_key_bias=has_key_bias), state)
     config = model.config
     preparation = {
         "image_processor_type": "RTDetrImageProcessor",
@@ -224,7 +224,7 @@ def _authors_settings(config: DEIMv2Config) -> dict[str, Any]:
     return settings
 
 
-def _port_settings(config: DEIMv2Config, *, has_key_bias: bool) -> dict[str, Any]:
+def port_settings(config: DEIMv2Config, *, has_key_bias: bool) -> dict[str, Any]:
     """`Deimv2Config` of transformers 5, as close to the network as it can say."""
     encoder, decoder, strides = config.encoder, config.decoder, list(config.strides)
     dim, backbone = encoder.hidden_dim, config.backbone

@@ -1,0 +1,274 @@
+"""How fast the detector is, beside transformers' port of it, of the same shape and with the same weights.
+
+    python -m thawline.bench.detector --size atto s --out benchmarks/results/detector.json
+
+Measured in paired rounds (`thawline.bench.measure`), from normalised pixels to boxes in the image's pixels:
+
+    port        `Deimv2ForObjectDetection`, eager, with transformers' post-processing: the yardstick
+    eager       `DEIMv2`                              compiled         the same under torch.compile
+    fused       `DEIMv2.fuse()`                       compiled_fused   the same under torch.compile
+    product     a product of two square matrices, which says what the machine can do in that round
+
+A processor is timed by the wall clock, because its threads work at the same time; a GPU by CUDA events. Sizes
+that the results file already holds from this machine stay in it, so sizes can be measured one by one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FORMS", "main", "measure_size"]
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from thawline.bench.measure import Sample, machine_stamp, median_ratio, paired_rounds
+from thawline.errors import ConfigError
+from thawline.models.deimv2 import VARIANTS, DEIMv2
+from thawline.models.deimv2.convert import to_transformers
+from thawline.models.deimv2.save import port_settings
+
+FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line above. Returns the exit status."""
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu" and args.dtype != ["fp32"]:
+        raise ConfigError(f"`--dtype {' '.join(args.dtype)}` needs a GPU; a processor is measured in fp32.")
+    results = _start(args.out, device)
+    for size in args.size:
+        record = measure_size(
+            size,
+            device=device,
+            batches=args.batch,
+            dtypes=args.dtype,
+            forms=args.forms,
+            rounds=args.rounds,
+            calls=args.calls,
+        )
+        results["sizes"][size] = record
+        sys.stdout.write(f"\n{size}, {record['resolution']}: {_counts(record)}\n{_table(record)}\n")
+        sys.stdout.flush()
+        if args.out is not None:  # after each size: a run cut short keeps what it has
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+def measure_size(
+    size: str,
+    *,
+    device: torch.device,
+    batches: Sequence[int] = (1,),
+    dtypes: Sequence[str] = ("fp32",),
+    forms: Sequence[str] = FORMS,
+    rounds: int = 10,
+    calls: int = 1,
+    resolution: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Measure one size.
+
+    Args:
+        rounds: paired timing rounds.        calls: of each form in a round; one sample is their sum.
+        resolution: (height, width); by default the size's own.
+    Returns: a JSON-ready record. For each batch and dtype and form: `median_ms` of one call, `images_per_s`,
+        `of_port`, and `of_product`: floating-point operations a second as a share of the matrix product's.
+    """
+    model, port = _pair(size)
+    height, width = resolution or model.config.image_size
+    counted = {"port": port, "eager": model, "fused": model.fuse()}
+    record: dict[str, Any] = {
+        "resolution": f"{height}×{width}",
+        "rounds": rounds,
+        "calls": calls,
+        "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in counted.items()},
+        "gflops": {name: _gflops(net, (1, 3, height, width)) for name, net in counted.items()},
+        "runs": [],
+    }
+    for name in dtypes:
+        dtype = DTYPES[name]
+        calls_of = {form: _detector(form, model, port, device, dtype) for form in forms}
+        for batch in batches:
+            pixels = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+            pixels = pixels.to(device, dtype)
+            steps: dict[str, Callable[[], object]] = {
+                form: lambda call=call, pixels=pixels: call(pixels)  # type: ignore[misc]
+                for form, call in calls_of.items()
+            }
+            product, product_gflops = _product(device, dtype)
+            with torch.inference_mode():
+                samples = paired_rounds(
+                    steps | {"product": product}, rounds=rounds, steps_per_round=calls, warmup=3
+                )
+            record["runs"].append(
+                {"batch": batch, "dtype": name}
+                | _read(samples, calls, batch, record["gflops"]["eager"] * batch, product_gflops)
+            )
+    return record
+
+
+def _pair(size: str) -> tuple[DEIMv2, nn.Module]:
+    """The detector and transformers' port, with equal weights that are at no trivial start."""
+    from transformers import Deimv2Config, Deimv2ForObjectDetection
+
+    torch.manual_seed(0)
+    model = DEIMv2.from_variant(size, rope_rescale=None) if size in "lx" else DEIMv2.from_variant(size)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    port = Deimv2ForObjectDetection(Deimv2Config(**port_settings(model.config, has_key_bias=size in "sm")))
+    found = port.load_state_dict(to_transformers(model.state_dict()), strict=False)
+    if found.unexpected_keys:
+        raise ConfigError(f"transformers' port of '{size}' lacks {found.unexpected_keys[:3]}.")
+    return model.eval(), port.eval()
+
+
+def _detector(
+    form: str, model: DEIMv2, port: nn.Module, device: torch.device, dtype: torch.dtype
+) -> Callable[[Tensor], object]:
+    """From pixels to what a user gets."""
+    if form == "port":
+        from transformers import RTDetrImageProcessorPil
+
+        processor = RTDetrImageProcessorPil()
+        theirs = port.to(device, dtype)
+
+        def detect_as_port(pixels: Tensor) -> object:
+            return processor.post_process_object_detection(
+                theirs(pixel_values=pixels), threshold=0.0, target_sizes=[(480, 640)] * len(pixels)
+            )
+
+        return detect_as_port
+    ours = model.fuse() if form.endswith("fused") else model
+    ours = ours.to(device, dtype)
+    network = torch.compile(ours, fullgraph=True) if form.startswith("compiled") else ours
+
+    def detect(pixels: Tensor) -> object:
+        return ours.postprocess(network(pixels), [(480, 640)] * len(pixels))
+
+    return detect
+
+
+def _gflops(network: nn.Module, shape: tuple[int, ...]) -> float:
+    """Twice the multiply-adds of products, convolutions and attention."""
+
+    def convolution(x: Any, weight: Any, *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+        return 2 * math.prod(out_shape) * math.prod(weight) // out_shape[1]
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+    # What a processor calls and the counter does not know by itself.
+    known = {
+        torch.ops.mkldnn._convolution_pointwise: convolution,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    }
+    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=known) as counter:
+        network(torch.rand(shape))
+    return round(counter.get_total_flops() / 1e9, 3)
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], float]:
+    n = PRODUCT_SIZE[device.type]
+    a = torch.rand(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return lambda: a @ a, 2 * n**3 / 1e9
+
+
+def _read(
+    samples: dict[str, list[Sample]], calls: int, batch: int, gflops: float, product_gflops: float
+) -> dict[str, Any]:
+    clock = "cuda" if samples["product"][0].cuda is not None else "wall"
+    product = samples["product"]
+    forms = {}
+    for name, own in samples.items():
+        seconds = statistics.median(getattr(sample, clock) for sample in own) / calls
+        if name == "product":
+            continue
+        forms[name] = {
+            "median_ms": round(seconds * 1e3, 3),
+            "images_per_s": round(batch / seconds, 2),
+            "of_product": round(gflops / product_gflops / median_ratio(own, product, clock), 4),
+        }
+        if "port" in samples:
+            forms[name]["of_port"] = round(median_ratio(own, samples["port"], clock), 4)
+    seconds = statistics.median(getattr(sample, clock) for sample in product) / calls
+    return {"clock": clock, "product_gflops_per_s": round(product_gflops / seconds, 1), "forms": forms}
+
+
+def _start(out: Path | None, device: torch.device) -> dict[str, Any]:
+    """The record to fill: with the sizes that lie in `out` already, from the same machine."""
+    results: dict[str, Any] = {
+        "bench": "detector",
+        "command": "python -m thawline.bench.detector",
+        "machine": machine_stamp(),
+        "device": device.type,
+        "sizes": {},
+    }
+    if out is None or not out.exists():
+        return results
+    earlier = json.loads(out.read_text())
+    different = [key for key in ("bench", "machine", "device") if earlier.get(key) != results[key]]
+    if different:
+        raise ConfigError(
+            f"'{out}' holds results of another {' and '.join(different)}. Move it, or give another `--out`."
+        )
+    return results | {"sizes": earlier["sizes"]}
+
+
+def _counts(record: dict[str, Any]) -> str:
+    parameters, gflops = record["parameters"], record["gflops"]
+    return ", ".join(f"{name} {parameters[name]:,} parameters, {gflops[name]:.2f} GFLOP" for name in gflops)
+
+
+def _table(record: dict[str, Any]) -> str:
+    """The record as a Markdown table: what the docs show is what the command prints."""
+    lines = [["dtype", "batch", "form", "ms", "images/s", "× port", "of the product's rate"]]
+    lines.append(["---"] * len(lines[0]))
+    for run in record["runs"]:
+        for name, form in run["forms"].items():
+            lines.append(
+                [
+                    run["dtype"],
+                    str(run["batch"]),
+                    name,
+                    f"{form['median_ms']:.2f}",
+                    f"{form['images_per_s']:.1f}",
+                    f"{form['of_port']:.3f}" if "of_port" in form else "-",
+                    f"{form['of_product']:.0%}",
+                ]
+            )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="thawline bench detector", description="How fast the detector is, beside transformers' port."
+    )
+    parser.add_argument("--size", nargs="+", choices=VARIANTS, default=["atto"], help="default: atto")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images in a call; default: 1")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="others need a GPU")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["port", "eager", "fused"])
+    parser.add_argument("--rounds", type=int, default=10, help="paired timing rounds")
+    parser.add_argument("--calls", type=int, default=1, help="of each form in a round, for small sizes")
+    parser.add_argument("--threads", type=int, default=2, help="of the processor")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--out", type=Path, help="write the results as JSON, beside those of other sizes")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

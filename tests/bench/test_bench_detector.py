@@ -1,0 +1,61 @@
+"""The detector's bench: what it counts, its file, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from thawline.bench import detector
+from thawline.errors import ConfigError
+from thawline.models.deimv2 import VARIANTS
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On few pixels, but enough for the queries that the port insists on."""
+    whole = detector.measure_size
+
+    def measure(size: str, **settings: object) -> dict[str, object]:
+        return whole(size, **settings, resolution=(192, 256))
+
+    monkeypatch.setattr(detector, "measure_size", measure)
+    monkeypatch.setattr(detector.torch, "set_num_threads", lambda n: None)
+
+
+def test_counts_and_ratios_of_a_small_run(small: None, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "results" / "detector.json"
+    arguments = ["--batch", "1", "2", "--rounds", "2", "--device", "cpu", "--out", str(out)]
+    assert detector.main(["--size", "atto", *arguments]) == 0
+    assert detector.main(["--size", "femto", *arguments, "--forms", "port", "fused"]) == 0
+    record = json.loads(out.read_text())
+    assert list(record["sizes"]) == ["atto", "femto"]  # a second run adds
+    assert {"processor", "torch", "transformers"} <= set(record["machine"])
+    atto = record["sizes"]["atto"]
+    assert atto["parameters"]["eager"] == 508_985 > atto["parameters"]["fused"]
+    assert atto["gflops"]["fused"] == pytest.approx(atto["gflops"]["eager"], rel=0.03)
+    assert [run["batch"] for run in atto["runs"]] == [1, 2]
+    for run in atto["runs"]:
+        assert set(run["forms"]) == {"port", "eager", "fused"}
+        assert run["forms"]["port"]["of_port"] == 1
+        for form in run["forms"].values():
+            assert form["images_per_s"] == pytest.approx(1e3 * run["batch"] / form["median_ms"], rel=0.01)
+    assert "| fp32 | 1 | fused |" in capsys.readouterr().out
+
+
+def test_operations_of_atto_are_those_its_authors_report() -> None:
+    model, _ = detector._pair("atto")
+    gflops = detector._gflops(model, (1, 3, 320, 320))
+    assert gflops == pytest.approx(VARIANTS["atto"].reported.gflops, rel=0.02)
+
+
+def test_half_precision_needs_a_gpu_and_results_of_another_machine_are_kept(
+    small: None, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="bf16"):
+        detector.main(["--dtype", "bf16", "--device", "cpu"])
+    out = tmp_path / "detector.json"
+    out.write_text('{"bench": "detector", "machine": {}, "device": "cpu", "sizes": {}}')
+    with pytest.raises(ConfigError, match="another machine"):
+        detector.main(["--device", "cpu", "--out", str(out)])
