@@ -16,5 +16,6 @@ run python3 -m thawline.bench.vision --device cuda --out "$out/vision-gpu.json"
 sizes=(atto femto pico n s m l x)
 run python3 -m thawline.bench.detector --device cuda --size "${sizes[@]}" --batch 1 8 --dtype fp32 bf16 fp16 --calls 5 --out "$out/detector-gpu.json"
 run python3 -m thawline.bench.detector --device cuda --size atto s --batch 1 8 --dtype fp32 bf16 --calls 5 --forms port eager fused compiled compiled_fused --out "$out/detector-compiled-gpu.json"
+run python3 -m thawline.bench.train_step --device cuda --out "$out/train-step-gpu.json"
 if [ -d tests/gpu ]; then run python3 -m pytest -q -m gpu tests/gpu; fi
 exit $failed

@@ -318,7 +318,9 @@ def bench(argv: list[str]) -> int:
         raise ConfigError(
             f"Nothing called '{options.name}' to measure. {did_you_mean(options.name, BENCHES)}"
         )
-    measure: Callable[[list[str]], int] = importlib.import_module(f"thawline.bench.{options.name}").main
+    measure: Callable[[list[str]], int] = importlib.import_module(
+        f"thawline.bench.{options.name.replace('-', '_')}"
+    ).main
     return measure(rest)
 
 
@@ -328,6 +330,7 @@ BENCHES = {
     "skills": "LoRA, Poly and MHR on made-up tasks whose skills are known, and how tasks' gradients align",
     "loader": "images a second and core through the detection augmentation",
     "detector": "latency and throughput of the detector's sizes, beside transformers' port",
+    "train-step": "a detector's training step beside transformers' port, and how often it waits for the GPU",
 }
 """Module of thawline.bench → what it measures."""
 

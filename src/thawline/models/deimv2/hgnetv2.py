@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ["HGNetV2", "HGNetV2Config", "StageConfig"]
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -201,8 +201,32 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) to (B, O, H / stride, W / stride)."""
-        x = self.bn(self.conv(x))
-        return x if self.lab is None else self.lab(F.relu(x))
+        x = self.conv(x)
+        if self.lab is None:
+            return self.bn(x)
+        if self.training and type(self.bn) is nn.BatchNorm2d:
+            return self._norm_and_act(x, self.lab)
+        return self.lab(F.relu(self.bn(x)))
+
+    def _norm_and_act(self, x: Tensor, lab: LearnableAffine) -> Tensor:
+        """s·relu(z) + t with s and t inside the norm: s·z + t, limited by t.
+
+        A map less to keep for backward and five passes over one less in a step: N's takes 0.8 of the time.
+        """
+        bn, scale, shift = self.bn, lab.scale, lab.bias
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        y = F.batch_norm(
+            x,
+            bn.running_mean,
+            bn.running_var,
+            bn.weight * scale,
+            torch.addcmul(shift.detach(), bn.bias, scale),
+            training=True,
+            momentum=bn.momentum,
+            eps=bn.eps,
+        )
+        return _Limit.apply(y, scale, shift)
 
     def fuse(self) -> FusedConv:
         """One convolution: s·relu(z) + t is s·z + t, limited to values from t on, or up to t where s < 0."""
@@ -227,6 +251,37 @@ class LearnableAffine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
         return self.scale * x + self.bias
+
+
+class _Limit(torch.autograd.Function):
+    """y from t on, or up to t where s < 0, in place; no gradient for s, and Σ ∂y for t.
+
+    That is all of t's gradient: y holds t too, but as a constant. The one input that a ReLU of s·z could not
+    tell apart is s = 0, whose own gradient is then 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        shift = shift.to(y.dtype)
+        if y.is_cpu:  # numbers are read for free here, and limit four times as fast as tensors
+            limit = shift.item()
+            y = y.clamp_(min=limit) if scale.item() >= 0 else y.clamp_(max=limit)
+        else:
+            is_low = scale >= 0
+            low, high = shift.masked_fill(~is_low, -torch.inf), shift.masked_fill(is_low, torch.inf)
+            y = y.clamp_(low, high)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y, scale, shift)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        y, scale, shift = ctx.saved_tensors
+        if y.is_cpu and scale.item() >= 0:
+            passed = torch.ops.aten.threshold_backward(grad, y, shift.item())
+        else:
+            passed = grad.masked_fill(y == shift, 0)
+        return passed, None, grad.sum().to(scale.dtype).reshape(1)
 
 
 def _pad_right_and_below(x: Tensor) -> Tensor:
