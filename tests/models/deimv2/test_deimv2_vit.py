@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from thawline.models.deimv2.vit import RotaryEmbedding, VisionTransformer, ViTConfig, rotate
+from thawline.models.deimv2.vit import Attention, RotaryEmbedding, VisionTransformer, ViTConfig, rotate
 
 CONFIG = ViTConfig(
     family="dinov3",
@@ -36,6 +36,23 @@ def test_rotation_keeps_prefix_tokens_and_lengths() -> None:
     assert torch.equal(turned[:, :, :2], x[:, :, :2])
     assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert (turned[:, :, 2:] - x[:, :, 2:]).abs().max() > 0.1
+
+
+def test_heads_rotated_in_one_pass_give_the_values_and_gradients_of_the_plain_form() -> None:
+    attention = Attention(24, 3, mask_key_bias=False).double()
+    cos, sin = (half.double() for half in table((3, 5)))
+    x = torch.randn(2, 17, 24, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 17, 24, dtype=torch.float64)
+    qkv = attention.qkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+    query, key = rotate(qkv[0], (cos, sin)), rotate(qkv[1], (cos, sin))
+    mixed = (query @ key.mT / 8**0.5).softmax(-1) @ qkv[2]
+    expected = attention.proj(mixed.transpose(1, 2).flatten(2))
+    assert_close(attention(x, (cos, sin)), expected)
+    weights = [x, *attention.parameters()]
+    ours = torch.autograd.grad(attention(x, (cos, sin)), weights, grad)
+    assert_close(ours, torch.autograd.grad(expected, weights, grad))
+    with torch.no_grad():  # the plain form
+        assert_close(attention(x, (cos, sin)), expected)
 
 
 def test_rotated_products_depend_on_the_distance_of_places_alone() -> None:

@@ -232,9 +232,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Table) -> Tensor:
         """(B, T, C) to the same."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        mixed = F.scaled_dot_product_attention(rotate(query, table), rotate(key, table), value)
+        query, key, value = _rotated_heads(self.qkv(x), table, self.num_heads)
+        mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -376,6 +375,58 @@ def rotate(x: Tensor, table: Table) -> Tensor:
     cos, sin = table
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def _rotated_heads(qkv: Tensor, table: Table, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated, and values: (B, T, 3·C) to three of (B, H, T, D)."""
+    is_wide = qkv.dtype in (torch.float32, torch.float64)
+    if is_wide and qkv.requires_grad and not torch.compiler.is_compiling():
+        return _RotateHeads.apply(qkv, *table, num_heads)
+    query, key, value = _heads(qkv, num_heads).unbind(0)
+    return rotate(query, table), rotate(key, table), value
+
+
+class _RotateHeads(torch.autograd.Function):
+    """Split and rotate with each value written once, forward and backward, and dense outputs.
+
+    Attention reads dense heads a tenth faster. Keeps nothing for backward but the table.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        query, key, value = _heads(qkv, num_heads).unbind(0)
+        return (
+            _turned(query, cos, sin, out=qkv.new_empty(query.shape)),
+            _turned(key, cos, sin, out=qkv.new_empty(query.shape)),
+            value.contiguous(),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        batch, heads, tokens, dim = grads[0].shape
+        whole = grads[0].new_empty(batch, tokens, 3 * heads * dim)
+        query, key, value = _heads(whole, heads).unbind(0)
+        _turned(grads[0], cos, -sin, out=query)
+        _turned(grads[1], cos, -sin, out=key)
+        value.copy_(grads[2])
+        return whole, None, None, None
+
+
+def _heads(qkv: Tensor, num_heads: int) -> Tensor:
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> Tensor:
+    """`rotate` into `out`."""
+    half = x.shape[-1] // 2
+    (a, b), (out_a, out_b), cos, sin = x.chunk(2, -1), out.chunk(2, -1), cos[:, :half], sin[:, :half]
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    return out
 
 
 def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
