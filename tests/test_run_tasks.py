@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from thawline.analysis.recorder import ALIGNMENT, read_trajectory
 from thawline.errors import CheckpointError, ConfigError, DataError, RoutingError
 from thawline.recipe import RunConfig
-from thawline.run import RunResult, evaluate, predict, run
+from thawline.run import RunResult, evaluate, measure_alignment, predict, run
 from thawline.training.build import build_model, build_objective
 from thawline.training.match import MatchObjective
 from thawline.training.text import TextObjective
@@ -223,3 +224,36 @@ def test_what_would_be_a_guess_is_refused(recipe, pretrained, folder: Path) -> N
         run(recipe("x", ["first"], data={"shots": 13}))
     with pytest.raises(CheckpointError, match="holds no adapter"):
         run(recipe("x", ["first"], {"method": "mhr", "start_from": str(folder), "adapt": "z"}))
+
+
+def test_alignment_is_recorded_without_a_trace_and_measured_alike_at_checkpoints(recipe, pretrained) -> None:
+    recorded = run(recipe("aligned", ["first", "last"], align_every=4))
+    for name, tensor in weights(recorded.folder).items():
+        assert torch.equal(tensor, weights(pretrained.folder)[name])
+    rows = read_trajectory(recorded.folder / ALIGNMENT)
+    assert [row["step"] for row in rows] == [4, 8]
+    assert rows[0]["n_tasks"] == 2
+    assert rows[0]["skill"] != rows[0]["effective"]
+    measured = measure_alignment(pretrained.folder)
+    assert measured == read_trajectory(pretrained.folder / ALIGNMENT)
+    for one, other in zip(rows, measured, strict=True):
+        assert one["step"] == other["step"]
+        for space in ("skill", "effective"):
+            assert one[space] == pytest.approx(other[space], rel=1e-4, abs=1e-5)
+    with pytest.raises(ConfigError, match="is there already"):
+        measure_alignment(pretrained.folder)
+
+
+def test_what_cannot_be_aligned_is_told_before_the_first_step(recipe, pretrained, tmp_path) -> None:
+    alone = recipe("alone", ["first"], align_every=2)
+    with pytest.raises(ConfigError, match="between tasks; got batches of 1"):
+        run(alone)
+    adapter = {"method": "mhr", "start_from": str(pretrained.folder), "adapt": "z"}
+    frozen = recipe("frozen", ["swap", "least"], adapter, align_every=2)
+    if frozen.objective.kind == "text":
+        with pytest.raises(ConfigError, match="Nothing that tasks share trains"):
+            run(frozen)
+    assert not alone.run_folder.exists()
+    assert not frozen.run_folder.exists()
+    with pytest.raises(CheckpointError, match="holds no run"):
+        measure_alignment(tmp_path)

@@ -292,6 +292,9 @@ def align(argv: list[str]) -> int:
     parser.add_argument(
         "--beside", nargs="+", default=[], metavar="RUN", help="Runs whose alignment to draw beside it."
     )
+    parser.add_argument(
+        "--measure", action="store_true", help="Measure alignment at the run's checkpoints, on its rows."
+    )
     parser.add_argument("--out", help="Folder for align.json and pictures. None: align/ in `source`.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a summary.")
     options = parser.parse_args(argv)
@@ -300,6 +303,10 @@ def align(argv: list[str]) -> int:
     from thawline.analysis.align import summary
     from thawline.report.run_report import ALIGN
 
+    if options.measure:
+        from thawline.run import measure_alignment
+
+        measure_alignment(options.source)
     out = Path(options.out or Path(options.source) / ALIGN)
     found = align_folder(options.source, out, beside=options.beside)
     _say(_to_json(found) if options.json else "\n".join(summary(found)))

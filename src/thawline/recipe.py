@@ -569,6 +569,9 @@ class Training:
     """Newest checkpoints kept; the best one is kept beside them."""
     eval_at_start: bool | None = None
     """Evaluate before the first step too: zero-shot. None: where a trained adapter is started from."""
+    align_every: int | None = None
+    """Steps between measurements of how the tasks' gradients agree (`thawline align`), each a forward and a
+    backward pass over 64 rows of every task. None: not measured."""
     best_metric: str | None = None
     """Metric that chooses the checkpoint the run ends with (loss, choice_accuracy, …). None: the last one."""
     report_to: str | list[str] = "none"
@@ -581,7 +584,7 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"):
             _at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("max_steps", "eval_batch_size"):
+        for name in ("max_steps", "eval_batch_size", "align_every"):
             if getattr(self, name) is not None:
                 _at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("eval_every", "save_every"):

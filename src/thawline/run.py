@@ -7,6 +7,7 @@ A run's folder, every name stable:
     plan.json         steps, parameter groups, first batch
     objective.json    what predicting needs beyond the model: the prompt's template, labels, tasks
     sample.txt        one training row as the model sees it; what is learned stands in ⟦ ⟧
+    alignment.jsonl   how the tasks' gradients agree, where `training.align_every` asked
     metrics.jsonl     every logged value, one JSON object a line
     start.json        metrics before the first step, where the run starts from a trained adapter
     checkpoint-<n>/   model, optimiser, schedule and random state after step n
@@ -15,12 +16,13 @@ A run's folder, every name stable:
     predictions.jsonl what was predicted in it
     pictures/         of a detector: training pictures as it gets them, its worst images
     best/, last/      of a detector: ready to use, at its best and at its latest evaluation
+    align/            what `thawline align` wrote: routes and alignment, as JSON and pictures
     report.html       all of the above on one page, by `thawline train` and `thawline report`
 """
 
 from __future__ import annotations
 
-__all__ = ["RunResult", "evaluate", "predict", "run", "saved_config"]
+__all__ = ["RunResult", "evaluate", "measure_alignment", "predict", "run", "saved_config"]
 
 import dataclasses
 import json
@@ -34,14 +36,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 
 import thawline
+from thawline.analysis.gradients import check_alignable, plain_batch
+from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
 from thawline.errors import CheckpointError, ConfigError, RoutingError, did_you_mean
 from thawline.recipe import Frozen, RunConfig, load_recipe
 from thawline.report.pictures import save_worst_images
@@ -54,10 +58,12 @@ from thawline.training.build import (
     n_parameters,
     saved_model_folder,
 )
-from thawline.training.objective import Evaluation, Objective
+from thawline.training.objective import Evaluation, Objective, RowObjective
+from thawline.training.rows import task_batches
 from thawline.training.trainer import (
     StopOnSignal,
     Trainer,
+    checkpoints,
     newest_checkpoint,
     remove_torn_checkpoints,
     write_text,
@@ -72,6 +78,9 @@ NO_DATA = "-"
 
 USUAL_BATCH = 8
 """Rows evaluated at a time where the recipe leaves it open."""
+
+ALIGN_ROWS = 64
+"""Rows of each task that alignment is measured on."""
 
 MAY_CHANGE = ("folder", "training.report_to", "training.workers", "training.keep_checkpoints")
 """What a resumed run may set anew: everything else would make it another run."""
@@ -124,7 +133,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
     model = build_model(config, objective)
     use_cache = getattr(getattr(model, "config", None), "use_cache", None)
     stop = StopOnSignal()
-    trainer = build_trainer(config, model, objective, callbacks=[stop])
+    trainer = build_trainer(config, model, objective, [stop, *_recorders(config, model, objective)])
     plan = _plan(trainer)
     _describe(config, trainer, plan)
     if trainer.is_world_process_zero():
@@ -235,6 +244,63 @@ def predict(
     return objective.predict(
         tuned, texts, described=described, choices=choices, task=task, batch_size=batch_size, **sampling
     )
+
+
+def measure_alignment(folder: str | Path) -> list[dict[str, Any]]:
+    """Measure how the tasks' gradients agree at every checkpoint of a run, and write alignment.jsonl there.
+
+    For runs that did not record it while training (`training.align_every`), which sees more than the
+    checkpoints that were kept. Batches are the same as there.
+
+    Returns: a row per checkpoint, {"step", …`Alignment.to_dict()`}.
+    Raises: CheckpointError: if it is no run's folder, or there are no checkpoints. ConfigError: if alignment
+        is there already, the run's rows are of one task, or nothing trains that tasks share.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"'{folder}' holds no run: alignment is measured on a run's rows.")
+    file = folder / ALIGNMENT
+    if file.is_file():
+        raise ConfigError(f"'{file}' is there already. Move it away to measure anew.")
+    saved = checkpoints(folder)
+    if not saved:
+        raise CheckpointError(f"'{folder}' has no checkpoints. Train with `training.align_every`.")
+    config = load_recipe(folder / "config.yaml")
+    objective = build_objective(config, described=_described(folder))
+    recorder: AlignmentRecorder | None = None
+    for step, checkpoint in saved:
+        model = _to_device(load_tuned(config, objective, checkpoint))
+        recorder = recorder or _recorder(config, model, objective, every=1)
+        recorder(model, step, writes=False)
+        logger.info("step %d measured", step)
+    assert recorder is not None
+    write_text(file, "".join(f"{_to_json(row, None)}\n" for row in recorder.rows))
+    return recorder.rows
+
+
+def _recorders(config: RunConfig, model: nn.Module, objective: Objective) -> list[AlignmentRecorder]:
+    """The one that the recipe asks for, if it does."""
+    every = getattr(config.training, "align_every", None)
+    return (
+        [] if every is None else [_recorder(config, model, objective, every, config.run_folder / ALIGNMENT)]
+    )
+
+
+def _recorder(
+    config: RunConfig, model: nn.Module, objective: Objective, every: int, file: Path | None = None
+) -> AlignmentRecorder:
+    rows = cast(RowObjective, objective)
+    if config.objective.kind == "detection":
+        raise ConfigError("Alignment is between tasks of text; a detector has one task.")
+    batches = task_batches(rows, ALIGN_ROWS, config.training.batch_size or USUAL_BATCH, config.seed)
+    check_alignable(model, batches)
+    own, loss = rows.loss, None
+    if own is not None:
+
+        def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+            return own(model, plain_batch(model, batch))
+
+    return AlignmentRecorder(batches, loss, every=every, file=file)
 
 
 def saved_config(model: str | Path) -> RunConfig:

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 import thawline
 from analysis.nets import batches, mhr, mse, net
 from thawline import MissingExtraError
-from thawline.analysis.align import ALIGNMENT, align
+from thawline.analysis.align import align
 from thawline.analysis.plots import _spread, _telling_heads, draw_routes, order_tasks
-from thawline.analysis.recorder import AlignmentRecorder
+from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
 from thawline.analysis.routing import RoutingTable, read_routing, routing_statistics
 from thawline.cli import main
 from thawline.report.run_report import build_report

@@ -8,7 +8,7 @@ alignment.png       coherence of the tasks' gradients over steps, both spaces
 
 from __future__ import annotations
 
-__all__ = ["ALIGNMENT", "align", "summary"]
+__all__ = ["align", "summary"]
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from thawline.analysis.plots import draw_alignment, draw_routes, draw_tasks, order_tasks
-from thawline.analysis.recorder import average, read_trajectory
+from thawline.analysis.recorder import ALIGNMENT, average, read_trajectory
 from thawline.analysis.routing import RoutingTable, read_routing, routing_statistics, task_similarity
 from thawline.errors import CheckpointError, DataError, RoutingError
-
-ALIGNMENT = "alignment.jsonl"
-"""What an `AlignmentRecorder` of a run writes in its folder."""
 
 
 def align(source: str | Path, out: str | Path, *, beside: Sequence[str | Path] = ()) -> dict[str, Any]:

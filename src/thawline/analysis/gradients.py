@@ -27,7 +27,16 @@ Axes: T tasks, H heads, S skills, D features of a factor, R rank, F = D/H · R.
 
 from __future__ import annotations
 
-__all__ = ["Agreement", "Alignment", "Batches", "Loss", "effective_gradient", "gradient_alignment"]
+__all__ = [
+    "Agreement",
+    "Alignment",
+    "Batches",
+    "Loss",
+    "check_alignable",
+    "effective_gradient",
+    "gradient_alignment",
+    "plain_batch",
+]
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -118,8 +127,7 @@ def gradient_alignment(
     Raises: ConfigError: if nothing that tasks share trains, fewer than two tasks are given, or parameters are
         sharded. RoutingError: for a task that is not in the routing table.
     """
-    if len(batches) < 2:
-        raise ConfigError(f"Alignment is between tasks; got batches of {len(batches)}. Give two or more.")
+    check_alignable(model, batches)
     loss = loss or model_loss
     parts = _shared_parts(model)
     routed = any(isinstance(part, _Skills) for part in parts)
@@ -139,11 +147,26 @@ def gradient_alignment(
     return Alignment(tuple(map(str, batches)), Agreement.of(skill), Agreement.of(effective))
 
 
+def check_alignable(model: nn.Module, batches: Batches) -> None:
+    """Raises: ConfigError: if `gradient_alignment` could not measure: told before a training begins."""
+    if len(batches) < 2:
+        raise ConfigError(f"Alignment is between tasks; got batches of {len(batches)}. Give two or more.")
+    _shared_parts(model)
+
+
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """`model(**batch).loss`, the batch brought to the model's device. Ids of its own do not count."""
+    """`model(**batch).loss`, the batch brought to the model's device."""
+    return model(**plain_batch(model, batch)).loss
+
+
+def plain_batch(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch on the model's device, without task ids of its own: which task it is of is said otherwise."""
     device = next(model.parameters()).device
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "task_ids"}
-    return model(**moved).loss
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if not name.endswith("task_ids")
+    }
 
 
 def effective_gradient(gradient_SDR: Tensor, weights_HS: Tensor) -> Tensor:

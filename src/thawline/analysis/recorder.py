@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AlignmentRecorder", "average", "read_trajectory"]
+__all__ = ["ALIGNMENT", "AlignmentRecorder", "average", "read_trajectory"]
 
 import json
 import statistics
@@ -15,6 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from thawline.analysis.gradients import Alignment, Batches, Loss, gradient_alignment
 from thawline.errors import DataError
+
+ALIGNMENT = "alignment.jsonl"
+"""A recorder's file in a run's folder."""
 
 
 class AlignmentRecorder(TrainerCallback):

@@ -5,7 +5,7 @@ Shared by the objectives whose rows are text.
 
 from __future__ import annotations
 
-__all__ = ["Rows", "judged", "read_rows", "route", "train_sampler"]
+__all__ = ["Rows", "judged", "read_rows", "route", "task_batches", "train_sampler"]
 
 import logging
 import random
@@ -19,7 +19,7 @@ from thawline.data.multitask import TaskSampler
 from thawline.data.text import Example, load_examples, read_manifest, split_examples
 from thawline.errors import ConfigError, DataError, RoutingError, did_you_mean
 from thawline.recipe import TextData
-from thawline.training.objective import Evaluation
+from thawline.training.objective import Evaluation, RowObjective
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,23 @@ def route(names: Sequence[str] | None, rows: Sequence[Mapping[str, Any]]) -> dic
             "average of the skills (`--tuner.adapt mu`)."
         )
     return table
+
+
+def task_batches(objective: RowObjective, rows: int, batch_size: int, seed: int) -> dict[str, list[Any]]:
+    """Batches of `rows` training rows of every task, fewer where it has fewer, drawn by `seed`.
+
+    All batches of a task have the same size, so that the mean over them is one over rows.
+    """
+    by_task: dict[str, list[Any]] = {task: [] for task in objective.tasks}
+    for row in objective.train_rows:
+        by_task[row["task"]].append(row)
+    found = {}
+    for task, own in by_task.items():
+        drawn = random.Random(f"{seed} {task}").sample(own, min(rows, len(own)))
+        size = min(batch_size, len(drawn))
+        starts = range(0, len(drawn) - size + 1, size)
+        found[task] = [objective.collate(drawn[start : start + size]) for start in starts]
+    return found
 
 
 def judged(rows: list[dict[str, Any]], metrics: Sequence[str]) -> Evaluation:

@@ -295,6 +295,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next((path for path in _checkpoints(folder) if _is_whole(path)), None)
 
 
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of a run's whole checkpoints, oldest first."""
+    whole = [path for path in _checkpoints(folder) if _is_whole(path)]
+    return [(int(path.name.split("-")[1]), path) for path in reversed(whole)]
+
+
 def remove_torn_checkpoints(folder: Path) -> None:
     """Delete checkpoints that a kill left half-written."""
     for path in _checkpoints(folder):
