@@ -60,7 +60,7 @@ class World:
 
     def __init__(self, family: str, seed: int, size: Size | None = None) -> None:
         self.size = size = size or Size()
-        self._seed = seed
+        self.seed = seed
         random = torch.Generator().manual_seed(10_000 + seed)
         n_tasks = size.n_train + size.n_held_out
         n_heads = size.n_heads if family == "head" else 1
@@ -102,7 +102,7 @@ class World:
         Args:
             draw: which draw: the same number gives the same rows.
         """
-        random = torch.Generator().manual_seed(self._seed * 1_000_003 + draw)
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
         x = torch.randn(len(tasks), n, self.size.width, generator=random)
         y = x
         for name in LAYERS:

@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in args.seeds
     ]
     rows.run(final, args.workers)
-    aligned = [job if job.lr == ALIGN_RATE else replace(job, lr=ALIGN_RATE, adapt=()) for job in final]
+    aligned = [job if job.lr == ALIGN_RATE else _at_common_rate(job) for job in final]
     rows.run(aligned, args.workers)
     results = summarise(
         [(job, rows.of(job) | {"aligned": rows.of(at)}) for job, at in zip(final, aligned, strict=True)]
@@ -158,6 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(table(results))
     return 0
+
+
+def _at_common_rate(job: Job) -> Job:
+    """The job that alignment is taken from, where the tuned rate is another."""
+    effort = replace(job.effort, train_steps=job.effort.align_until)
+    return replace(job, lr=ALIGN_RATE, adapt=(), effort=effort)
 
 
 def modes_of(method: str) -> tuple[Mode, ...]:
@@ -214,11 +220,12 @@ def _train(model: nn.Module, world: World, lr: float, effort: Effort) -> Alignme
     held = [part.chunk(len(tasks)) for part in world.draw(tasks, effort.align_rows, draw=1)]
     batches = dict(zip(tasks, zip(*held, strict=True), strict=True))
     recorder = AlignmentRecorder(batches, mean_squared_error, every=effort.align_every)
+    align_until = 0 if world.seed == TUNING_SEED else effort.align_until
     optimizer = torch.optim.Adam(_groups(model, lr), fused=True)
     _route(model, tasks, effort.train_rows)
     for step in range(1, effort.train_steps + 1):
         _step(model, optimizer, world.draw(tasks, effort.train_rows, draw=10 + step))
-        if step <= effort.align_until:
+        if step <= align_until:
             recorder(model, step)
     return recorder
 
