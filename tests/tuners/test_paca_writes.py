@@ -375,6 +375,47 @@ def test_columns_are_written_once_a_step(monkeypatch):
     assert len(writes) == 2  # two layers
 
 
+def test_the_step_of_another_optimiser_writes_nothing(monkeypatch):
+    from thawline.tuners.paca import resident
+
+    model, other = wrap(Net()), nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1, fused=True)
+    others = torch.optim.AdamW(other.parameters(), lr=0.1, fused=True)
+    loss_of(model).backward()
+    optimizer.step()
+    writes = []
+    original = resident.write_columns
+    monkeypatch.setattr(resident, "write_columns", lambda *args: writes.append(1) or original(*args))
+    for seed in range(3):
+        other(torch.randn(4, 3)).sum().backward()
+        others.step()
+        loss_of(model, seed)
+    assert not writes
+
+
+def test_an_optimiser_that_takes_over_by_copies_is_noticed():
+    # The first one tells of its steps and holds δ; the second steps copies, later without any gradient.
+    base, x = Net(), torch.randn(B, IN)
+    reference = Reference(base)
+    model = wrap(base)
+    first = torch.optim.AdamW(trainable(model), lr=0.05, fused=True)
+    loss_of(model).backward()
+    first.step()
+    first.zero_grad()
+    second = StepsACopy(trainable(model))
+    for step in range(4):
+        if step < 2:
+            loss_of(model, step).backward()
+        before = output(model, x)
+        second.step()
+        second.zero_grad()
+        if step >= 2:
+            for twin in second.copies:
+                twin.grad = torch.ones_like(twin)
+        assert torch.equal(output(model, x), reference(model, x))
+        assert step >= 2 or not torch.equal(output(model, x), before)
+
+
 def test_replacing_a_weight_with_columns_inside_is_refused():
     model = wrap(Net(), init_weights=False).eval()
     layer = model.base_model.model.first

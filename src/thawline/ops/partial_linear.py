@@ -51,7 +51,6 @@ def tap_columns(
     return _TapColumns.apply(y, x, columns, index, scale, on_backward)
 
 
-@torch.no_grad()
 def write_columns(weight: Tensor, index: Tensor, columns: Tensor) -> None:
     """Set weight[:, index] to `columns`, in place and unseen by autograd.
 
@@ -64,7 +63,7 @@ def write_columns(weight: Tensor, index: Tensor, columns: Tensor) -> None:
         index: (R,), int64, unique, in [0, I).
         columns: (O, R, ...), dtype of `weight`.
     """
-    weight.data.index_copy_(1, index, columns)
+    weight.data.index_copy_(1, index, columns.detach())
 
 
 class _TapColumns(torch.autograd.Function):

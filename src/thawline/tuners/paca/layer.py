@@ -123,12 +123,17 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             on_backward = partial(self._before_backward, state.wanted)
         y = self.base_layer(x, *args, **kwargs)
         if state.trained and torch.is_grad_enabled():
+            deltas, indices = self._tensors()
             for name in state.trained:
-                delta = self.thawline_paca_delta[name]
+                delta = deltas[name]
                 if delta.requires_grad:
-                    index = self.thawline_paca_indices[name]
-                    y = self.tap(y, x, delta, index, self.scaling[name], on_backward)
+                    y = self.tap(y, x, delta, indices[name], self.scaling[name], on_backward)
         return y
+
+    def _tensors(self) -> tuple[Any, Any]:
+        """δ and the column indices by adapter, past nn.Module's __getattr__: it costs more than all the rest."""
+        modules = self._modules
+        return modules["thawline_paca_delta"]._parameters, modules["thawline_paca_indices"]._buffers
 
     def columns_of(self, weight: Tensor) -> Tensor:
         """View a weight of this layer as (O, I, ...), its selectable inputs on axis 1."""
@@ -248,7 +253,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         state, weight = self._state, self.base_layer.weight
         if state.released or self._is_gathered(weight):
             return
-        deltas, indices = self.thawline_paca_delta, self.thawline_paca_indices
+        deltas, indices = self._tensors()
         changes = [Change(deltas[name], indices[name], self.scaling[name]) for name in state.wanted]
         if any(change.delta.is_meta for change in changes):
             return  # being loaded; _after_load or the next forward comes back
@@ -266,17 +271,22 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             state.inside, state.dirty = (), True
 
     def after_step(self, moved: set[int]) -> None:
-        """An optimiser stepped (see `watch`): write now if it holds δ, else before the next forward."""
+        """An optimiser stepped (see `watch`): write now if it holds δ, else before the next forward.
+
+        If another one holds δ and has nothing to apply, this step is of no concern: two models train side by
+        side, or one with two optimisers. While a gradient waits it may be ours that was applied, to a copy.
+        """
         state = self._state
         state.sharded = is_sharded(self.base_layer.weight)
         state.gathered = False
-        state.dirty = True
-        deltas = self.thawline_paca_delta
+        deltas, _ = self._tensors()
         if any(id(deltas[name]) in moved for name in state.wanted):
             state.claimed = True
             self.sync()
-        elif state.sharded:
-            self.sync()
+        elif state.pending or not state.claimed:
+            state.claimed, state.dirty = False, True
+            if state.sharded:
+                self.sync()
 
     def _rethink(self) -> None:
         """Draw the consequences of a change of adapters, flags or merging, and write."""
@@ -299,10 +309,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             return True
         if state.dirty or state.inside != state.wanted:
             return False
-        # Past nn.Module's __getattr__, which costs more than all the rest.
-        modules = self._modules
-        deltas = modules["thawline_paca_delta"]._parameters
-        indices = modules["thawline_paca_indices"]._buffers
+        deltas, indices = self._tensors()
         for name, change in zip(state.wanted, state.resident.changes, strict=True):
             delta = deltas[name]
             if not change.is_unmoved(delta, indices[name], self.scaling[name]):
@@ -312,7 +319,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                     return False
             elif not state.claimed:  # somebody may be applying it, again and again
                 return False
-        weight = modules["base_layer"]._parameters.get("weight")
+        weight = self._modules["base_layer"]._parameters.get("weight")
         return not state.wanted or state.resident.is_in(weight)
 
     def _before_backward(self, inside: tuple[str, ...]) -> None:
