@@ -131,7 +131,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         return y
 
     def _tensors(self) -> tuple[Any, Any]:
-        """δ and the column indices by adapter, past nn.Module's __getattr__, which costs more than the rest."""
+        """δ and the column indices by adapter, past nn.Module's __getattr__, which costs most of a call."""
         modules = self._modules
         return modules["thawline_paca_delta"]._parameters, modules["thawline_paca_indices"]._buffers
 
