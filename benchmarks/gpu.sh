@@ -11,6 +11,7 @@ run() { echo "== $*"; "$@" || { failed=1; echo "FAILED: $*"; }; }
 bench=(run python3 -m thawline.bench.tuners --device cuda --rounds 15)
 "${bench[@]}" --case reference bf16-8b-proportions 8b-blocks --out "$out/tuners-gpu.json"
 "${bench[@]}" --case small-model resnet18 small-llama-memory tinyllama resnet50 --out "$out/complaints-gpu.json"
+"${bench[@]}" --case skills-small skills-reference skills-linear skills-decoding --out "$out/mhr-gpu.json"
 "${bench[@]}" --case vit convnet --out "$out/vision-cost-gpu.json"
 run python3 -m thawline.bench.vision --device cuda --out "$out/vision-gpu.json"
 sizes=(atto femto pico n s m l x)

@@ -47,7 +47,7 @@ def slow_routed_linear(x, weight, bias, A, B, weights, rows, scale):
 def test_mixing_and_applying_equals_the_dense_updates_of_a_triple_loop() -> None:
     A, B, weights = inventory()
     x, y = torch.randn(GROUPS, M, I, dtype=A.dtype), torch.randn(GROUPS, M, O, dtype=A.dtype)
-    out = apply_low_rank(y, x, mix_skills(weights, A), mix_skills(weights, B), scale=0.5)
+    out = apply_low_rank(y, x, mix_skills(weights, A), mix_skills(weights, B, scale=0.5))
     for g in range(GROUPS):
         torch.testing.assert_close(out[g], y[g] + 0.5 * x[g] @ dense_update(A, B, weights[g]).T)
 
@@ -79,8 +79,8 @@ def test_the_nodes_equal_the_slow_loop_with_its_gradients(fused: bool, rows: lis
     weight, bias = torch.randn(O, I, dtype=A.dtype), torch.randn(O, dtype=A.dtype)
     x = leaves[0]
     base = (weight, bias) if fused else torch.nn.functional.linear(x, weight, bias)
-    mixed = [*mix_skills_of_many([weights], [A], index), *mix_skills_of_many([weights], [B], index)]
-    out = low_rank_linear(x, base, *mixed, scale=0.25)
+    mixed = mix_skills_of_many(weights[None], [A], [B], index, scale=0.25)
+    out = low_rank_linear(x, base, *mixed)
     slow = slow_routed_linear(x, weight, bias, A, B, weights, rows, 0.25)
     torch.testing.assert_close(out, slow)
     upstream = torch.randn_like(out)
@@ -91,18 +91,18 @@ def test_the_nodes_equal_the_slow_loop_with_its_gradients(fused: bool, rows: lis
 
 @pytest.mark.parametrize("index", [None, torch.tensor([1, 0, 1, 2])])
 def test_many_factors_mixed_at_once_equal_each_mixed_alone(index: Tensor | None) -> None:
-    skills = [torch.randn(S, I, R, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    weights = [torch.rand(GROUPS, H, S, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    together = mix_skills_of_many(weights, skills, index)
-    alone = [mix_skills(w, s) for w, s in zip(weights, skills, strict=True)]
+    A = [torch.randn(S, I, R, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    B = [torch.randn(S, O, R, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weights = torch.rand(3, GROUPS, H, S, dtype=torch.float64, requires_grad=True)
+    together = mix_skills_of_many(weights, A, B, index)
+    alone = [mix_skills(w, factor) for factors in (A, B) for w, factor in zip(weights, factors, strict=True)]
     alone = alone if index is None else [one[index] for one in alone]
     for got, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(got, expected)
     upstream = [torch.randn_like(one) for one in alone[:-1]]  # the last is not used
-    got = torch.autograd.grad(together[:-1], [*weights[:-1], *skills[:-1]], upstream)
-    for gradient, expected in zip(
-        got, torch.autograd.grad(alone[:-1], [*weights[:-1], *skills[:-1]], upstream), strict=True
-    ):
+    leaves = [weights, *A, *B[:-1]]
+    got = torch.autograd.grad(together[:-1], leaves, upstream)
+    for gradient, expected in zip(got, torch.autograd.grad(alone[:-1], leaves, upstream), strict=True):
         torch.testing.assert_close(gradient, expected)
 
 
@@ -116,8 +116,8 @@ def test_tokens_with_rows_of_their_own_equal_each_alone() -> None:
     A, B, weights = inventory()
     x, weight = torch.randn(2, M, I, dtype=A.dtype), torch.randn(O, I, dtype=A.dtype)
     index = torch.tensor([2, 0, 0, 1, 2, 2, 1, 1, 0, 2])
-    mixed = mix_skills(weights, A), mix_skills(weights, B)
-    out = apply_low_rank_by_token((weight, None), x, *mixed, index, scale=0.5).flatten(0, 1)
+    mixed = mix_skills(weights, A), mix_skills(weights, B, scale=0.5)
+    out = apply_low_rank_by_token((weight, None), x, *mixed, index).flatten(0, 1)
     for n, token in enumerate(x.flatten(0, 1)):
         delta = dense_update(A, B, weights[index[n]])
         torch.testing.assert_close(out[n], (weight + 0.5 * delta) @ token)
@@ -128,8 +128,8 @@ def test_gradcheck() -> None:
     x, weight = torch.randn(GROUPS, 2, I, dtype=A.dtype), torch.randn(O, I, dtype=A.dtype)
 
     def function(x, A, B, w):
-        mixed = *mix_skills_of_many([w], [A]), *mix_skills_of_many([w], [B])
-        return low_rank_linear(x, (weight, None), *mixed, scale=0.7)
+        mixed = mix_skills_of_many(w[None], [A], [B], scale=0.7)
+        return low_rank_linear(x, (weight, None), *mixed)
 
     inputs = tuple(leaf.requires_grad_() for leaf in (x, A, B, weights))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
@@ -141,10 +141,7 @@ def test_low_precision_base_gets_cast_factors_and_full_precision_gradients() -> 
     weight = torch.randn(O, I, dtype=torch.bfloat16)
 
     def run(x, weight, A, B, weights):
-        mixed = (
-            *mix_skills_of_many([weights], [A], None, x.dtype),
-            *mix_skills_of_many([weights], [B], None, x.dtype),
-        )
+        mixed = mix_skills_of_many(weights[None], [A], [B], None, x.dtype)
         return low_rank_linear(x, (weight, None), *mixed)
 
     out = run(x, weight, A, B, weights)
@@ -156,11 +153,11 @@ def test_low_precision_base_gets_cast_factors_and_full_precision_gradients() -> 
 
 
 def test_autocast_leaves_the_mixing_in_full_precision() -> None:
-    A, _, weights = inventory(torch.float32)
+    A, B, weights = inventory(torch.float32)
     expected = mix_skills(weights, A)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(mix_skills(weights, A), expected)
-        torch.testing.assert_close(mix_skills_of_many([weights], [A])[0], expected)
+        torch.testing.assert_close(mix_skills_of_many(weights[None], [A], [B])[0], expected)
 
 
 def test_nothing_but_the_input_mixed_factors_and_xa_is_kept_for_backward() -> None:
@@ -168,7 +165,7 @@ def test_nothing_but_the_input_mixed_factors_and_xa_is_kept_for_backward() -> No
     x, weight = torch.randn(GROUPS, M, I, requires_grad=True), torch.randn(O, I)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        mixed = *mix_skills_of_many([weights], [A]), *mix_skills_of_many([weights], [B])
+        mixed = mix_skills_of_many(weights[None], [A], [B])
         low_rank_linear(x, (weight, None), *mixed)
     known = {t.untyped_storage().data_ptr() for t in (x, weight, A, B, weights)}
     extra = sum(t.nbytes for t in kept if t.untyped_storage().data_ptr() not in known)

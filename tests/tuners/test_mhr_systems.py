@@ -66,7 +66,9 @@ def test_a_training_forward_is_few_operators_and_never_waits_for_the_device(
     assert not SYNCS & set(ops.names)
     assert len(ops.names) <= 14, ops.names
     if noise == "none":
-        assert len(ops.names) <= 12, ops.names
+        assert len(ops.names) <= (13 if len(set(ids)) == 3 else 11), (
+            ops.names
+        )  # rows shared by some: two look-ups
 
 
 def test_little_is_kept_for_backward_and_no_copy_of_the_input() -> None:
@@ -97,6 +99,13 @@ def test_decoding_mixes_nothing_twice(dtype: torch.dtype) -> None:
         with Ops() as ops:
             model(x)
     assert len(ops.names) == 3, ops.names  # the base, x A, and its product with B added in place
+
+
+def test_an_adapter_put_on_an_evaluating_model_evaluates() -> None:
+    model, x = get_peft_model(tiny_llama(), config(noise="example")), tokens()  # never told .eval()
+    set_task_ids(model, [0, 1, 2])
+    assert torch.equal(logits(model, x), logits(model, x))
+    assert all(layer.mixed for _, layer in find_layers(model))
 
 
 # Kept mixtures.
@@ -167,6 +176,37 @@ def test_mixing_together_equals_mixing_layer_by_layer(monkeypatch: pytest.Monkey
         torch.testing.assert_close(same_loss, loss)
         for name, gradient in gradients.items():
             torch.testing.assert_close(same_gradients[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("what", ["skills", "logits", "scale", "dtype", "adapter", "hook", "trainable base"])
+def test_mixing_together_sees_what_was_replaced_since_the_last_forward(what: str) -> None:
+    x = tokens()
+    model = routed().train()
+    set_task_ids(model, [0, 1, 2])
+    model(input_ids=x, labels=x).loss.backward()
+    layer = next(layer for _, layer in find_layers(model))
+    base = layer.get_base_layer()
+    if what == "skills":
+        layer.mhr_A["default"] = nn.Parameter(layer.mhr_A["default"].detach() + 1)
+    elif what == "logits":
+        layer.routers["default"].logits = nn.Parameter(layer.routers["default"].logits.detach().flip(-1))
+    elif what == "scale":
+        layer.scale_layer(3)
+    elif what == "dtype":
+        model.get_base_model().model.layers[0].double()
+        model.get_base_model().model.layers[0].float()
+    elif what == "adapter":
+        model.add_adapter("other", config(n_skills=2))
+        model.set_adapter("other")
+        set_task_ids(model, [0, 1, 2])
+    elif what == "hook":
+        base.register_forward_hook(lambda module, args, output: output + 1)
+    else:
+        base.weight.requires_grad_()
+    out = model(input_ids=x).logits
+    torch.testing.assert_close(out, logits(model.eval(), x), atol=1e-5, rtol=1e-4)
+    out.sum().backward()
+    assert what != "trainable base" or base.weight.grad.any()
 
 
 def test_two_forwards_before_one_backward_keep_their_own_ids() -> None:

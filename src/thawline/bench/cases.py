@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["CASES", "Case"]
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,14 +51,26 @@ class Case:
     """Of the network and of images."""
     needs_gpu: bool = False
     """Too large for a processor."""
+    tasks: tuple[int, ...] | None = None
+    """The task of every row, told to the variants that route."""
+    new_tokens: int = 0
+    """Above 0, a step is no training: it writes so many tokens after the batch, greedily."""
 
 
 def _llama(
-    *, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, trunk: bool = False
+    *,
+    hidden: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    trunk: bool = False,
+    cache: bool = False,
 ) -> Callable[[], nn.Module]:
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, use_cache=False,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, use_cache=cache,
     )  # fmt: skip
     return lambda: (LlamaModel if trunk else LlamaForCausalLM)(config)
 
@@ -93,6 +106,18 @@ def _next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
+def _one_linear() -> nn.Module:
+    """A linear and, before it, what makes its input require a gradient."""
+    return nn.Sequential(OrderedDict(entry=nn.Identity(), linear=nn.Linear(1024, 1024)))
+
+
+def _square(model: nn.Module, batch: Batch) -> Tensor:
+    """Keeps the output for backward, so that all variants keep something."""
+    inputs = dict(batch)
+    output: Tensor = model(inputs.pop("x"), **inputs)
+    return output.square().mean()
+
+
 def _trunk_loss(model: nn.Module, batch: Batch) -> Tensor:
     """A mean keeps nothing for backward, so only the blocks are counted."""
     return model(**batch).last_hidden_state.mean()
@@ -113,6 +138,8 @@ def _classified_tokens() -> Batch:
 
 _FP32 = ("floor", "full", "lora", "lora_dropout", "paca", "paca_lean")
 _BF16 = ("floor", "full", "lora", "lora_fp32", "lora_dropout", "lora_fp32_dropout", "paca", "paca_lean")
+_SKILLS = ("floor", "lora", "poly", "mhr")
+_EIGHT_TASKS = tuple(range(8))  # mixed in every batch
 _STOCK_BLOCKS = ("floor", "full", "lora", "lora_dropout", "paca")  # no lean version of these networks' blocks
 _CONVS = r".*encoder.*\.convolution"
 
@@ -203,5 +230,53 @@ CASES: dict[str, Case] = {
         loss=_image_loss,
         adapt=Adapt(entry="stem", targets=ConvNet.targets, paca_r=7),
         variants=_STOCK_BLOCKS,
+    ),
+    "skills-linear": Case(
+        what="one linear of 1024 × 1024; 8 × 256 tokens of 8 tasks",
+        build=_one_linear,
+        batch=lambda: {"x": torch.randn(8, 256, 1024)},
+        loss=_square,
+        adapt=Adapt(entry="entry", targets="linear"),
+        variants=("floor", "lora", "lora_fp32", "poly", "mhr"),
+        dtype=torch.bfloat16,
+        tasks=_EIGHT_TASKS,
+    ),
+    "skills-small": Case(
+        what="Llama so small that launches decide: hidden 64, 8 layers, MLP 160; 8 × 16 tokens of 8 tasks",
+        build=_llama(hidden=64, mlp=160, layers=8, heads=4, kv_heads=4, vocab=256),
+        batch=_tokens(vocab=256, batch=8, length=16),
+        loss=_next_token_loss,
+        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
+        variants=_SKILLS,
+        tasks=_EIGHT_TASKS,
+    ),
+    "skills-reference": Case(
+        what="the reference Llama; 8 × 128 tokens of 8 tasks",
+        build=_llama(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=8, vocab=4096),
+        batch=_tokens(vocab=4096, batch=8, length=128),
+        loss=_next_token_loss,
+        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
+        variants=_SKILLS,
+        tasks=_EIGHT_TASKS,
+    ),
+    "skills-decoding": Case(
+        what="the reference Llama writes 32 tokens after 8 × 16, all of one task",
+        build=_llama(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=8, vocab=4096, cache=True),
+        batch=_tokens(vocab=4096, batch=8, length=16),
+        loss=_next_token_loss,
+        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
+        variants=_SKILLS,
+        tasks=(3,) * 8,
+        new_tokens=32,
+    ),
+    "skills-decoding-small": Case(
+        what="the small Llama writes 32 tokens after 8 × 16, all of one task",
+        build=_llama(hidden=64, mlp=160, layers=8, heads=4, kv_heads=4, vocab=256, cache=True),
+        batch=_tokens(vocab=256, batch=8, length=16),
+        loss=_next_token_loss,
+        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
+        variants=_SKILLS,
+        tasks=(3,) * 8,
+        new_tokens=32,
     ),
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""What adapting a frozen network costs: the frozen floor, full fine-tuning, LoRA and PaCA, side by side.
+"""What adapting a frozen network costs: the frozen floor, full fine-tuning, LoRA, PaCA, Poly and MHR, side by
+side.
 
     python -m thawline.bench.tuners --case reference --out benchmarks/results/reference.json
 
@@ -15,7 +16,7 @@ import gc
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from thawline.bench.cases import CASES, Case
+from thawline.bench.host_reads import HostReads
 from thawline.bench.measure import (
     Sample,
     count_ops,
@@ -33,7 +35,7 @@ from thawline.bench.measure import (
     paired_rounds,
     saved_bytes,
 )
-from thawline.bench.variants import VARIANTS, attach
+from thawline.bench.variants import ROUTED, VARIANTS, attach
 from thawline.errors import ConfigError
 
 LR = 1e-4
@@ -71,7 +73,8 @@ def measure_case(
     Args:
         rounds: paired timing rounds; 0 leaves the times out.
         variants: which of the case's; all by default. The first is the yardstick of every ratio.
-    Returns: a JSON-ready record. Per variant: `trainable`, `ops`, `loss`, `time` by clock, `memory` in bytes.
+    Returns: a JSON-ready record. Per variant: `trainable`, `loss`, `ops` (where a step writes tokens: of one
+        token) with how many of the forward's wait for the device, `time` by clock, `memory` in bytes.
         Memory is what is `saved` for backward, the `gradients`, what is `resident` between steps (weights,
         optimiser state, a method's own stores), their `total`; on a GPU also `peak_of_step`, the most that a
         step took beyond `resident`.
@@ -93,7 +96,7 @@ def measure_case(
     for name, row in rows.items():
         memory = row["memory"]
         memory["total"] = memory["resident"] + memory["gradients"] + memory["saved"]
-        memory["saved_of_floor"] = memory["saved"] / rows[names[0]]["memory"]["saved"]
+        memory["saved_of_floor"] = memory["saved"] / max(rows[names[0]]["memory"]["saved"], 1)
         if samples:
             row["time"] = _times(samples, name, names[0])
     record = {"what": case.what, "dtype": str(case.dtype).removeprefix("torch."), "rounds": rounds}
@@ -118,7 +121,9 @@ class _Run:
             name: value.to(device, case.dtype if value.is_floating_point() else None)
             for name, value in case.batch().items()
         }
-        model = attach(variant, case.build().to(device, case.dtype).train(), case.adapt)
+        if case.tasks is not None and variant in ROUTED:
+            batch["task_ids"] = torch.tensor(case.tasks)
+        model = attach(variant, case.build().to(device, case.dtype).train(not case.new_tokens), case.adapt)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LR, fused=True) if trained else None
         return cls(model, optimizer, batch, case)
@@ -127,17 +132,31 @@ class _Run:
         return self.case.loss(self.model, self.batch)
 
     def step(self) -> None:
+        if self.case.new_tokens:
+            self.write()
+            return
         self.loss().backward()
         self.update()
+
+    def write(self) -> None:
+        """Tokens after the batch, greedily; never fewer than asked for."""
+        n = self.case.new_tokens
+        self.model.generate(**self.batch, max_new_tokens=n, min_new_tokens=n, do_sample=False)
 
     def update(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
+    def waits(self, call: Callable[[], object]) -> int:
+        """Times that `call` waits for the device, on which the task ids lie too."""
+        return HostReads.of(call, [*self.model.parameters(), *self.batch.values()]).total
+
     def read(self) -> dict[str, Any]:
         """Everything but time, after one step that lets lazy state settle."""
         self.step()
+        if self.case.new_tokens:
+            return self._read_writing()
         forward, loss = count_ops(self.loss)
         backward, _ = count_ops(loss.backward)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -150,8 +169,20 @@ class _Run:
         return {
             "trainable": sum(p.numel() for p in trained),
             "memory": memory,
-            "ops": {"forward": forward, "backward": backward},
+            "ops": {"forward": forward, "backward": backward, "waits": self.waits(self.loss)},
             "loss": float(loss.detach()),
+        }
+
+    def _read_writing(self) -> dict[str, Any]:
+        n_tokens = self.case.new_tokens
+        return {
+            "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "memory": {"gradients": 0, "saved": 0},
+            "ops": {
+                "forward": count_ops(self.write)[0] // n_tokens,
+                "backward": 0,
+                "waits": self.waits(self.write) // n_tokens,
+            },
         }
 
 
@@ -172,7 +203,11 @@ def _times(samples: dict[str, list[Sample]], name: str, floor: str) -> dict[str,
             "median_s": statistics.median(getattr(sample, clock) for sample in samples[name]),
             "of_floor": median_ratio(samples[name], samples[floor], clock),
         }
-        | ({"of_lora": median_ratio(samples[name], samples["lora"], clock)} if "lora" in samples else {})
+        | {
+            f"of_{peer}": median_ratio(samples[name], samples[peer], clock)
+            for peer in ("lora", "poly")
+            if peer in samples
+        }
         for clock in clocks
     }
 
@@ -183,9 +218,12 @@ def _table(record: dict[str, Any]) -> str:
     first = next(iter(rows.values()))
     timed, peaked = "time" in first, "peak_of_step" in first["memory"]
     clock = "cuda" if timed and "cuda" in first["time"] else "cpu"
+    routed = any(name in ROUTED for name in rows)
     head = ["variant", "trained", "saved MiB", "× floor", "total MiB", "ops f/b"]
+    head += ["waits"] if routed else []
     head += ["peak MiB"] if peaked else []
     head += [f"{clock} ms", "× floor", "× LoRA"] if timed else []
+    head += ["× Poly"] if timed and routed else []
     lines = [head, ["---"] * len(head)]
     for name, row in rows.items():
         memory = row["memory"]
@@ -197,11 +235,13 @@ def _table(record: dict[str, Any]) -> str:
             _mib(memory["total"]),
             f"{row['ops']['forward']}/{row['ops']['backward']}",
         ]
+        cells += [str(row["ops"]["waits"])] if routed else []
         if peaked:
             cells.append(_mib(memory["resident"] + memory["peak_of_step"]))
         if timed:
             took = row["time"][clock]
             cells += [f"{took['median_s'] * 1e3:.1f}", f"{took['of_floor']:.3f}", _ratio(took.get("of_lora"))]
+            cells += [_ratio(took.get("of_poly"))] if routed else []
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["VARIANTS", "Adapt", "attach"]
+__all__ = ["ROUTED", "VARIANTS", "Adapt", "attach"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +24,19 @@ class Adapt:
     """The first module. Where frozen, its output is made to require a gradient, so that every variant runs
     backward through the whole network and none is faster for stopping early."""
     targets: str
-    """`target_modules` of LoRA and PaCA: "all-linear", or a regular expression over module names."""
+    """`target_modules` of every tuner: "all-linear", or a regular expression over module names."""
     lora_r: int = 8
     paca_r: int = 16
     dropout: float = 0.05
     """LoRA's, in the variants that have one."""
     head: str | None = None
     """A module trained whole beside every tuner, such as a new classification head."""
+    task_type: str | None = None
+    """Of the PEFT model; without one PEFT's Poly hears of no task ids."""
+    n_tasks: int = 8
+    """Rows of Poly's and MHR's routing tables. Their rank is LoRA's."""
+    n_skills: int = 8
+    n_heads: int = 8
 
 
 def attach(variant: str, model: nn.Module, adapt: Adapt) -> nn.Module:
@@ -70,6 +76,7 @@ def _lora(model: nn.Module, adapt: Adapt, *, dropout: bool = False, fp32: bool =
         lora_dropout=adapt.dropout if dropout else 0.0,
         target_modules=adapt.targets,
         modules_to_save=[adapt.head] if adapt.head else None,
+        task_type=adapt.task_type,
     )
     # PEFT's default keeps float32 adapters beside a half-precision base; both are what users run.
     return peft.get_peft_model(model, config, autocast_adapter_dtype=fp32)
@@ -82,9 +89,39 @@ def _paca(model: nn.Module, adapt: Adapt, *, lean: bool = False) -> nn.Module:
         r=adapt.paca_r,
         target_modules=adapt.targets,
         modules_to_save=[adapt.head] if adapt.head else None,
+        task_type=adapt.task_type,
     )
     adapted: nn.Module = peft.get_peft_model(model, config)
     return apply_lean(adapted) if lean else adapted
+
+
+def _poly(model: nn.Module, adapt: Adapt) -> nn.Module:
+    """PEFT's own, as many splits as MHR has heads."""
+    config = peft.PolyConfig(
+        r=adapt.lora_r,
+        n_tasks=adapt.n_tasks,
+        n_skills=adapt.n_skills,
+        n_splits=adapt.n_heads,
+        target_modules=adapt.targets,
+        task_type=adapt.task_type,
+    )
+    adapted = peft.get_peft_model(model, config)
+    return adapted if adapt.task_type else adapted.base_model
+
+
+def _mhr(model: nn.Module, adapt: Adapt) -> nn.Module:
+    from thawline.tuners import MHRConfig, route_by_batch
+
+    config = MHRConfig(
+        r=adapt.lora_r,
+        alpha=2.0 * adapt.lora_r,
+        n_tasks=adapt.n_tasks,
+        n_skills=adapt.n_skills,
+        n_heads=adapt.n_heads,
+        target_modules=adapt.targets,
+        task_type=adapt.task_type,
+    )
+    return route_by_batch(peft.get_peft_model(model, config))
 
 
 VARIANTS: dict[str, Callable[[nn.Module, Adapt], nn.Module]] = {
@@ -96,4 +133,8 @@ VARIANTS: dict[str, Callable[[nn.Module, Adapt], nn.Module]] = {
     "lora_fp32_dropout": partial(_lora, fp32=True, dropout=True),
     "paca": _paca,
     "paca_lean": partial(_paca, lean=True),
+    "poly": _poly,
+    "mhr": _mhr,
 }
+ROUTED = ("poly", "mhr")
+"""Those that are told the task of every row."""

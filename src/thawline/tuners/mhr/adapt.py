@@ -300,5 +300,6 @@ def _drop_routing(shared: TaskIds, name: str, n_tasks: int) -> None:
 def forget(shared: TaskIds, keep_ids: bool = False) -> None:
     """Ids, noise and mixtures of before."""
     shared.ids = shared.ids if keep_ids else None
+    shared.plans = None
     for layer in shared.layers:
         layer.mixed.clear()

@@ -1,6 +1,6 @@
 """`MHRLinear`: a frozen linear and its inventory of skills, mixed for the tasks of the batch.
 
-In training, one autograd node runs the base and adds the mixture in place (`ops.mixing.routed_linear`). In
+In training, one autograd node runs the base and adds the mixture in place (`ops.mixing.low_rank_linear`). In
 evaluation the mixed factors are kept, so that decoding pays two small products per layer. Under torch.compile
 the same arithmetic is spelt out in plain torch, for the compiler to fuse.
 """
@@ -71,6 +71,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         self.mixed: dict[str, Mixed] = {}
         self.merged_adapters: list[str] = []
         self._merged_groups: dict[str, Groups] = {}
+        self.training = base_layer.training  # an evaluating model stays one: no noise, and mixtures are kept
 
     def update_layer(
         self, adapter_name: str, config: MHRConfig, router: Router, owns_router: bool, r: int, alpha: float
@@ -105,6 +106,10 @@ class MHRLinear(nn.Module, BaseTunerLayer):
 
         Raises: RoutingError: if the model has task ids for other rows than these, or none.
         """
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            y = self._add_made_mixture(x)
+            if y is not None:
+                return y
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = () if self.disable_adapters or self.merged else self.active_adapters
@@ -117,20 +122,44 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             y = self._add(name, x, y)
         return y
 
+    def _add_made_mixture(self, x: Tensor) -> Tensor | None:
+        """The common training forward; `None` where anything is out of the common.
+
+        On small layers Python decides the time of a step, so this checks no more than it must, and past
+        Module.__getattr__.
+        """
+        shared, active = self.task_ids, self._active_adapter
+        forward = shared.forward
+        name = active if isinstance(active, str) else active[0] if len(active) == 1 else ""
+        made = forward.mixtures.get((self, name))
+        if (
+            made is None
+            or not shared.running
+            or not torch.is_grad_enabled()
+            or self._disable_adapters
+            or self.merged_adapters
+            or (forward.rows is not None and x.shape[0] != forward.rows)
+        ):
+            return None
+        base = self._frozen_base()
+        if base is None or made.A.dtype is not output_dtype(base, x):
+            return None
+        return low_rank_linear(x, base, made.A, made.B)
+
     def _add(self, name: str, x: Tensor, base: Tensor | FrozenLinear) -> Tensor:
         """Run the base, if that is still to do, and add what one adapter adds."""
-        groups, scale = self._groups(name, x), self.scaling[name]
+        groups = self._groups(name, x)
         dropout = self.configs[name].dropout if self.training else 0.0
         if groups.by_token or dropout or torch.compiler.is_compiling():
             A, B = self._mix(name, groups, output_dtype(base, x))
-            return self._apply_plainly(base, x, A, B, groups, scale, dropout)
+            return self._apply_plainly(base, x, A, B, groups, dropout)
         dtype = output_dtype(base, x)
         made = self.task_ids.take((self, name), groups, dtype) if self.training else None
         if made is not None:
-            return low_rank_linear(x, base, made.A, made.B, scale)
+            return low_rank_linear(x, base, made.A, made.B)
         if self._differentiates(name, x):
-            return low_rank_linear(x, base, *self._mix(name, groups, dtype), scale)
-        return apply_low_rank(base, x, *self._kept_mixture(name, groups, dtype), scale)
+            return low_rank_linear(x, base, *self._mix(name, groups, dtype))
+        return apply_low_rank(base, x, *self._kept_mixture(name, groups, dtype))
 
     @staticmethod
     def _apply_plainly(
@@ -139,24 +168,26 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         A: Tensor,
         B: Tensor,
         groups: Groups,
-        scale: float,
         dropout: float,
     ) -> Tensor:
         y = F.linear(x, *base) if isinstance(base, tuple) else base
         x = F.dropout(x, dropout) if dropout else x
         if groups.by_token:
-            return apply_low_rank_by_token(y, x, A, B, groups.index, scale)
-        return apply_low_rank(y, x, A, B, scale)
+            return apply_low_rank_by_token(y, x, A, B, groups.index)
+        return apply_low_rank(y, x, A, B)
 
     def _frozen_base(self) -> FrozenLinear | None:
         """Weight (O, I) and bias of a base that is a frozen linear and no more; `None` if it may be more."""
-        base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:  # accelerate replaces forward
+        base = self._modules["base_layer"]
+        own = base.__dict__
+        if type(base) not in (nn.Linear, Conv1D) or "forward" in own:  # accelerate replaces forward
             return None
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
             return None
-        weight, bias = base.weight, base.bias
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if own["_backward_pre_hooks"]:
+            return None
+        weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+        if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
         return (weight if type(base) is nn.Linear else weight.t()), bias
 
@@ -210,16 +241,15 @@ class MHRLinear(nn.Module, BaseTunerLayer):
     # Mixing.
 
     def _mix(self, name: str, groups: Groups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mixed factors, per group, or per distinct row where groups are tokens."""
+        """Mixed factors, per group, or per distinct row where groups are tokens; B has the scale."""
         weights, A, B = self._weights(name, groups), self.mhr_A[name], self.mhr_B[name]
+        scale = self.scaling[name]
         index = None if groups.index is None or groups.by_token else groups.index.to(A.device)
         if weights is None or torch.compiler.is_compiling():
-            A, B = mix_skills(weights, A, dtype), mix_skills(weights, B, dtype)
+            A, B = mix_skills(weights, A, dtype), mix_skills(weights, B, dtype, scale)
             return (A, B) if index is None else (A.index_select(0, index), B.index_select(0, index))
-        return (
-            *mix_skills_of_many([weights], [A], index, dtype),
-            *mix_skills_of_many([weights], [B], index, dtype),
-        )
+        mixed_A, mixed_B = mix_skills_of_many(weights[None], [A], [B], index, dtype, scale)
+        return mixed_A, mixed_B
 
     def _kept_mixture(self, name: str, groups: Groups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`_mix`, computed once for the same ids and parameters. Training mode keeps nothing."""
@@ -228,6 +258,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         router = self.routers[name]
         state = (
             dtype,
+            self.scaling[name],
             router.uniform_mix,
             n_steps(),
             *map(tensor_state, (self.mhr_A[name], self.mhr_B[name])),
@@ -346,6 +377,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, and trainable as far as their mode says."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.task_ids.plans = None
         self._freeze_skills()
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:

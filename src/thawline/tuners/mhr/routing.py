@@ -183,7 +183,8 @@ def skill_weights(
     if noise is not None:
         logits = logits + noise
         logits = logits if temperature == 1 else logits / temperature
-    weights = F.logsigmoid(logits).softmax(-1)
+    # Along the first axis: along one as short as the skills, a processor takes several times as long.
+    weights = F.logsigmoid(logits).movedim(-1, 0).softmax(0).movedim(0, -1)
     return (
         weights.lerp(torch.full_like(weights, 1 / weights.shape[-1]), uniform_mix) if uniform_mix else weights
     )

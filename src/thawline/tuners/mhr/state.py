@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Forward", "TaskIds"]
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -54,6 +54,8 @@ class Forward:
         """Tokens per row, for layers that see rows and tokens flattened into one axis."""
         self.noise: dict[Place, Tensor] = {}
         self.mixtures: dict[Place, Mixture] = {}
+        self.rows: int | None = None
+        """Rows that a layer's input must have for its mixture to fit; `None`: any number."""
         self.repeated: Ids | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,6 +84,8 @@ class TaskIds:
         """Whether they came with the batch whose forward begins now."""
         self.blocks: list[nn.Module] | None = None
         """Modules that transformers may checkpoint."""
+        self.plans: list[Plan] | None = None
+        """Of the active adapters; `None` after any change to them."""
 
     @property
     def ids(self) -> Ids | None:
@@ -108,6 +112,9 @@ class TaskIds:
             if self.ids is None and config is not None and config.router != "uniform" and config.n_tasks != 1:
                 raise RoutingError(MISSING.format(n=config.n_tasks))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plans": None, "blocks": None}  # found again in the copy
+
     # A forward.
 
     def begin(self, model: nn.Module, inputs: Tensor) -> None:
@@ -128,29 +135,35 @@ class TaskIds:
         if not model.training or torch.compiler.is_compiling():
             return
         self._carry_through_checkpoints(model)
-        places = [
-            (layer, name) for layer in self.layers for name in layer.active_adapters if name in layer.routers
-        ]
-        for name in {name for _, name in places}:
-            own = [place for place in places if place[1] == name]
-            if self._has_ids(name):
-                self._prepare(own, self.configs[name], inputs)
+        for plan in self._current_plans():
+            if self._has_ids(plan.name):
+                self._prepare(plan, self.configs[plan.name], inputs)
+
+    def _current_plans(self) -> list[Plan]:
+        if self.plans is None or not all(plan.is_current() for plan in self.plans):
+            names = dict.fromkeys(name for layer in self.layers for name in layer.active_adapters)
+            self.plans = [Plan(self.layers, name) for name in names if name in self.configs]
+        return self.plans
 
     def _has_ids(self, name: str) -> bool:
         return self.ids is not None or self.configs[name].n_tasks == 1
 
-    def _prepare(self, places: list[Place], config: MHRConfig, inputs: Tensor) -> None:
+    def _prepare(self, plan: Plan, config: MHRConfig, inputs: Tensor) -> None:
         """Noise in one draw, before any block that may be checkpointed; then mixtures."""
         if config.router != "learned":
             return
         groups = self.groups(inputs, config, training=True)
         if config.noise != "none":
-            sizes = [layer.routers[name].n_heads * layer.routers[name].n_skills for layer, name in places]
+            sizes = [
+                layer.routers[name].n_heads * layer.routers[name].n_skills for layer, name in plan.places
+            ]
             drawn = logistic_noise(len(groups.rows), sum(sizes), device=groups.rows.device).split(sizes, 1)
-            for (layer, name), noise in zip(places, drawn, strict=True):
+            for (layer, name), noise in zip(plan.places, drawn, strict=True):
                 self.forward.noise[layer, name] = noise.unflatten(1, (layer.routers[name].n_heads, -1))
         if torch.is_grad_enabled() and not groups.by_token and not config.dropout:
-            mix_together(self.forward, places, groups, config)
+            self.forward.rows = None if groups.n == 1 else inputs.shape[0]
+            for kind in plan.kinds:
+                kind.mix(self.forward, groups, config)
 
     def _carry_through_checkpoints(self, model: nn.Module) -> None:
         if self.blocks is None:
@@ -222,6 +235,7 @@ class TaskIds:
 
     def forget(self, adapter_name: str) -> None:
         """An adapter is gone."""
+        self.plans = None
         self.bins = {key: router for key, router in self.bins.items() if key[0] != adapter_name}
 
 
@@ -246,46 +260,76 @@ class Carrying:
         return self.checkpoint(resumed, *args, **kwargs)
 
 
-def mix_together(forward: Forward, places: list[Place], groups: Groups, config: MHRConfig) -> None:
-    """Mix the skills of small layers, a launch for all of a shape, and leave the mixtures in `forward`."""
-    together = [place for place in places if _can_be_mixed_together(*place)]
-    for of_a_kind in _by(together, lambda layer, name: layer.routers[name].logits.shape):
-        weights = _weights_of(forward, of_a_kind, groups, config)
-        factors: dict[tuple[Place, str], Tensor] = {}
-        kinds: dict[Any, list[tuple[Place, str, Tensor]]] = {}
-        for place in of_a_kind:
-            layer, name = place
-            for part, skills in (("A", layer.mhr_A[name]), ("B", layer.mhr_B[name])):
-                kinds.setdefault((skills.shape, layer.expected_dtype()), []).append((place, part, skills))
-        for (_, dtype), members in kinds.items():
-            mixed = mix_skills_of_many(
-                [weights[place] for place, _, _ in members],
-                [skills for *_, skills in members],
-                groups.index,
-                dtype,
-            )
-            factors |= {(place, part): one for (place, part, _), one in zip(members, mixed, strict=True)}
-        for place in of_a_kind:
-            forward.mixtures[place] = Mixture(groups, factors[place, "A"], factors[place, "B"])
+class Kind:
+    """Places whose skills and tables have the same shapes, and which are mixed in one go."""
 
+    def __init__(self, places: list[Place], dtype: torch.dtype, scale: float) -> None:
+        self.places, self.dtype, self.scale = places, dtype, scale
+        self.routers = [layer.routers[name] for layer, name in places]
+        self.A = [layer.mhr_A[name] for layer, name in places]
+        self.B = [layer.mhr_B[name] for layer, name in places]
+        self.tables = list(dict.fromkeys(self.routers))
+        self.logits = [table.logits for table in self.tables]
 
-def _weights_of(
-    forward: Forward, places: list[Place], groups: Groups, config: MHRConfig
-) -> dict[Place, Tensor]:
-    """Routing weights (U, H, S) of every place, each table looked up once."""
-    routers = list(dict.fromkeys(layer.routers[name] for layer, name in places))
-    logits = _stack([router.logits for router in routers]).index_select(1, groups.rows)
-    if not forward.noise:
-        weights = dict(
-            zip(routers, skill_weights(logits, None, 1.0, config.uniform_mix).unbind(0), strict=True)
+    def is_current(self) -> bool:
+        """Whether parameters, scale, and the dtype of the base's output, are still those of the beginning."""
+        for (layer, name), router, A, B in zip(self.places, self.routers, self.A, self.B, strict=True):
+            # Past Module.__getattr__, which would cost as much as the rest of the forward's Python.
+            if (
+                layer.scaling.get(name) != self.scale
+                or layer.routers.get(name) is not router
+                or layer._modules["mhr_A"]._parameters.get(name) is not A
+                or layer._modules["mhr_B"]._parameters.get(name) is not B
+            ):
+                return False
+        tables = zip(self.tables, self.logits, strict=True)
+        return (
+            all(table._parameters.get("logits") is logits for table, logits in tables)
+            and self.places[0][0].expected_dtype() is self.dtype
         )
-        return {(layer, name): weights[layer.routers[name]] for layer, name in places}
-    if len(routers) < len(places):
-        rows = dict(zip(routers, logits.unbind(0), strict=True))
-        logits = _stack([rows[layer.routers[name]] for layer, name in places])
-    noise = _stack([forward.noise[place] for place in places])
-    weights_NUHS = skill_weights(logits, noise, config.temperature, config.uniform_mix)
-    return dict(zip(places, weights_NUHS.unbind(0), strict=True))
+
+    def mix(self, forward: Forward, groups: Groups, config: MHRConfig) -> None:
+        """Leave the mixtures in `forward`."""
+        weights_NUHS = self._weights(forward, groups, config)
+        mixed = mix_skills_of_many(weights_NUHS, self.A, self.B, groups.index, self.dtype, self.scale)
+        n = len(self.places)
+        for place, A, B in zip(self.places, mixed[:n], mixed[n:], strict=True):
+            forward.mixtures[place] = Mixture(groups, A, B)
+
+    def _weights(self, forward: Forward, groups: Groups, config: MHRConfig) -> Tensor:
+        """Routing weights (N, U, H, S), each table looked up once."""
+        logits = _stack(self.logits).index_select(1, groups.rows)
+        shared = len(self.tables) < len(self.places)
+        if not forward.noise:
+            weights = skill_weights(logits, None, 1.0, config.uniform_mix)
+            return self._for_each_place(weights) if shared else weights
+        noise = _stack([forward.noise[place] for place in self.places])
+        logits = self._for_each_place(logits) if shared else logits
+        return skill_weights(logits, noise, config.temperature, config.uniform_mix)
+
+    def _for_each_place(self, of_tables: Tensor) -> Tensor:
+        by_table = dict(zip(self.tables, of_tables.unbind(0), strict=True))
+        return _stack([by_table[router] for router in self.routers])
+
+
+class Plan:
+    """What an adapter's layers have in common, worked out once and not at every forward."""
+
+    def __init__(self, layers: list[MHRLinear], name: str) -> None:
+        self.name = name
+        self.places = [
+            (layer, name) for layer in layers if name in layer.routers and name in layer.active_adapters
+        ]
+        kinds: dict[Any, list[Place]] = {}
+        for layer, _ in filter(lambda place: _can_be_mixed_together(*place), self.places):
+            shapes = layer.mhr_A[name].shape, layer.mhr_B[name].shape, layer.routers[name].logits.shape
+            key = (*shapes, layer.expected_dtype(), layer.scaling[name])
+            kinds.setdefault(key, []).append((layer, name))
+        self.kinds = [Kind(places, dtype, scale) for (*_, dtype, scale), places in kinds.items()]
+
+    def is_current(self) -> bool:
+        """Whether nothing that it was made from was replaced."""
+        return all(kind.is_current() for kind in self.kinds)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -301,10 +345,3 @@ def _can_be_mixed_together(layer: MHRLinear, name: str) -> bool:
         return False
     # A sharded parameter (FSDP2's DTensor) is whole only inside its own block's forward.
     return all(type(p) is nn.Parameter for p in (A, B, router.logits)) and layer.expected_dtype() is not None
-
-
-def _by(places: list[Place], key: Callable[[MHRLinear, str], Any]) -> Iterator[list[Place]]:
-    found: dict[Any, list[Place]] = {}
-    for place in places:
-        found.setdefault(key(*place), []).append(place)
-    return iter(found.values())
