@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thawline.models.deimv2.model import DEIMv2
 
@@ -66,3 +70,77 @@ def test_a_fused_model_has_nothing_left_to_fuse_or_train() -> None:
     fused = randomised("atto").fuse()
     assert fused.fuse() is fused
     assert not any(p.requires_grad for p in fused.parameters())
+
+
+@pytest.mark.parametrize("size", [(64, 96), (128, 32)])
+def test_a_stem_in_strips_gives_what_the_whole_gives(size: tuple[int, int]) -> None:
+    stem = randomised("pico").backbone.stem
+    fused = stem.fuse()
+    pixels = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        for fused.strip_size in (1, 2 * 9 * size[1] // 4, 10**9):  # strips of 8 and 9 rows, and all rows
+            torch.testing.assert_close(fused(pixels), stem(pixels), rtol=0, atol=1e-6)
+
+
+def test_a_fused_model_serves_several_threads_at_once() -> None:
+    fused = randomised("atto").fuse()
+    images = [torch.rand(1, 3, 64, 32 * width) for width in (2, 3, 4, 5)]
+    with torch.no_grad():
+        expected = [fused(image).logits for image in images]
+
+    @torch.no_grad()
+    def detect(image: torch.Tensor) -> torch.Tensor:
+        return fused(image).logits
+
+    with ThreadPoolExecutor(4) as pool:
+        for got, alone in zip(pool.map(detect, images * 5), expected * 5, strict=True):
+            torch.testing.assert_close(got, alone, rtol=0, atol=1e-6)
+
+
+def test_a_fused_model_is_copied_stored_and_loaded(kind_of_model: DEIMv2) -> None:
+    fused = kind_of_model.fuse()
+    other = copy.deepcopy(fused)
+    pixels = torch.rand(3, 3, 64, 96)
+    with torch.no_grad():
+        expected = fused(pixels).logits
+        torch.testing.assert_close(other(pixels).logits, expected, rtol=0, atol=0)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not other(pixels).logits.equal(expected)
+        other.load_state_dict(fused.state_dict())
+        torch.testing.assert_close(other(pixels).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["eager", "fused"])
+def test_the_whole_network_is_one_graph(form: str, kind_of_model: DEIMv2) -> None:
+    model = kind_of_model.fuse() if form == "fused" else kind_of_model
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    pixels = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        got, expected = compiled(pixels), model(pixels)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["eager", "fused"])
+def test_forward_never_waits_for_the_device(form: str, kind_of_model: DEIMv2) -> None:
+    model = kind_of_model.fuse() if form == "fused" else kind_of_model
+    with torch.no_grad(), NoHostReads():
+        model(torch.rand(2, 3, 64, 64))
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where the host would have to wait for a value, or for a shape that depends on values."""
+
+    waiting = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert not name.startswith(self.waiting), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["lite", "hgnet", "tiny", "dino"])
+def kind_of_model(request: pytest.FixtureRequest, build: Callable[..., DEIMv2]) -> DEIMv2:
+    torch.manual_seed(0)
+    return build(request.param)

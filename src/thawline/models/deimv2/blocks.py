@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thawline.models.deimv2.fused import FusedConv, fold_norm, fuse_children
+from thawline.models.deimv2.fused import FusedConv, concatenate, fold_norm, fuse_children
 
 
 class ConvNorm(nn.Module):
@@ -142,7 +142,7 @@ class FusedELAN(nn.Module):
         """(B, D, H, W) to the same."""
         deep = self.deep(x)
         first = self.first(deep)
-        return self.mix(torch.cat([self.straight(x), deep, first, self.second(first)], dim=1))
+        return self.mix(concatenate([self.straight(x), deep, first, self.second(first)]))
 
 
 def _chain(in_channels: int, width: int, n_blocks: int, trailing_conv: bool) -> nn.Sequential:

@@ -8,10 +8,11 @@ rounding.
 
 from __future__ import annotations
 
-__all__ = ["Clamp", "FusedConv", "fold_norm", "fuse_children", "linear_of", "pad_right_and_below"]
+__all__ = ["Clamp", "FusedConv", "concatenate", "fold_norm", "fuse_children", "linear_of", "onednn_serves"]
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,7 +88,7 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) to (B, O, H', W')."""
-        if not _onednn_serves(x):
+        if not onednn_serves(x):
             x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
             if isinstance(self.activation, Clamp):
                 return x.clamp(self.activation.low, self.activation.high)
@@ -146,17 +147,31 @@ def fuse_children(module: nn.Module) -> nn.Module:
     return module
 
 
-def pad_right_and_below(x: Tensor) -> Tensor:
-    """One column and one row of zeros, as `F.pad` gives them, but channels-last in one pass over x."""
-    batch, channels, height, width = x.shape
-    out = x.new_empty((batch, height + 1, width + 1, channels)).permute(0, 3, 1, 2)
-    out[:, :, :height, :width] = x
-    out[:, :, height:] = 0
-    out[:, :, :, width:] = 0
-    return out
+_workspace = threading.local()
 
 
-def _onednn_serves(x: Tensor) -> bool:
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Maps (B, C_i, H, W) side by side in their channels, to be read before the next call and not kept.
+
+    On a CPU they lie in one buffer of this thread, as large as its largest concatenation so far: memory fresh
+    from the system costs several times the copy.
+    """
+    first = parts[0]
+    if not onednn_serves(first):
+        return torch.cat(list(parts), dim=1)
+    batch, _, height, width = first.shape
+    channels = sum(part.shape[1] for part in parts)
+    size = batch * height * width * channels
+    buffer = getattr(_workspace, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = _workspace.buffer = torch.empty(size)
+    out = buffer[:size].view(batch, height, width, channels)
+    torch.cat([part.permute(0, 2, 3, 1) for part in parts], dim=-1, out=out)
+    return out.permute(0, 3, 1, 2)
+
+
+def onednn_serves(x: Tensor) -> bool:
     """Whether the fused call computes what the plain ones do: eager float32 on a CPU, without gradient."""
     return (
         x.device.type == "cpu"

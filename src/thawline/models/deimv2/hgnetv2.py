@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thawline.models.deimv2.fused import Clamp, FusedConv, pad_right_and_below
+from thawline.models.deimv2.fused import Clamp, FusedConv, concatenate, fuse_children, onednn_serves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,14 @@ class Stem(nn.Module):
 
 
 class FusedStem(nn.Module):
-    """The stem on channels-last maps. Maxima of whole rows cost a third of `max_pool2d` there."""
+    """The stem on channels-last maps. Maxima of whole rows cost a third of `max_pool2d` there.
+
+    On a CPU it goes strip by strip: its maps are the network's largest, and as wholes they cost more time in
+    fresh memory than in arithmetic. A strip recomputes two or three lines of its neighbours.
+    """
+
+    strip_size = 8192
+    """Outputs of a strip."""
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
@@ -111,11 +118,33 @@ class FusedStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, O, H / 4, W / 4)."""
-        x = pad_right_and_below(self.stem1(x))
-        learned = self.stem2b(pad_right_and_below(self.stem2a(x)))
-        largest = torch.maximum(x[:, :, :-1], x[:, :, 1:])
+        n_rows, width = x.shape[-2] // 4, x.shape[-1] // 4
+        if not onednn_serves(x):
+            return self._strip(x, 0, n_rows, n_rows)
+        step = max(8, self.strip_size // (x.shape[0] * width))
+        if step >= n_rows:
+            return self._strip(x, 0, n_rows, n_rows)
+        out = x.new_empty((x.shape[0], n_rows, width, self.stem4.weight.shape[0])).permute(0, 3, 1, 2)
+        for start in range(0, n_rows, step):
+            stop = min(start + step, n_rows)
+            out[:, :, start:stop] = self._strip(x, start, stop, n_rows)
+        return out
+
+    def _strip(self, x: Tensor, start: int, stop: int, n_rows: int) -> Tensor:
+        """Rows [start, stop) of the result.
+
+        Convolutions pad, so a strip that does not begin at the top begins one row early wherever one of
+        stride 2 follows, and drops what it got from the padding.
+        """
+        above, below = int(start > 0), int(stop == n_rows)
+        first = 2 * start - 2 * above  # row at stride 2
+        x = x[:, :, 2 * first - 2 * above : 4 * stop + 4]
+        x = _pad_right(self.stem1(x)[:, :, above:], below)
+        learned = self.stem2b(_pad_right(self.stem2a(x), below))
+        rows = learned.shape[2]
+        largest = torch.maximum(x[:, :, :rows], x[:, :, 1 : rows + 1])
         largest = torch.maximum(largest[..., :-1], largest[..., 1:])
-        return self.stem4(self.stem3(torch.cat([largest, learned], dim=1)))
+        return self.stem4(self.stem3(concatenate([largest, learned]))[:, :, above:])
 
 
 class Stage(nn.Module):
@@ -163,6 +192,27 @@ class Block(nn.Module):
             parts.append(layer(parts[-1]))
         out = self.aggregation(torch.cat(parts, dim=1))
         return out + x if self.residual else out
+
+    def fuse(self) -> FusedBlock:
+        """With folded layers and less fresh memory."""
+        return FusedBlock(self)
+
+
+class FusedBlock(nn.Module):
+    """A block at inference."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.layers, self.aggregation = fuse_children(block.layers), fuse_children(block.aggregation)
+        self.residual = block.residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) to (B, O, H, W)."""
+        parts = [x]
+        for layer in self.layers:
+            parts.append(layer(parts[-1]))
+        out = self.aggregation(concatenate(parts))
+        return out.add_(x) if self.residual else out
 
 
 class LightLayer(nn.Module):
@@ -286,3 +336,14 @@ class _Limit(torch.autograd.Function):
 
 def _pad_right_and_below(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1, 0, 1))
+
+
+def _pad_right(x: Tensor, n_below: int) -> Tensor:
+    """A column of zeros and `n_below` rows, as `F.pad` gives them, but channels-last in one pass over x."""
+    batch, channels, height, width = x.shape
+    out = x.new_empty((batch, height + n_below, width + 1, channels)).permute(0, 3, 1, 2)
+    out[:, :, :height, :width] = x
+    out[..., width:] = 0
+    if n_below:
+        out[:, :, height:] = 0
+    return out
