@@ -269,3 +269,47 @@ def test_convert_says_how_far_the_logits_moved(
     assert json.loads(capsys.readouterr().out)["largest_logit_difference"] == 0
     assert main(words) == 1
     assert "exists" in capsys.readouterr().err
+
+
+class FakeCamera:
+    """What `cv2.VideoCapture` is of a camera: three pictures in BGR, and a count that means nothing."""
+
+    released = False
+
+    def __init__(self, index: int) -> None:
+        self.index, self.pictures = index, [np.full((48, 64, 3), (255, 0, n), np.uint8) for n in range(3)]
+
+    def isOpened(self) -> bool:
+        return self.index == 0
+
+    def get(self, prop: int) -> float:
+        return -1.0
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        return (True, self.pictures.pop(0)) if self.pictures else (False, None)
+
+    def release(self) -> None:
+        FakeCamera.released = True
+
+
+def test_a_camera_gives_its_pictures_until_it_stops(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cv2.VideoCapture", FakeCamera)
+    seen = list(detector.stream(0, threshold=0.0, batch_size=2))
+    assert [prediction.name for prediction in seen] == ["frame 0", "frame 1", "frame 2"]
+    assert [prediction.image[0, 0].tolist() for prediction in seen] == [[n, 0, 255] for n in range(3)]
+    assert all(len(prediction.detections) for prediction in seen)
+    assert FakeCamera.released
+    assert sum(1 for _ in detector(0)) == 3
+    with pytest.raises(DataError, match="Camera '1' cannot be opened"):
+        next(detector(1))
+
+
+def test_a_huge_picture_is_read_whole_or_in_tiles(detector: Detector, tmp_path: Path) -> None:
+    file = tmp_path / "huge.png"
+    Image.new("L", (12_000, 8_000), 90).save(file)
+    whole = detector(file, threshold=0.0, max_detections=3)
+    assert len(whole) == 3
+    assert whole.xyxy.max() > 640  # pixels of the original
+    assert len(detector(file, threshold=0.0, max_detections=3, tile=(6000, 4000))) == 3
