@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,31 +159,28 @@ def test_adapting_moves_what_it_should_from_the_average_of_the_skills(recipe, pr
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(recipe, pretrained, monkeypatch) -> None:
-    before = pretrained
-    for name, tasks, tuner in (
-        ("trained", ["first", "last"], None),
-        ("adapted", ["least", "last"], {"method": "mhr", "start_from": str(before.folder), "adapt": "full"}),
-    ):
-        straight = run(recipe(f"{name}-straight", tasks, tuner, {"batches": "task"}))
-        with monkeypatch.context() as patch:
-            for kind in (TextObjective, MatchObjective):
-                collate, made = kind.collate, [0]
+    tuner = {"method": "mhr", "start_from": str(pretrained.folder), "adapt": "full"}
+    again = partial(recipe, tasks=["least", "last"], tuner=tuner, data={"batches": "task"})
+    straight = run(again("straight"))
+    with monkeypatch.context() as patch:
+        for kind in (TextObjective, MatchObjective):
+            collate, made = kind.collate, [0]
 
-                def dying(self, rows, collate=collate, made=made):
-                    made[0] += all(any(row is known for known in self.train_rows) for row in rows)
-                    if made[0] == 7:
-                        raise RuntimeError("the machine went away")
-                    return collate(self, rows)
+            def dying(self, rows, collate=collate, made=made):
+                made[0] += all(any(row is known for known in self.train_rows) for row in rows)
+                if made[0] == 7:
+                    raise RuntimeError("the machine went away")
+                return collate(self, rows)
 
-                patch.setattr(kind, "collate", dying)
-            with pytest.raises(RuntimeError, match="went away"):
-                run(recipe(f"{name}-killed", tasks, tuner, {"batches": "task"}))
-        resumed = run(recipe(f"{name}-killed", tasks, tuner, {"batches": "task"}), resume=True)
-        assert resumed.metrics == straight.metrics
-        assert resumed.start == straight.start
-        assert logged(resumed.folder) == logged(straight.folder)
-        for key, value in weights(straight.folder).items():
-            assert torch.equal(weights(resumed.folder)[key], value), key
+            patch.setattr(kind, "collate", dying)
+        with pytest.raises(RuntimeError, match="went away"):
+            run(again("killed"))
+    resumed = run(again("killed"), resume=True)
+    assert resumed.metrics == straight.metrics
+    assert resumed.start == straight.start
+    assert logged(resumed.folder) == logged(straight.folder)
+    for key, value in weights(straight.folder).items():
+        assert torch.equal(weights(resumed.folder)[key], value), key
 
 
 def test_annealing_ends_at_the_average_whatever_the_task(recipe) -> None:

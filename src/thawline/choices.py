@@ -51,6 +51,8 @@ CHOICES: dict[str, Callable[[], dict[str, str]]] = {
     },
     "formats": partial(literal_dict, "data/text.py", "FORMATS"),
     "metrics": partial(literal_dict, "metrics/text.py", "METRICS"),
+    "sampling": partial(literal_dict, "data/multitask.py", "SAMPLING"),
+    "routers": partial(literal_dict, "tuners/mhr/routing.py", "ROUTERS"),
 }
 """Topic → its choices, name by name, with one line about each."""
 
