@@ -108,6 +108,11 @@ def test_a_literal_dict_of_functions_is_documented_by_them(tmp_path: Path, monke
         (["predict"], 2, "required: model"),
         (["predict", "m", "--tokens", "3"], 2, "Unknown option '--tokens'.*Did you mean 'max_new_tokens'"),
         (["eval", "runs/nowhere"], 1, "No such run or model: 'runs/nowhere'"),
+        (["predict", "m", "x", "--batch_size", "0"], 2, "'batch_size' must be at least 1, got 0"),
+        (["predict", "m", "x", "--max_new_tokens", "0"], 2, "'max_new_tokens' must be at least 1, got 0"),
+        (["predict", "m", "x", "--temperature", "-1"], 2, "'temperature' must be at least 0, got -1"),
+        (["train", "--base", "./m", "--data", "no.jsonl"], 2, "Cannot load './m': no such folder"),
+        (["train", "--base", "m", "--data", "d", "--seed", "-1"], 2, "`seed` must be a whole number from 0"),
         (["list", "tuner"], 2, "Nothing called 'tuner' to list.*Did you mean 'tuners'"),
     ],
 )
@@ -115,6 +120,47 @@ def test_a_mistake_ends_in_one_line(capsys, argv: list[str], status: int, messag
     got, err = fails(capsys, *argv)
     assert got == status
     assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--data.template", "{input"], 2, "`data.template` '{input' cannot be read: .*expected '}'"),
+        (
+            ["--training.report_to", "wandbb"],
+            2,
+            "`training.report_to`: wandbb is not supported, only .*wandb",
+        ),
+        (["--training.report_to", "clearml"], 2, "`training.report_to`: .*requires .*clearml"),
+        (["--folder", "/proc/nowhere"], 1, "No such file or directory: '/proc/nowhere"),
+    ],
+)
+def test_a_mistake_found_while_building_ends_in_one_line(
+    tiny_llama: Path, rows: str, tmp_path: Path, words: list[str], status: int, message: str
+) -> None:
+    command = [sys.executable, "-m", "thawline", "train", "--base", str(tiny_llama), "--data", rows, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(rf"^thawline: {message}", done.stderr, re.MULTILINE), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_texts_may_come_after_options(monkeypatch, capsys) -> None:
+    asked: dict[str, object] = {}
+
+    def answer(model: str, texts: list[str], **others: object) -> list[str]:
+        asked.update(others, model=model, texts=texts)
+        return texts
+
+    monkeypatch.setattr("thawline.run.predict", answer)
+    assert main(["predict", "m", "--max_new_tokens", "3", "one", "--json", "two", "--", "--three"]) == 0
+    assert (asked["model"], asked["texts"]) == ("m", ["one", "two", "--three"])
+    assert asked["max_new_tokens"] == 3
+    assert main(["predict", "m", "one", "--temperature", "0", "--choices", "a, ,b"]) == 0
+    assert "temperature" not in asked or asked["temperature"] == 0
+    assert asked["choices"] == ["a", "b"]
+    capsys.readouterr()
 
 
 def test_a_recipes_unknown_key_names_the_file_and_the_nearest(tmp_path: Path, capsys) -> None:
@@ -200,6 +246,12 @@ def test_train_eval_and_predict_from_the_command_line(
 def test_a_plain_model_is_evaluated_on_the_rows_it_is_given(tiny_llama: Path, rows: str, capsys) -> None:
     assert main(["eval", str(tiny_llama), "--data", rows, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parts"]["letters"]["rows"] == 2
+    status, err = fails(capsys, "eval", str(tiny_llama), "--data", rows, "--out", "no/where.jsonl")
+    assert status == 2
+    assert "--out: no such folder: 'no'" in err
+    status, err = fails(capsys, "eval", str(tiny_llama), "--qqqq", "1")
+    assert status == 2
+    assert err.endswith("objective, out, print_config, seed, training, tuner.\n"), err
     status, err = fails(capsys, "eval", str(tiny_llama))
     assert status == 2
     assert "Give rows: --data" in err

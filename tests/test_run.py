@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from thawline.errors import CheckpointError, ConfigError, DataError
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, predict, run
+from thawline.training.build import build_model, build_objective
 from thawline.training.text import TextObjective
 from thawline.training.trainer import newest_checkpoint, remove_torn_checkpoints
 
@@ -246,6 +248,60 @@ def test_settings_that_cannot_work_leave_no_folder_behind(recipe, training, erro
     with pytest.raises(error, match=message):
         run(config)
     assert not config.run_folder.exists()
+
+
+def test_rows_to_learn_are_enough(recipe, tmp_path: Path) -> None:
+    file = tmp_path / "learn.jsonl"
+    file.write_text('{"prompt": "ab", "completion": "a"}\n' * 4)
+    config = recipe("learn", eval_every="epoch", epochs=1)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(file)))
+    result = run(config)
+    assert (result.status, result.steps, result.metrics) == ("finished", 1, {})
+    best = dataclasses.replace(config.training, best_metric="loss", eval_every=1, save_every=1)
+    with pytest.raises(ConfigError, match="`training.best_metric: loss` needs held-out rows"):
+        run(dataclasses.replace(config, name="best", training=best))
+
+
+def test_the_best_metric_is_one_that_is_evaluated(recipe) -> None:
+    with pytest.raises(
+        ConfigError, match=r"`training.best_metric: choice_acuracy` is not evaluated.*Did you"
+    ):
+        run(recipe("best", best_metric="choice_acuracy"))
+
+
+@pytest.mark.parametrize("selection", ["activation", "gradient"])
+def test_columns_that_look_at_data_are_chosen_by_training_rows(recipe, selection: str) -> None:
+    from thawline.tuners.paca.layer import PacaLayer
+
+    config = recipe(selection, {"method": "paca", "r": 3, "selection": selection})
+    objective = build_objective(config)
+    indices = [
+        [
+            layer.thawline_paca_indices["default"].tolist()
+            for layer in model.modules()
+            if isinstance(layer, PacaLayer)
+        ]
+        for model in (build_model(config, objective) for _ in range(2))
+    ]
+    assert indices[0] == indices[1]  # a resumed run finds the same
+    random = build_model(recipe("random", {"method": "paca", "r": 3}), objective)
+    assert indices[0] != [
+        layer.thawline_paca_indices["default"].tolist()
+        for layer in random.modules()
+        if isinstance(layer, PacaLayer)
+    ]
+    assert run(config).status == "finished"
+    # Evaluating reads the columns from the adapter, not from rows.
+    assert evaluate(config.run_folder).metrics["loss"] > 0
+
+
+def test_a_prompt_that_was_learned_is_used(recipe) -> None:
+    config = recipe("prompt", {"method": "prompt_tuning", "args": {"num_virtual_tokens": 2}}, epochs=1)
+    run(config)
+    assert predict(config.run_folder, ["ab"], choices=["a", "b"])[0] in ("a", "b")
+    again = recipe("again", {"method": "prompt_tuning", "start_from": str(config.run_folder / "model")})
+    with pytest.raises(CheckpointError, match="does not fit|Cannot set a prompt learning adapter"):
+        run(again)
 
 
 def test_data_that_is_all_held_out_is_refused(recipe, tmp_path: Path) -> None:

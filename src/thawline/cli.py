@@ -104,6 +104,8 @@ def evaluate(argv: list[str]) -> int:
     config, options = _parse_recipe(parser, argv, mapping)
     if options.print_config:
         return _say(_to_yaml(config))
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        raise ConfigError(f"--out: no such folder: '{Path(options.out).parent}'.")
     from thawline.run import evaluate as evaluate_model
 
     found = evaluate_model(options.model, config=config)
@@ -129,9 +131,15 @@ def predict(argv: list[str]) -> int:
     parser.add_argument("--choices", help="Pick the likeliest of these, parted by commas.")
     parser.add_argument("--task", help="Which of the tasks trained on the texts are of.")
     parser.add_argument("--max_new_tokens", type=int, help="Longest answer.")
-    parser.add_argument("--temperature", type=float, help="Draw instead of taking the likeliest token.")
+    parser.add_argument(
+        "--temperature", type=float, help="Draw instead of taking the likeliest token; 0: do not."
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="Texts at a time.")
-    options = _parse(parser, argv)
+    options = _parse(parser, _options_first(argv))
+    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("temperature", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"'{name}' must be at least {least}, got {value}.")
     texts = list(options.texts)
     if options.file is not None:
         texts += _lines(options.file)
@@ -143,9 +151,9 @@ def predict(argv: list[str]) -> int:
     sampling: dict[str, Any] = {}
     if options.max_new_tokens is not None:
         sampling["max_new_tokens"] = options.max_new_tokens
-    if options.temperature is not None:
+    if options.temperature:
         sampling |= {"do_sample": True, "temperature": options.temperature}
-    choices = [choice.strip() for choice in options.choices.split(",")] if options.choices else []
+    choices = [choice.strip() for choice in (options.choices or "").split(",") if choice.strip()]
     answers = answer(
         options.model, texts, choices=choices, task=options.task, batch_size=options.batch_size, **sampling
     )
@@ -396,6 +404,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has seen enough; without this the interpreter complains on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"thawline: {error.strerror}: '{error.filename}'\n")
+        return 1
 
 
 def _help() -> str:
@@ -510,7 +523,13 @@ def _parse(
     try:
         return parser.parse_args(list(argv), namespace=start)
     except argparse.ArgumentError as error:
-        known = [name.lstrip("-") for action in parser._actions for name in action.option_strings]
+        # Without -h, the forms for lists ("data.path+") and jsonargparse's own for shells.
+        known = [
+            name.removeprefix("--")
+            for action in parser._actions
+            for name in action.option_strings
+            if re.fullmatch(r"--\w[\w.]*", name) and name != "--print_shtab"
+        ]
         raise ConfigError(_explain(error, types or {}, known)) from error
 
 
@@ -545,6 +564,23 @@ def _write_out_sections(argv: Sequence[str]) -> list[str]:
     return written
 
 
+def _options_first(argv: Sequence[str]) -> list[str]:
+    """Options, then what stands alone: argparse loses texts that come after an option."""
+    options: list[str] = []
+    alone: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--":
+            alone += [token, *tokens]
+        elif token.startswith("--"):
+            options.append(token)
+            if "=" not in token and token not in ("--json", "--help"):
+                options += [value for value in [next(tokens, None)] if value is not None]
+        else:
+            (options if token == "-h" else alone).append(token)
+    return options + alone
+
+
 def _option(argv: Sequence[str], option: str) -> str | None:
     """The last value given for an option, before there is a parser to ask."""
     found = None
@@ -564,6 +600,8 @@ def _prepare() -> None:
     if not package.handlers:
         package.addHandler(handler)
         package.setLevel(logging.INFO)
+        # Some libraries give the root logger a handler of theirs: every line would come twice.
+        package.propagate = False
     # Notices between libraries, which a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
 

@@ -660,6 +660,8 @@ class RunConfig:
             if not isinstance(getattr(self, section), wanted):
                 got = type(getattr(self, section)).__name__
                 raise ConfigError(f"`{section}` must be a {wanted.__name__} in this recipe, got a {got}.")
+        if isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
+            raise ConfigError(f"`seed` must be a whole number from 0 to 2^32 - 1, got {self.seed!r}.")
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(
                 f"`name` must be a plain folder name, got {self.name!r}. `folder` says where it lies."
@@ -770,10 +772,10 @@ def nearest_key(key: str, types: Mapping[str, type], more: Sequence[str] = ()) -
     close = same or get_close_matches(key, known, n=1)
     if close:
         return f"Did you mean '{close[0]}'?"
-    inside = [other.partition(".")[2] for other in known if other.startswith(f"{section}.")]
-    return (
-        f"'{section}' has: {', '.join(sorted(inside))}." if inside else f"Known: {', '.join(sorted(known))}."
-    )
+    inside = {other.partition(".")[2] for other in known if other.startswith(f"{section}.")}
+    if inside:
+        return f"'{section}' has: {', '.join(sorted(inside))}."
+    return f"Known: {', '.join(sorted({other.partition('.')[0] for other in known}))}."
 
 
 def known_keys(types: Mapping[str, type]) -> Iterator[str]:

@@ -156,7 +156,13 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
             if trainer.is_world_process_zero():
                 write_text(folder / START, _to_json({"metrics": found.metrics, "parts": found.parts}))
         with stop.listen():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"{str(error).split('. ')[0]}. Lower `training.batch_size` and raise "
+                    "`training.gradient_accumulation`, or set `lean` or `training.gradient_checkpointing`."
+                ) from error
     seconds = time.perf_counter() - start
     steps = trainer.state.global_step
     if stop.signal is not None:

@@ -10,6 +10,7 @@ import pytest
 from text_kit import byte_tokenizer
 from thawline.data.text import (
     IGNORED,
+    Example,
     TextEncoder,
     collate_tokens,
     load_examples,
@@ -290,3 +291,48 @@ def test_a_dataset_is_read_by_its_columns(tmp_path: Path) -> None:
     assert {example.split for example in examples} == {"train", "validation"}
     with pytest.raises(DataError, match="`data.columns` asks for 'text', the row has"):
         load_examples(tmp_path / "reviews", columns={"input": "text"})
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ('{"prompt": "one\u2028two\x85", "completion": "b"}\n', "b"),  # line separators within a text
+        ('\ufeff{"prompt": "a", "completion": "b"}\r\n', "b"),
+    ],
+)
+def test_only_a_line_break_ends_a_row(tmp_path: Path, text: str, answer: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(text.encode())
+    assert [example.completion for example in load_examples(file)] == [answer]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input": "x", "output": "1", "choices": "12"}, "'choices' must be a list of texts, got '12'"),
+        ({"input": "x", "output": "1", "choices": [1, 2]}, "'choices' must be a list of texts"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text"}]},
+                    {"role": "assistant", "content": "x"},
+                ]
+            },
+            "the 'content' of turn 1 must be text",
+        ),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(tmp_path: Path, row: dict, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"rows.jsonl:1: {message}"):
+        load_examples(file)
+
+
+@pytest.mark.parametrize("template", ["{{ foo(", "{{ raise_exception('System turns are unknown') }}"])
+def test_a_chat_template_that_does_not_work_is_said_to(template: str) -> None:
+    encode = TextEncoder(byte_tokenizer())
+    encode.chat_template = template
+    chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"})
+    with pytest.raises(DataError, match="chats:7: the chat template does not take this chat: "):
+        encode(Example(messages=chat, format="messages", where="chats:7"))

@@ -33,6 +33,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -185,7 +186,13 @@ def format_prompt(row: Mapping[str, Any], format: str, template: str | None, whe
         template = TEMPLATES[format]
         if format == "instruction" and row.get("input"):
             template = INSTRUCTION_WITH_INPUT
-    fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(
+            f"`data.template` {template!r} cannot be read: {error}. Fields stand in braces, {{input}}; a "
+            "brace that is meant is doubled, {{."
+        ) from error
     missing = [name for name in fields if name not in row]
     if missing:
         raise DataError(f"{where}: the template asks for '{missing[0]}', the row has {_names(row)}.")
@@ -265,7 +272,7 @@ class TextEncoder:
         """What an answer starts from: the tokenizer's opening tokens and the prompt, not closed."""
         if example.messages:
             turns = example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
-            return self._ids(self._chat_text(turns, add_generation_prompt=True))
+            return self._ids(self._chat_text(turns, example.where, add_generation_prompt=True))
         if self.seq2seq:
             return list(self.tokenizer(example.prompt).input_ids)
         return self._opening_ids() + self._ids(example.prompt)
@@ -277,7 +284,7 @@ class TextEncoder:
 
     def _encode_chat(self, example: Example) -> dict[str, list[int]]:
         """Tokens of the whole chat; those of the assistant's turns are learned."""
-        text = self._chat_text(example.messages)
+        text = self._chat_text(example.messages, example.where)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded.input_ids)
         if self.learn_prompt:
@@ -299,8 +306,8 @@ class TextEncoder:
         for i, turn in enumerate(example.messages):
             if turn["role"] != "assistant":
                 continue
-            before = self._chat_text(example.messages[:i], add_generation_prompt=True)
-            after = self._chat_text(example.messages[: i + 1])
+            before = self._chat_text(example.messages[:i], example.where, add_generation_prompt=True)
+            after = self._chat_text(example.messages[: i + 1], example.where)
             if not (after.startswith(before) and text.startswith(after)):
                 raise DataError(
                     f"{example.where}: the chat template rewrites earlier turns, so what turn {i + 1} adds "
@@ -309,18 +316,26 @@ class TextEncoder:
             spans.append((len(before), len(after)))
         return spans
 
-    def _chat_text(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
+    def _chat_text(
+        self, turns: Sequence[Mapping[str, str]], where: str, add_generation_prompt: bool = False
+    ) -> str:
         if self.chat_template is None:
             raise ConfigError(
                 f"The tokenizer '{self.tokenizer.name_or_path}' has no chat template for rows of `messages`. "
                 'Set `data.chat_template` to a Jinja file, or to "plain".'
             )
-        return self.tokenizer.apply_chat_template(
-            list(turns),
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(turns),
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"{where}: the chat template does not take this chat: {error}. Mend the row, or set "
+                '`data.chat_template` to a Jinja file, or to "plain".'
+            ) from error
 
     def _keep_end(self, ids: list[int], length: int) -> list[int]:
         """The opening tokens and the end of `ids`, at most `length` together."""
@@ -408,7 +423,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
 def _rows(file: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """Place and content of every row of a JSONL file, or of a JSON file holding a list."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # Windows' editors put a mark in front
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start}).") from error
     if file.suffix == ".json":
@@ -419,7 +434,8 @@ def _rows(file: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
             )
         numbered = ((f"{file}: row {i}", row) for i, row in enumerate(rows, 1))
     else:
-        lines = enumerate(text.splitlines(), 1)
+        # Not splitlines(): JSON leaves line separators such as U+2028 unescaped within a text.
+        lines = enumerate(text.split("\n"), 1)
         numbered = ((f"{file}:{i}", _parse(line, f"{file}:{i}")) for i, line in lines if line.strip())
     for where, row in numbered:
         if not isinstance(row, dict):
@@ -477,7 +493,9 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     return row[key]
 
 
-def _choices(choices: Sequence[str], completion: str, where: str) -> tuple[str, ...]:
+def _choices(choices: Any, completion: str, where: str) -> tuple[str, ...]:
+    if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"{where}: 'choices' must be a list of texts, got {choices!r}.")
     if choices and completion not in choices:
         raise DataError(f"{where}: the answer {completion!r} is not among the choices {list(choices)!r}.")
     return tuple(choices)
@@ -491,6 +509,8 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ..
     for i, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
             raise DataError(f"{where}: turn {i} needs 'role' and 'content', got {turn!r}.")
+        if not isinstance(turn["content"], str):
+            raise DataError(f"{where}: the 'content' of turn {i} must be text, got {turn['content']!r}.")
     if not any(turn["role"] == "assistant" for turn in turns):
         raise DataError(f"{where}: no turn of role 'assistant', so there is nothing to learn.")
     return tuple(turns)

@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = ["build_model", "build_objective", "build_trainer", "load_tuned", "n_parameters"]
 
 import dataclasses
+import os
+import random
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from thawline.errors import CheckpointError, ConfigError
+from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.recipe import (
     DetectionBase,
     DetectionData,
@@ -24,15 +26,21 @@ from thawline.recipe import (
     Full,
     MatchSettings,
     Mhr,
+    Paca,
     RunConfig,
     TextBase,
     TextData,
     TextSettings,
+    Training,
+    TunerSettings,
 )
 from thawline.training.objective import Objective, RowObjective
 from thawline.training.trainer import Trainer, choose_precision, newest_checkpoint, training_arguments
-from thawline.tuners.build import attach_tuner, routed_tasks
+from thawline.tuners.build import attach_tuner, calibrate_tuner, routed_tasks
 from thawline.tuners.mhr.adapt import parameter_groups, uniform_annealing
+
+CALIBRATION_BATCHES = 8
+"""Training batches that PaCA's `activation` and `gradient` selections look at."""
 
 
 def build_objective(
@@ -120,9 +128,30 @@ def build_model(config: RunConfig, objective: Objective, *, saved: bool = False)
             )
         return tune_backbone(model, config.tuner)
     rows = cast(RowObjective, objective)
-    model = attach_tuner(model, config.tuner, tasks=rows.tasks, saved=saved)
+    model = attach_tuner(model, _calibrated(config, model, objective), tasks=rows.tasks, saved=saved)
     rows.route(routed_tasks(model) if isinstance(config.tuner, Mhr) else None)
     return model
+
+
+def _calibrated(config: RunConfig, model: nn.Module, objective: Objective) -> TunerSettings:
+    """PaCA's settings with the columns that training rows choose, where the selection looks at data."""
+    tuner = config.tuner
+    if not isinstance(tuner, Paca) or tuner.start_from is not None or tuner.indices is not None:
+        return tuner
+    if tuner.selection not in ("activation", "gradient"):
+        return tuner
+    rows, size = objective.train_rows, config.training.batch_size or 1
+    drawn = random.Random(config.seed).sample(range(len(rows)), min(CALIBRATION_BATCHES * size, len(rows)))
+    starts = range(0, len(drawn), size)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    batches = [
+        {
+            name: value.to(device)
+            for name, value in objective.collate([rows[i] for i in drawn[start : start + size]]).items()
+        }
+        for start in starts
+    ]
+    return calibrate_tuner(model.to(device), tuner, batches)
 
 
 def build_trainer(
@@ -142,8 +171,9 @@ def build_trainer(
             config.tuner,
             callbacks,
         )
+    settings = _fit_to_rows(config.training, objective)
     arguments = training_arguments(
-        config.training, folder=config.run_folder, tuner=config.tuner, seed=config.seed,
+        settings, folder=config.run_folder, tuner=config.tuner, seed=config.seed,
         smaller_is_better=objective.smaller_is_better,
     )  # fmt: skip
     rows = cast(RowObjective, objective)
@@ -167,6 +197,19 @@ def build_trainer(
         loss=rows.loss,
         parameter_groups=groups,
     )
+
+
+def _fit_to_rows(settings: Training, objective: Objective) -> Training:
+    """Settings that evaluate only where there are rows to evaluate on.
+
+    Raises: ConfigError: if `best_metric` is none of what evaluation gives.
+    """
+    rows, wanted = objective.held_out_rows, settings.best_metric
+    known = ("loss", *getattr(objective, "metrics", ())) if rows else ()
+    if wanted is not None and wanted not in known:
+        reason = f"is not evaluated. {did_you_mean(wanted, known)}" if rows else "needs held-out rows."
+        raise ConfigError(f"`training.best_metric: {wanted}` {reason}")
+    return settings if rows else dataclasses.replace(settings, eval_every="end")
 
 
 def load_tuned(config: RunConfig, objective: Objective, folder: Path | None) -> nn.Module:

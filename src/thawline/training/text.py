@@ -351,8 +351,13 @@ def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
             base.model, revision=base.revision, trust_remote_code=base.trust_remote_code, **extra
         )
     except (OSError, ValueError) as error:
+        if not folder.is_dir() and (
+            folder.is_absolute() or base.model.startswith(".") or len(folder.parts) > 2
+        ):
+            raise ConfigError(f"Cannot load '{base.model}': no such folder.") from error
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"Cannot load '{base.model}': {reason}") from error
+        where = "" if folder.is_dir() else "no such folder, and as a Hub id: "
+        raise ConfigError(f"Cannot load '{base.model}': {where}{reason}") from error
 
 
 def _head(base: TextBase, config: Any) -> Literal["causal-lm", "seq2seq-lm", "classifier"]:

@@ -36,6 +36,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput
 
 from thawline.errors import ConfigError, did_you_mean
@@ -235,6 +236,7 @@ def training_arguments(
         "max_grad_norm": settings.max_grad_norm,
         "optim": settings.optimizer,
         "bf16": precision == "bf16",
+        **({"use_cpu": True} if precision == "bf16" and not torch.cuda.is_available() else {}),
         "fp16": precision == "fp16",
         "logging_steps": settings.log_every,
         "save_total_limit": settings.keep_checkpoints,
@@ -264,9 +266,20 @@ def training_arguments(
         if key in fields:
             raise ConfigError(f"'training.args.{key}' has a field of its own in `training`; set it there.")
     try:
-        return TrainingArguments(**fields, **settings.args)
+        arguments = TrainingArguments(**fields, **settings.args)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TrainingArguments: {error}") from error
+    _check_trackers(arguments)
+    return arguments
+
+
+def _check_trackers(arguments: TrainingArguments) -> None:
+    """Raises: ConfigError: for a tracker that transformers does not know or whose library is missing."""
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"`training.report_to`: {error}") from error
 
 
 def usual_learning_rate(tuner: TunerSettings) -> float:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["attach_tuner", "routed_tasks"]
+__all__ = ["attach_tuner", "calibrate_tuner", "routed_tasks"]
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 from torch import nn
 
-from thawline.errors import CheckpointError, ConfigError, did_you_mean
+from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you_mean
 from thawline.recipe import Adapter, Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.model import route_by_batch
+from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
 
 TASK_TYPES = {
@@ -43,12 +44,12 @@ def attach_tuner(
 
     Returns: `model` itself for `none` and `frozen`, else a `PeftModel` around it.
     Raises: ConfigError: for fields the method does not have, or that do not fit the model.
-        CheckpointError: if `start_from` holds no adapter of this method.
+        CheckpointError: if `start_from` holds no adapter of this method, or one that does not fit the model.
     """
     if isinstance(settings, (Full, Frozen)):
         return model.requires_grad_(isinstance(settings, Full))
     if settings.start_from is not None:
-        tuned = _load_adapter(model, settings.start_from, settings.method)
+        tuned = _load_adapter(model, settings.start_from, settings.method, saved)
         return _adapted(tuned, settings, tasks, saved) if isinstance(settings, Mhr) else tuned
     config = _peft_config(settings, _task_type(model), tasks)
     try:
@@ -60,6 +61,12 @@ def attach_tuner(
         raise ConfigError(
             f"PEFT cannot attach '{settings.method}' to {type(model).__name__}: {error}"
         ) from error
+
+
+def calibrate_tuner(model: nn.Module, settings: Paca, batches: Iterable[Any]) -> Paca:
+    """PaCA's settings with the columns that `batches` choose written out (see `select_columns`)."""
+    config = select_columns(model, _peft_config(settings, _task_type(model), ()), batches)
+    return dataclasses.replace(settings, selection="explicit", indices=config.indices)
 
 
 def routed_tasks(model: nn.Module) -> list[str] | None:
@@ -146,17 +153,27 @@ def _config_class(method: str) -> type[peft.PeftConfig]:
     return known[method]
 
 
-def _load_adapter(model: nn.Module, start_from: str, method: str) -> nn.Module:
+def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -> nn.Module:
     in_run = Path(start_from) / "model"
     folder = str(in_run) if (in_run / "adapter_config.json").is_file() else start_from
     if not (Path(folder) / "adapter_config.json").is_file():
         raise CheckpointError(f"`tuner.start_from`: '{folder}' holds no adapter (no adapter_config.json).")
-    saved = peft.PeftConfig.from_pretrained(folder).peft_type.value.lower()
-    if saved != {"dora": "lora", "paca": PACA.lower(), "mhr": MHR.lower(), "poly": MHR.lower()}.get(
+    config = peft.PeftConfig.from_pretrained(folder)
+    found = config.peft_type.value.lower()
+    if found != {"dora": "lora", "paca": PACA.lower(), "mhr": MHR.lower(), "poly": MHR.lower()}.get(
         method, method
     ):
-        raise CheckpointError(f"`tuner.start_from`: '{folder}' is of method '{saved}', not '{method}'.")
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        raise CheckpointError(f"`tuner.start_from`: '{folder}' is of method '{found}', not '{method}'.")
+    # PEFT refuses to go on training a learned prompt; using one is fine.
+    is_trainable = not (saved and config.is_prompt_learning)
+    try:
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+    except ThawlineError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"`tuner.start_from`: the adapter in '{folder}' does not fit {type(model).__name__}: {error}"
+        ) from error
 
 
 def _task_type(model: nn.Module) -> str | None:
