@@ -136,13 +136,19 @@ def test_a_mistake_ends_in_one_line(capsys, argv: list[str], status: int, messag
     ],
 )
 def test_a_mistake_found_while_building_ends_in_one_line(
-    tiny_llama: Path, rows: str, tmp_path: Path, words: list[str], status: int, message: str
+    tiny_llama: Path,
+    rows: str,
+    tmp_path: Path,
+    monkeypatch,
+    capsys,
+    words: list[str],
+    status: int,
+    message: str,
 ) -> None:
-    command = [sys.executable, "-m", "thawline", "train", "--base", str(tiny_llama), "--data", rows, *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    assert re.search(rf"^thawline: {message}", done.stderr, re.MULTILINE), done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--base", str(tiny_llama), "--data", rows, *words]) == status
+    err = capsys.readouterr().err
+    assert re.fullmatch(f"thawline: {message}.*", err.splitlines()[-1]), err
     assert not (tmp_path / "runs").exists()
 
 
