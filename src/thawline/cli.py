@@ -107,12 +107,17 @@ def evaluate(argv: list[str]) -> int:
     if options.out and not Path(options.out).absolute().parent.is_dir():
         raise ConfigError(f"--out: no such folder: '{Path(options.out).parent}'.")
     from thawline.run import evaluate as evaluate_model
+    from thawline.run import save_evaluation
 
     found = evaluate_model(options.model, config=config)
     if options.out:
         Path(options.out).write_text(
             "".join(f"{_to_json(row, None)}\n" for row in found.rows), encoding="utf-8"
         )
+    if found.detections is not None and (Path(options.model) / "config.yaml").is_file():
+        folder = Path(options.model) / f"eval-{Path(config.data.path).stem}"
+        save_evaluation(folder, found)
+        _report(folder)
     if options.json:
         return _say(_to_json({"metrics": found.metrics, "parts": found.parts}))
     return _say_evaluation(found.metrics, found.parts)

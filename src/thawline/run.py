@@ -17,12 +17,21 @@ A run's folder, every name stable:
     pictures/         of a detector: training pictures as it gets them, its worst images
     best/, last/      of a detector: ready to use, at its best and at its latest evaluation
     align/            what `thawline align` wrote: routes and alignment, as JSON and pictures
+    eval-<data>/      of a detector: the same of `thawline eval`, with a report.html of its own
     report.html       all of the above on one page, by `thawline train` and `thawline report`
 """
 
 from __future__ import annotations
 
-__all__ = ["RunResult", "evaluate", "measure_alignment", "predict", "run", "saved_config"]
+__all__ = [
+    "RunResult",
+    "evaluate",
+    "measure_alignment",
+    "predict",
+    "run",
+    "save_evaluation",
+    "saved_config",
+]
 
 import dataclasses
 import json
@@ -179,13 +188,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         metrics=evaluation.metrics, parts=evaluation.parts, start=_read_json(folder / START),
     )  # fmt: skip
     if trainer.is_world_process_zero():
-        write_text(
-            folder / "predictions.jsonl", "".join(f"{_to_json(row, None)}\n" for row in evaluation.rows)
-        )
-        if evaluation.detections is not None:
-            save_worst_images(folder / PICTURES / "worst.png", *evaluation.detections)
-        for name, values in evaluation.files.items():
-            write_text(folder / name, _to_json(values))
+        save_evaluation(folder, evaluation)
         write_text(folder / "result.json", _to_json(dataclasses.asdict(result)))
     return result
 
@@ -211,6 +214,17 @@ def evaluate(model: str | Path, *, config: RunConfig | None = None) -> Evaluatio
     return objective.evaluate(
         tuned, config.training.eval_batch_size or config.training.batch_size or USUAL_BATCH
     )
+
+
+def save_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write predictions and, of a detector, detection_metrics.json and pictures/worst.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = "".join(f"{_to_json(row, None)}\n" for row in evaluation.rows)
+    write_text(folder / "predictions.jsonl", rows)
+    if evaluation.detections is not None:
+        save_worst_images(folder / PICTURES / "worst.png", *evaluation.detections)
+    for name, values in evaluation.files.items():
+        write_text(folder / name, _to_json(values))
 
 
 def predict(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.data.painted import Painted
 
+from thawline.cli import main
 from thawline.errors import ConfigError, DataError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
@@ -132,6 +133,13 @@ def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(recipe) 
         )
     # What is evaluated later is the detector the run ended with.
     assert evaluate(folder).metrics == pytest.approx(result.metrics)
+    assert main(["eval", str(folder)]) == 0
+    (evaluated,) = folder.glob("eval-*")
+    for name in ("detection_metrics.json", "predictions.jsonl", "pictures/worst.png", "report.html"):
+        assert (evaluated / name).is_file(), name
+    assert (evaluated / "detection_metrics.json").read_bytes() == (
+        folder / "detection_metrics.json"
+    ).read_bytes()
 
 
 def test_resuming_equals_never_having_stopped_bit_for_bit(recipe) -> None:
