@@ -115,7 +115,7 @@ def evaluate(argv: list[str]) -> int:
             "".join(f"{_to_json(row, None)}\n" for row in found.rows), encoding="utf-8"
         )
     if found.detections is not None and (Path(options.model) / "config.yaml").is_file():
-        folder = Path(options.model) / f"eval-{Path(config.data.path).stem}"
+        folder = Path(options.model) / f"eval-{Path(str(config.data.path)).stem}"
         save_evaluation(folder, found)
         _report(folder)
     if options.json:

@@ -6,6 +6,7 @@ __all__ = ["CLASSES", "draw_shapes", "write_shapes"]
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,8 @@ def write_shapes(folder: Path, n_train: int, n_val: int, *, seed: int = 0) -> Pa
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for split, n_pictures in (("train", n_train), ("val", n_val)):
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for index in range(n_pictures):
             picture, boxes, labels = draw_shapes(rng)
             name = f"{split}_{index:04d}.png"
