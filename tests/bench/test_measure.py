@@ -49,6 +49,18 @@ def test_live_bytes_sees_what_no_module_owns():
     assert live_bytes() == before
 
 
+def test_tensors_without_memory_are_not_counted():
+    # A compiled model leaves such tensors behind in the process.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = live_bytes()
+    with FakeTensorMode():
+        fake = torch.zeros(10, 10)
+    meta = torch.zeros(10, device="meta")
+    assert live_bytes() == before
+    assert fake.shape[0] == meta.shape[0]
+
+
 def test_operations_are_counted_without_views():
     x = torch.randn(4, 6, requires_grad=True)
     n, out = count_ops(lambda: (x.t().reshape(3, 8)[1:] * 2 + 1).sum())

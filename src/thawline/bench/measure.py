@@ -121,7 +121,9 @@ def live_bytes() -> int:
     gc.collect()
     # By type, not isinstance: a lazy proxy would load what it stands for.
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
-    return sum({_storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+    # Those on the meta device, such as the compiler's fake tensors, hold nothing.
+    real = [t for t in tensors if t.untyped_storage().device.type != "meta"]
+    return sum({_storage_key(t): t.untyped_storage().nbytes() for t in real}.values())
 
 
 def machine_stamp() -> dict[str, Any]:
