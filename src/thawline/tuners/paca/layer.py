@@ -32,8 +32,8 @@ from transformers.pytorch_utils import Conv1D
 from thawline.errors import ConfigError
 from thawline.ops.partial_conv import ConvGeometry, conv_columns, tap_channels
 from thawline.ops.partial_linear import tap_columns
+from thawline.tuners._steps import watch, watched
 from thawline.tuners.paca.resident import Change, Resident, is_sharded
-from thawline.tuners.paca.watch import watch, watched
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
