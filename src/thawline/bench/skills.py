@@ -411,7 +411,7 @@ def summarise(rows: Sequence[tuple[Job, Mapping[str, Any]]]) -> dict[str, Any]:
         "machine": machine_stamp(),
         "size": asdict(Size()),
         "effort": asdict(Effort()),
-        "seconds": round(sum(row["seconds"] for _, row in rows)),
+        "seconds_of_final_runs": round(sum(row["seconds"] for _, row in rows)),
         "families": families,
     }
 
