@@ -243,11 +243,11 @@ def test_alignment_is_recorded_without_a_trace_and_measured_alike_at_checkpoints
 
 
 def test_what_cannot_be_aligned_is_told_before_the_first_step(recipe, pretrained, tmp_path) -> None:
-    alone = recipe("alone", ["first"], align_every=2)
+    alone = recipe("alone-in-batch", ["first"], align_every=2)
     with pytest.raises(ConfigError, match="between tasks; got batches of 1"):
         run(alone)
     adapter = {"method": "mhr", "start_from": str(pretrained.folder), "adapt": "z"}
-    frozen = recipe("frozen", ["swap", "least"], adapter, align_every=2)
+    frozen = recipe("unshared", ["swap", "least"], adapter, align_every=2)
     if frozen.objective.kind == "text":
         with pytest.raises(ConfigError, match="Nothing that tasks share trains"):
             run(frozen)
