@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_finished_run_leaves_every_documented_file(recipe) -> None:
     assert (folder / "sample.txt").read_text() == "<s>ab\n⟦a</s>⟧\n"
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert {row["answer"] for row in predictions} == set("abcd")
-    assert json.loads((folder / "env.json").read_text())[0]["versions"]["torch"] == torch.__version__
+    assert json.loads((folder / "env.json").read_text())[0]["versions"]["torch"] == version("torch")
     assert evaluate(folder).metrics == result.metrics
     assert len(predict(folder, ["ab", "cd"], choices="abcd")) == 2
 

@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import Deimv2Config, Deimv2ForObjectDetection
-from transformers.models.deimv2.modeling_deimv2 import Deimv2MLP
 
 from thawline.errors import CheckpointError, ConfigError
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 from thawline.models.deimv2.convert import from_transformers, to_transformers, transformers_names
 from thawline.models.deimv2.save import WRITERS, convert_checkpoint, port_settings, save_as
+
+theirs = pytest.importorskip(
+    "transformers.models.deimv2.modeling_deimv2", reason="older transformers lack it"
+)
+Deimv2ForObjectDetection, Deimv2MLP = theirs.Deimv2ForObjectDetection, theirs.Deimv2MLP
+Deimv2Config = theirs.Deimv2Config
 
 
 def shuffled(model: DEIMv2) -> DEIMv2:
