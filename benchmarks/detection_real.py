@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rows import read_rows
 from tqdm import tqdm
 
 SETS = {"bccd": 80, "cards": 80, "aerial_cars": 240}
@@ -75,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
 
     rows_file = args.out.with_suffix(".rows.jsonl")
-    done = read_rows(rows_file)
+    done = read_rows(Job, rows_file)
     # The few-image runs start from the joint detector, so they come in a wave of their own.
     for wave in ([*FIRST, JOINT, *ABLATED, *PEERS], LAST):
         run_all(wave, done, rows_file, args)
@@ -346,16 +347,6 @@ def summarise(done: dict[Job, dict[str, Any]]) -> dict[str, Any]:
                 "curve_epoch_AP_AP50": rows[0]["curve"],
             }
     return {"command": "python benchmarks/detection_real.py", "machine": machine_stamp(), **found}
-
-
-def read_rows(rows_file: Path) -> dict[Job, dict[str, Any]]:
-    """What an earlier call has finished."""
-    done: dict[Job, dict[str, Any]] = {}
-    if rows_file.is_file():
-        for line in rows_file.read_text().splitlines():
-            row = json.loads(line)
-            done[Job(**{name: row.pop(name) for name in ("part", "data", "method", "seed")})] = row
-    return done
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rows import read_rows
 from tqdm import tqdm
 
 TASKS = (
@@ -79,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
 
     rows_file = args.out.with_suffix(".rows.jsonl")
-    done = read_rows(rows_file)
+    done = read_rows(Job, rows_file)
     tuning = [
         Job(task, method, lr, TUNING_SEED, "validation")
         for task, method in itertools.product(args.tasks, TUNERS)
@@ -233,16 +234,6 @@ def table(results: dict[str, Any]) -> str:
     for other, d in results["paca_minus"].items():
         lines.append(f"\nPaCA − {other}: {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]")
     return "\n".join(lines) + "\n"
-
-
-def read_rows(rows_file: Path) -> dict[Job, dict[str, Any]]:
-    """What an earlier call has finished."""
-    done: dict[Job, dict[str, Any]] = {}
-    if rows_file.is_file():
-        for line in rows_file.read_text().splitlines():
-            row = json.loads(line)
-            done[Job(**{name: row.pop(name) for name in ("task", "method", "lr", "seed", "held_out")})] = row
-    return done
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from rows import read_rows
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -187,7 +188,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * args.minutes
     rows_file = args.out.with_suffix(".rows.jsonl")
     args.work.mkdir(parents=True, exist_ok=True)
-    done = read_rows(rows_file)
+    done = read_rows(Job, rows_file)
 
     global _shared
     _shared = World(args.shared, args.base or packaged_minilm())
@@ -531,16 +532,6 @@ def table(results: dict[str, Any]) -> str:
         if d is not None:
             lines.append(f"\n{name}: {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]")
     return "\n".join(lines) + "\n"
-
-
-def read_rows(rows_file: Path) -> dict[Job, dict[str, Any]]:
-    """What an earlier call has finished."""
-    done: dict[Job, dict[str, Any]] = {}
-    if rows_file.is_file():
-        for line in rows_file.read_text().splitlines():
-            row = json.loads(line)
-            done[Job(**{name: row.pop(name) for name in Job.__dataclass_fields__})] = row
-    return done
 
 
 if __name__ == "__main__":

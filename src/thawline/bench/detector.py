@@ -23,6 +23,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,7 @@ def measure_size(
             pixels = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
             pixels = pixels.to(device, dtype)
             steps: dict[str, Callable[[], object]] = {
-                form: lambda call=call, pixels=pixels: call(pixels)  # type: ignore[misc]
-                for form, call in calls_of.items()
+                form: partial(call, pixels) for form, call in calls_of.items()
             }
             product, product_gflops = _product(device, dtype)
             with torch.inference_mode():

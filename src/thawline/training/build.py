@@ -71,33 +71,18 @@ def build_objective(
             read=read,
             described=described,
         )
+    assert isinstance(config.base, TextBase)
+    assert isinstance(config.data, TextData)
+    of_text: dict[str, Any] = {"dtype": _dtype(config, config.base), "seed": config.seed, "read": read}
     if isinstance(config.objective, TextSettings):
-        assert isinstance(config.base, TextBase)
-        assert isinstance(config.data, TextData)
         from thawline.training.text import TextObjective
 
-        return TextObjective(
-            config.objective,
-            config.base,
-            config.data,
-            dtype=_dtype(config, config.base),
-            seed=config.seed,
-            read=read,
-            labels=(described or {}).get("labels", ()),
-        )
+        labels = (described or {}).get("labels", ())
+        return TextObjective(config.objective, config.base, config.data, labels=labels, **of_text)
     if isinstance(config.objective, MatchSettings):
-        assert isinstance(config.base, TextBase)
-        assert isinstance(config.data, TextData)
         from thawline.training.match import MatchObjective
 
-        return MatchObjective(
-            config.objective,
-            config.base,
-            config.data,
-            dtype=_dtype(config, config.base),
-            seed=config.seed,
-            read=read,
-        )
+        return MatchObjective(config.objective, config.base, config.data, **of_text)
     raise AssertionError(config.objective.kind)
 
 
