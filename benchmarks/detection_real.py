@@ -174,9 +174,9 @@ def train_ours(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
 def train_port(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
     """transformers' port, by transformers' Trainer, as its users would: no Dense O2O, no EMA."""
     import torch
-    from transformers import Deimv2ForObjectDetection, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from thawline.models.deimv2.save import save_as
+    from thawline.bench.port import build_port
     from thawline.recipe import RunConfig
     from thawline.training.build import build_objective
 
@@ -184,8 +184,7 @@ def train_port(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
     objective: Any = build_objective(config)
     torch.manual_seed(job.seed)
     base = objective.load_base()
-    save_as(base, folder / "start", "transformers")
-    port = Deimv2ForObjectDetection.from_pretrained(folder / "start")
+    port = build_port(base)
     settings = objective.schedule.settings
     epochs = SETS[job.data]
     curve: list[list[float]] = []

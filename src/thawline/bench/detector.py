@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from thawline.bench.measure import Sample, machine_stamp, median_ratio, paired_rounds
+from thawline.bench.port import build_port
 from thawline.errors import ConfigError
 from thawline.models.deimv2 import VARIANTS, DEIMv2
-from thawline.models.deimv2.convert import to_transformers
-from thawline.models.deimv2.save import port_settings
 
 FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,19 +121,13 @@ def measure_size(
 
 def _pair(size: str) -> tuple[DEIMv2, nn.Module]:
     """The detector and transformers' port, with equal weights that are at no trivial start."""
-    from transformers import Deimv2Config, Deimv2ForObjectDetection
-
     torch.manual_seed(0)
     model = DEIMv2.from_variant(size, rope_rescale=None) if size in "lx" else DEIMv2.from_variant(size)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.8, 1.2)
-    port = Deimv2ForObjectDetection(Deimv2Config(**port_settings(model.config, has_key_bias=size in "sm")))
-    found = port.load_state_dict(to_transformers(model.state_dict()), strict=False)
-    if found.unexpected_keys:
-        raise ConfigError(f"transformers' port of '{size}' lacks {found.unexpected_keys[:3]}.")
-    return model.eval(), port.eval()
+    return model.eval(), build_port(model).eval()
 
 
 def _detector(

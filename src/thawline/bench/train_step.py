@@ -19,7 +19,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,9 +29,9 @@ from torch.optim import AdamW
 
 from thawline.bench.host_reads import HostReads
 from thawline.bench.measure import machine_stamp, median_ratio, paired_rounds
+from thawline.bench.port import build_port
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.models.deimv2.save import save_as
 from thawline.models.deimv2.targets import Target
 from thawline.recipe import Full
 from thawline.training.backbone import fast_parameters
@@ -79,14 +78,7 @@ class PortStep:
     """transformers' port of the same weights, as its Trainer would take it."""
 
     def __init__(self, detector: DEIMv2, pixels: Tensor, targets: list[Target], variant: str) -> None:
-        from transformers import AutoConfig, Deimv2ForObjectDetection
-
-        with tempfile.TemporaryDirectory() as root:
-            folder = Path(root) / "port"
-            save_as(detector, folder, "transformers")
-            config = AutoConfig.from_pretrained(folder)
-            config.freeze_backbone_batch_norms = False
-            self.model = Deimv2ForObjectDetection.from_pretrained(folder, config=config).to(pixels.device)
+        self.model = build_port(detector).to(pixels.device)
         self.model.train()
         mean, std = (
             torch.tensor(values, device=pixels.device).view(3, 1, 1)

@@ -1,0 +1,29 @@
+"""transformers' port of DEIMv2 with the weights of one of ours: the peer of the detector's benches."""
+
+from __future__ import annotations
+
+__all__ = ["build_port"]
+
+from torch import nn
+
+from thawline.errors import ConfigError
+from thawline.models.deimv2.convert import to_transformers
+from thawline.models.deimv2.model import DEIMv2
+from thawline.models.deimv2.save import port_settings
+
+
+def build_port(detector: DEIMv2) -> nn.Module:
+    """`Deimv2ForObjectDetection` of the same shape and weights, its norms not frozen, on the CPU.
+
+    Raises: ConfigError: for weights that the port has no place for.
+    """
+    from transformers import Deimv2Config, Deimv2ForObjectDetection
+
+    state = to_transformers(detector.state_dict())
+    has_key_bias = any(name.endswith("attention.k_proj.bias") for name in state)
+    settings = port_settings(detector.config, has_key_bias=has_key_bias)
+    port: nn.Module = Deimv2ForObjectDetection(Deimv2Config(**settings))
+    found = port.load_state_dict(state, strict=False)
+    if found.unexpected_keys:
+        raise ConfigError(f"transformers' port lacks {found.unexpected_keys[:3]}.")
+    return port
