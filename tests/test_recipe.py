@@ -14,7 +14,6 @@ import transformers
 from thawline.errors import ConfigError
 from thawline.recipe import (
     OBJECTIVES,
-    TRAINING_ARGUMENTS,
     TUNERS,
     Adapter,
     Frozen,
@@ -28,6 +27,7 @@ from thawline.recipe import (
     load_recipe,
     section_types,
 )
+from thawline.recipe.training import TRAINING_ARGUMENTS
 
 MINIMAL = {"base": "models/llama", "data": "rows.jsonl"}
 

@@ -1,0 +1,75 @@
+"""What a recipe may say: frozen dataclasses, free of frameworks, so that the command line answers at once.
+
+A recipe is base × tuner × objective, on data, trained somehow:
+
+    objective: text                             what is asked: decides the fields of base, data and objective
+    base: {model: ../models/llama}              what is frozen
+    tuner: {method: lora, r: 8}                 what moves: `method` decides the other fields
+    data: {path: train.jsonl}
+    training: {epochs: 3, lr: 2.0e-4}
+
+`TUNERS` and `OBJECTIVES` hold the choices; adding one is a dataclass and a line there, and the command line,
+its help and `thawline list` pick it up. A section may be given as its leading field alone (`tuner: lora`).
+Where fields mirror another library's, tests/test_recipe.py holds them to it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "LEADING_FIELD",
+    "OBJECTIVES",
+    "PEFT_METHODS",
+    "TUNERS",
+    "Adapter",
+    "DetectionBase",
+    "DetectionData",
+    "DetectionSettings",
+    "DetectionTraining",
+    "Frozen",
+    "Full",
+    "Lora",
+    "MatchSettings",
+    "Mhr",
+    "Paca",
+    "PeftMethod",
+    "RunConfig",
+    "TextBase",
+    "TextData",
+    "TextSettings",
+    "Training",
+    "TunerSettings",
+    "check_mapping",
+    "expand_sections",
+    "load_recipe",
+    "nearest_key",
+    "read_mapping",
+    "section_types",
+    "usual_method",
+]
+
+from thawline.recipe.detection import DetectionBase, DetectionData, DetectionSettings, DetectionTraining
+from thawline.recipe.files import load_recipe, read_mapping
+from thawline.recipe.run import (
+    LEADING_FIELD,
+    OBJECTIVES,
+    RunConfig,
+    check_mapping,
+    expand_sections,
+    nearest_key,
+    section_types,
+    usual_method,
+)
+from thawline.recipe.text import MatchSettings, TextBase, TextData, TextSettings
+from thawline.recipe.training import Training
+from thawline.recipe.tuners import (
+    PEFT_METHODS,
+    TUNERS,
+    Adapter,
+    Frozen,
+    Full,
+    Lora,
+    Mhr,
+    Paca,
+    PeftMethod,
+    TunerSettings,
+)

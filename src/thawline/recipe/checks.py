@@ -1,0 +1,38 @@
+"""What the values of a recipe are held to, in one wording."""
+
+from __future__ import annotations
+
+__all__ = [
+    "at_least",
+    "fraction",
+    "one_of",
+    "require",
+]
+
+from collections.abc import Sequence
+
+from thawline.errors import ConfigError
+
+
+def require(value: object, message: str) -> None:
+    """`message` unless there is a value. Raises: ConfigError."""
+    if not value:
+        raise ConfigError(message)
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """A number of at least `least`; True is none. Raises: ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
+        raise ConfigError(f"`{name}` must be a number of at least {least}, got {value!r}.")
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """One of two or more choices. Raises: ConfigError."""
+    if value not in choices:
+        raise ConfigError(f"`{name}` must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}.")
+
+
+def fraction(name: str, value: float) -> None:
+    """A number from 0 to below 1. Raises: ConfigError."""
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ConfigError(f"`{name}` must be in [0, 1), got {value!r}.")

@@ -1,0 +1,158 @@
+"""Language models and encoders: base, rows, and what is asked of them."""
+
+from __future__ import annotations
+
+__all__ = [
+    "MatchSettings",
+    "TextBase",
+    "TextData",
+    "TextSettings",
+]
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from thawline.errors import ConfigError
+from thawline.recipe.checks import at_least, fraction, one_of, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBase:
+    """The pretrained transformers model that is adapted."""
+
+    model: str = ""
+    """Folder or Hub id of the model."""
+    head: Literal["auto", "causal-lm", "seq2seq-lm", "classifier"] = "auto"
+    """What the model computes. auto: as its config says. A classifier gets the data's labels."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory. auto: bfloat16 for a frozen base where `training.precision` comes out as
+    bf16, else float32."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub. None: the default branch."""
+    attn_implementation: str | None = None
+    """Attention kernel by transformers' name (sdpa, flash_attention_2, …). None: transformers' choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you trust."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.model,
+            "`base.model` is missing: give a folder or Hub id, e.g. `--base.model ../models/llama`.",
+        )
+
+    @property
+    def label(self) -> str:
+        """What is trained, for messages and names."""
+        return self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Rows of text: JSONL (or JSON) files, or a dataset of the `datasets` library."""
+
+    path: str | list[str] = ""
+    """File or folder, or several; or a dataset: save_to_disk's, "hf://OWNER/NAME". Rows with a `split`
+    of validation, dev, eval or test are held out, as are files with such a name."""
+    eval_path: str | list[str] | None = None
+    """Held-out rows. None: those held out in `path`, or `eval_fraction` of them."""
+    eval_fraction: float = 0.0
+    """Share of the training rows to hold out, drawn by `seed`, where nothing else is held out."""
+    format: Literal["auto", "prompt-completion", "messages", "instruction", "input-output", "text"] = "auto"
+    """How to read a row. auto: by looking at its keys."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where rows have other keys: our key → theirs, e.g. {input: sentence, output: label, task: source}."""
+    template: str | None = None
+    """Prompt made of a row's fields, e.g. "Question: {input}\\nAnswer:". None: the format's own."""
+    chat_template: str | None = None
+    """For `messages`: a Jinja file, or "plain" (`user: …` lines). None: the tokenizer's own."""
+    max_length: int = 512
+    """Longest sequence, in tokens. A longer prompt loses its beginning, a longer completion its end."""
+    max_rows: int | None = None
+    """Use this many training rows, drawn by `seed`. None: all."""
+    max_eval_rows: int | None = None
+    """Evaluate on this many held-out rows, drawn by `seed`. None: all."""
+    max_task_eval_rows: int | None = None
+    """The same for each task."""
+    tasks: list[str] | None = None
+    """Tasks to use, by name or pattern ("clinc_*"). None: all there are."""
+    exclude_tasks: list[str] = field(default_factory=list)
+    """Tasks to leave out, by name or pattern: those held out for a second phase, say."""
+    task_types: list[str] | None = None
+    """Types of tasks to use, as the folder's manifest.json calls them. None: all."""
+    sampling: Literal["each", "size", "temperature", "equal"] = "each"
+    """Which task comes how often. each: every row once an epoch; size, temperature, equal: tasks are drawn,
+    in proportion to their rows, to a root of them, or alike."""
+    sampling_temperature: float = 2.0
+    """The root of `sampling: temperature`: 1 is size, large is equal."""
+    task_cap: int | None = None
+    """No task counts as having more rows than this when tasks are drawn."""
+    batches: Literal["mixed", "task"] = "mixed"
+    """Whether a batch mixes tasks or is of one. `task` needs a `sampling` that draws tasks."""
+    shots: int | None = None
+    """Learn from this many rows of each task only, drawn by `shots_seed`. None: all."""
+    shots_per: Literal["task", "class"] = "task"
+    """Whether `shots` counts a task's rows, or those of each of its answers."""
+    shots_seed: int | None = None
+    """Draws the shots. None: the run's seed."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.path, "`data.path` is missing: give a JSONL file or a folder, e.g. `--data train.jsonl`."
+        )
+        at_least("data.max_length", self.max_length, 2)
+        fraction("data.eval_fraction", self.eval_fraction)
+        for name in ("max_rows", "max_eval_rows", "max_task_eval_rows", "task_cap", "shots"):
+            if getattr(self, name) is not None:
+                at_least(f"data.{name}", getattr(self, name), 1)
+        one_of("data.sampling", self.sampling, ("each", "size", "temperature", "equal"))
+        one_of("data.batches", self.batches, ("mixed", "task"))
+        one_of("data.shots_per", self.shots_per, ("task", "class"))
+        if not self.sampling_temperature > 0:
+            raise ConfigError(
+                f"`data.sampling_temperature` must be positive, got {self.sampling_temperature!r}."
+            )
+        drawn = {"task_cap": self.task_cap, "batches": self.batches == "task" or None}
+        for name in (name for name, value in drawn.items() if value is not None):
+            if self.sampling == "each":
+                raise ConfigError(
+                    f"`data.{name}` needs tasks to be drawn: `data.sampling` size, temperature or equal."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Predict text: next tokens, or a label where the base is a classifier."""
+
+    kind: Literal["text"] = "text"
+    """text."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """What is learned: completions (assistant turns), or prompts too. `text` rows are learned whole."""
+    metrics: Literal["auto"] | list[str] = "auto"
+    """What to evaluate beside the loss: choice_accuracy, exact_match, rouge_l. auto: choice_accuracy where
+    rows have choices; exact_match and rouge_l for other short answers; nothing more for chats and texts."""
+    max_new_tokens: int | None = None
+    """Longest generated answer in evaluation. None: the longest held-out answer, at most 256."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            at_least("objective.max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchSettings:
+    """Choose among a row's choices by the similarity of its embedding and theirs: any text encoder."""
+
+    kind: Literal["match"] = "match"
+    """match."""
+    scale: float = 20.0
+    """The cosine of mean-pooled embeddings is multiplied by this before the softmax."""
+    choice_template: str = "{choice}"
+    """Text made of a choice, e.g. "This is about {choice}."."""
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ConfigError(f"`objective.scale` must be positive, got {self.scale!r}.")
+        if "{choice}" not in self.choice_template:
+            raise ConfigError(
+                f"`objective.choice_template` must hold {{choice}}, got {self.choice_template!r}."
+            )

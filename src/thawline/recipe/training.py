@@ -1,0 +1,109 @@
+"""How a model of rows is trained, and which of TrainingArguments has another name here."""
+
+from __future__ import annotations
+
+__all__ = [
+    "TRAINING_ARGUMENTS",
+    "Training",
+]
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from thawline.errors import ConfigError
+from thawline.recipe.checks import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How it is trained: the common fields of TrainingArguments by shorter names, the rest in `args`."""
+
+    epochs: float = 3.0
+    """Passes over the data, where `max_steps` is None."""
+    max_steps: int | None = None
+    """Optimiser steps. None: by `epochs`."""
+    batch_size: int = 8
+    """Rows per device and forward pass."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimiser step."""
+    lr: float | None = None
+    """Peak learning rate. None: the tuner's usual one (see docs/running.md)."""
+    schedule: str = "linear"
+    """The learning rate after warm-up, by transformers' name (linear, cosine, constant_with_warmup, …)."""
+    warmup: float = 0.03
+    """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm. 0: not."""
+    optimizer: str = "adamw_torch_fused"
+    """By transformers' name (adamw_torch_fused, adamw_8bit, …)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of training. auto: bf16 on a GPU that supports it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward instead of keeping them: less memory, about a third more time."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int | Literal["epoch", "end"] = "epoch"
+    """Steps between evaluations, or once an epoch, or at the end only. The end is always evaluated."""
+    eval_batch_size: int | None = None
+    """Rows per device in evaluation. None: `batch_size`."""
+    save_every: int | Literal["epoch", "end"] = "epoch"
+    """Steps between checkpoints, or once an epoch, or at the end only. A run resumes from its newest one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the best one is kept beside them."""
+    eval_at_start: bool | None = None
+    """Evaluate before the first step too: zero-shot. None: where a trained adapter is started from."""
+    align_every: int | None = None
+    """Steps between measurements of how the tasks' gradients agree (`thawline align`), each a forward and a
+    backward pass over 64 rows of every task. None: not measured."""
+    best_metric: str | None = None
+    """Metric that chooses the checkpoint the run ends with (loss, choice_accuracy, …). None: the last one."""
+    report_to: str | list[str] = "none"
+    """Trackers as transformers knows them (tensorboard, wandb, mlflow, …)."""
+    workers: int = 0
+    """Processes that load data beside the training one."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Any other field of `transformers.TrainingArguments`, by its name there (`{neftune_noise_alpha: 5}`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"):
+            at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("max_steps", "eval_batch_size", "align_every"):
+            if getattr(self, name) is not None:
+                at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("eval_every", "save_every"):
+            if not isinstance(getattr(self, name), str):
+                at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("warmup", "weight_decay", "max_grad_norm", "workers"):
+            at_least(f"training.{name}", getattr(self, name), 0)
+        if self.max_steps is None and not self.epochs > 0:
+            raise ConfigError(f"`training.epochs` must be positive, got {self.epochs}.")
+        if self.lr is not None and not self.lr > 0:
+            raise ConfigError(
+                f"`training.lr` must be positive, got {self.lr}. None takes the tuner's usual one."
+            )
+
+
+TRAINING_ARGUMENTS = {
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "optim": "optimizer",
+    "activation_checkpointing": "gradient_checkpointing",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "metric_for_best_model": "best_metric",
+    "report_to": "report_to",
+    "dataloader_num_workers": "workers",
+}
+"""TrainingArguments' names and ours."""
