@@ -236,6 +236,10 @@ def test_train_eval_and_predict_from_the_command_line(
     found = json.loads(capsys.readouterr().out)
     assert found["metrics"] == result["metrics"]
     assert len(out.read_text().splitlines()) == 2
+    status, err = fails(capsys, "eval", folder, "--out", str(out))
+    assert status == 2
+    assert f"--out: '{out}' is there already. Give another name" in err
+    assert len(out.read_text().splitlines()) == 2
     assert main(["eval", folder]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["task", "rows", "loss", "choice_accuracy"]

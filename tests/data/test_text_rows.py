@@ -192,6 +192,47 @@ def test_chat_masks_agree_with_the_tokenizers_own_generation_marks(tmp_path: Pat
     assert [label != IGNORED for label in row["labels"]] == [bool(m) for m in marked["assistant_masks"]]
 
 
+TOOLS = [{"type": "function", "function": {"name": "clock", "description": "Tells the time."}}]
+TOOL_CHAT = [
+    {"role": "user", "content": "Late?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]},
+    {"role": "tool", "content": "23:50"},
+    {"role": "assistant", "content": "Yes"},
+]
+TOOL_TEMPLATE = (
+    "{% if tools %}tools: {{ tools | map(attribute='function.name') | join(', ') }}\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}: "
+    "{% for call in m.tool_calls or [] %}call {{ call.function.name }}{% endfor %}{{ m.content or '' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["list", "JSON text"])
+def test_a_chats_tools_stand_in_its_prompt_and_its_calls_are_learned(tmp_path: Path, tools: object) -> None:
+    file, rows = tmp_path / "tools.jinja", tmp_path / "rows.jsonl"
+    file.write_text(TOOL_TEMPLATE)
+    [example] = load_examples(write(rows, {"messages": TOOL_CHAT, "tools": tools}))
+    tokenizer = byte_tokenizer()
+    encode = TextEncoder(tokenizer, chat_template=str(file))
+    row = encode(example)
+    assert tokenizer.decode(row["input_ids"]) == (
+        "tools: clock\nuser: Late?\nassistant: call clock\ntool: 23:50\nassistant: Yes\n"
+    )
+    learned = [token for token, label in zip(*row.values(), strict=True) if label != IGNORED]
+    assert tokenizer.decode(learned) == "call clock\nYes\n"
+    assert tokenizer.decode(encode.prompt_ids(example)).startswith("tools: clock\nuser: Late?")
+
+
+def test_tools_that_a_chat_template_would_drop_are_refused(tmp_path: Path) -> None:
+    [example] = load_examples(write(tmp_path / "a.jsonl", {"messages": CHAT, "tools": TOOLS}))
+    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template does not write the row's `tools`"):
+        TextEncoder(byte_tokenizer(), chat_template="plain")(example)
+    with pytest.raises(DataError, match=r"b.jsonl:1: `tools` must be a list of JSON schemas.*'clock'"):
+        load_examples(write(tmp_path / "b.jsonl", {"messages": CHAT, "tools": ["clock"]}))
+    [example] = load_examples(write(tmp_path / "c.jsonl", {"messages": CHAT, "tools": None}))
+    assert TextEncoder(byte_tokenizer(), chat_template="plain")(example)
+
+
 def test_a_chat_without_template_and_one_that_rewrites_turns_are_refused(tmp_path: Path) -> None:
     [example] = load_examples(write(tmp_path / "a.jsonl", {"messages": CHAT}))
     with pytest.raises(ConfigError, match="has no chat template.*`data.chat_template`"):

@@ -38,7 +38,7 @@ class Case:
     what: str
     """One line: the network, its sizes, whose question it answers."""
     build: Callable[[], nn.Module]
-    """The network with random weights, in float32 on the processor."""
+    """The network with random weights, in float32, on the device that is torch's default at the call."""
     batch: Callable[[], Batch]
     """Its generated inputs."""
     loss: Callable[[nn.Module, Batch], Tensor]

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from thawline.bench.measure import Sample, machine_stamp, median_ratio, paired_rounds
+from thawline.bench.measure import Sample, machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.bench.port import build_port
 from thawline.errors import ConfigError
 from thawline.models.deimv2 import VARIANTS, DEIMv2
@@ -62,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["sizes"][size] = record
         sys.stdout.write(f"\n{size}, {record['resolution']}: {_counts(record)}\n{_table(record)}\n")
         sys.stdout.flush()
-        if args.out is not None:  # after each size: a run cut short keeps what it has
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_results(args.out, results)  # after each size: a run cut short keeps what it has
     return 0
 
 

@@ -15,7 +15,6 @@ __all__ = ["PillowImages", "generated_images", "main", "measure_phase"]
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from thawline.bench.measure import machine_stamp, median_ratio, paired_rounds
+from thawline.bench.measure import machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.data.augment import TrainingImages, TrainingSample
 from thawline.data.collate import Collate
 from thawline.data.detection import DetectionDataset, Sample, load_detection
@@ -156,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
         }
     sys.stdout.write(_table(results) + "\n")
-    if args.out is not None:
-        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(args.out, results)
     return 0
 
 

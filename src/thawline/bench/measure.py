@@ -14,10 +14,13 @@ __all__ = [
     "median_ratio",
     "paired_rounds",
     "saved_bytes",
+    "write_results",
 ]
 
 import gc
 import importlib.metadata
+import json
+import os
 import platform
 import statistics
 import time
@@ -144,6 +147,20 @@ def machine_stamp() -> dict[str, Any]:
             "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
         }
     return stamp
+
+
+def write_results(file: Path | None, results: Mapping[str, Any]) -> None:
+    """Write a bench's results as JSON, whole or not at all: a bench stopped while it writes leaves the last.
+
+    Args:
+        file: its folder is made. None: nothing is written.
+    """
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(file)
 
 
 class _OpCounter(TorchDispatchMode):

@@ -49,7 +49,7 @@ from tqdm import tqdm
 from thawline.analysis.recorder import AlignmentRecorder, average
 from thawline.analysis.routing import read_routing
 from thawline.bench.bootstrap import interval
-from thawline.bench.measure import machine_stamp
+from thawline.bench.measure import machine_stamp, write_results
 from thawline.bench.skill_worlds import FAMILIES, LAYERS, Size, World, mean_squared_error
 from thawline.tuners.mhr import MHRConfig, MHRLinear, parameter_groups, set_task_ids, start_adaptation
 from thawline.tuners.mhr.routing import LearnedRouter
@@ -154,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = summarise(
         [(job, rows.of(job) | {"aligned": rows.of(at)}) for job, at in zip(final, aligned, strict=True)]
     )
-    if args.out is not None:
-        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(args.out, results)
     sys.stdout.write(table(results))
     return 0
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from thawline.bench.host_reads import HostReads
-from thawline.bench.measure import machine_stamp, median_ratio, paired_rounds
+from thawline.bench.measure import machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.bench.port import build_port
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
@@ -175,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["variants"][variant] = measure_variant(
             variant, batch_size=args.batch_size, size=args.size, rounds=args.rounds, device=args.device
         )
-        if args.out is not None:
-            args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_results(args.out, results)
     sys.stdout.write(_table(results) + "\n")
     return 0
 

@@ -13,7 +13,6 @@ __all__ = ["main", "measure_case"]
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from thawline.bench.measure import (
     median_ratio,
     paired_rounds,
     saved_bytes,
+    write_results,
 )
 from thawline.bench.variants import ROUTED, VARIANTS, attach
 from thawline.errors import ConfigError
@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["cases"][name] = measured
         sys.stdout.write(f"\n{name}: {measured['what']}\n{_table(measured)}\n")
         sys.stdout.flush()
-        if args.out is not None:  # after each case: a run cut short keeps what it has
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_results(args.out, results)  # after each case: a run cut short keeps what it has
     return 0
 
 
@@ -123,7 +121,12 @@ class _Run:
         }
         if case.tasks is not None and variant in ROUTED:
             batch["task_ids"] = torch.tensor(case.tasks)
-        model = attach(variant, case.build().to(device, case.dtype).train(not case.new_tokens), case.adapt)
+        with (
+            device
+        ):  # a GPU draws a billion random weights at once, one thread of a processor in half a minute
+            network = case.build()
+        network.to(device, case.dtype).train(not case.new_tokens)
+        model = attach(variant, network, case.adapt)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LR, fused=True) if trained else None
         return cls(model, optimizer, batch, case)

@@ -14,7 +14,6 @@ __all__ = ["main", "measure_network"]
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 from thawline.bench.cases import CASES
 from thawline.bench.images import draw_flowers
-from thawline.bench.measure import machine_stamp
+from thawline.bench.measure import machine_stamp, write_results
 from thawline.bench.variants import attach
 
 NETWORKS = ("vit", "convnet")
@@ -41,15 +40,7 @@ N_TRAIN, N_VALIDATION, N_TEST = 384, 1000, 2000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above. Returns the exit status."""
-    parser = argparse.ArgumentParser(description="Accuracy of vision networks adapted to another domain.")
-    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pretrain-steps", type=int, default=1500)
-    parser.add_argument("--adapt-steps", type=int, default=150)
-    parser.add_argument("--threads", type=int, default=1, help="of the processor")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     results: dict[str, Any] = {
@@ -70,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["networks"][name] = measured
         sys.stdout.write(f"\n{_table(name, measured)}\n")
         sys.stdout.flush()
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_results(args.out, results)
     return 0
 
 
@@ -184,6 +173,20 @@ def _table(name: str, record: dict[str, Any]) -> str:
         accuracy = f"{row['test_mean']:.3f} ± {row['test_sd']:.3f}"
         lines.append(f"| {method} | {row['trainable']} | {row['lr']:g} | {accuracy} |")
     return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="thawline bench vision", description="Accuracy of vision networks adapted to another domain."
+    )
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretrain-steps", type=int, default=1500)
+    parser.add_argument("--adapt-steps", type=int, default=150)
+    parser.add_argument("--threads", type=int, default=1, help="of the processor")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    return parser
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def evaluate(argv: list[str]) -> int:
     """Evaluate a run, an adapter or a model on held-out rows."""
     parser = empty_parser("eval", first_line(evaluate))
     parser.add_argument("model", help="Folder of a run, adapter or model, or a model's Hub id.")
-    parser.add_argument("--out", help="Write what was predicted here, one JSON row a line.")
+    parser.add_argument("--out", help="Write what was predicted to this new file, one JSON row a line.")
     target = next((token for token in argv if not token.startswith("-")), None)
     mapping: dict[str, Any] = {}
     if target is not None:
@@ -97,6 +97,8 @@ def evaluate(argv: list[str]) -> int:
         return say(to_yaml(config))
     if options.out and not Path(options.out).absolute().parent.is_dir():
         raise ConfigError(f"--out: no such folder: '{Path(options.out).parent}'.")
+    if options.out and Path(options.out).exists():
+        raise ConfigError(f"--out: '{options.out}' is there already. Give another name, or move it away.")
     from thawline.run import evaluate as evaluate_model
     from thawline.run import save_evaluation
 

@@ -27,7 +27,7 @@ __all__ = [
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -76,8 +76,10 @@ class Example:
 
     prompt: str = ""
     completion: str = ""
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     """A chat; then `prompt` and `completion` are empty."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the assistant of a chat may call, as JSON schemas; the chat template writes them out."""
     choices: tuple[str, ...] = ()
     """The answers to choose from, `completion` among them. Empty: open."""
     task: str = ""
@@ -89,7 +91,7 @@ class Example:
     @property
     def answer(self) -> str:
         """What a model should answer: the completion, or a chat's last turn."""
-        return self.messages[-1]["content"] if self.messages else self.completion
+        return (self.messages[-1]["content"] or "") if self.messages else self.completion
 
 
 class Split(NamedTuple):
@@ -242,8 +244,10 @@ class TextEncoder:
     def __call__(self, example: Example) -> dict[str, list[int]]:
         """Token ids and labels of one example.
 
-        Raises: DataError: if nothing of the example would be learned.
+        Raises: DataError: if nothing of the example would be learned, or the template drops its tools.
         """
+        if example.tools:
+            self._check_tools(example)
         if example.messages and not self.seq2seq:
             row = self._encode_chat(example)
         else:
@@ -272,7 +276,7 @@ class TextEncoder:
         """What an answer starts from: the tokenizer's opening tokens and the prompt, not closed."""
         if example.messages:
             turns = example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
-            return self._ids(self._chat_text(turns, example.where, add_generation_prompt=True))
+            return self._ids(self._chat_text(example, turns, add_generation_prompt=True))
         if self.seq2seq:
             return list(self.tokenizer(example.prompt).input_ids)
         return self._opening_ids() + self._ids(example.prompt)
@@ -284,7 +288,7 @@ class TextEncoder:
 
     def _encode_chat(self, example: Example) -> dict[str, list[int]]:
         """Tokens of the whole chat; those of the assistant's turns are learned."""
-        text = self._chat_text(example.messages, example.where)
+        text = self._chat_text(example, example.messages)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded.input_ids)
         if self.learn_prompt:
@@ -306,8 +310,8 @@ class TextEncoder:
         for i, turn in enumerate(example.messages):
             if turn["role"] != "assistant":
                 continue
-            before = self._chat_text(example.messages[:i], example.where, add_generation_prompt=True)
-            after = self._chat_text(example.messages[: i + 1], example.where)
+            before = self._chat_text(example, example.messages[:i], add_generation_prompt=True)
+            after = self._chat_text(example, example.messages[: i + 1])
             if not (after.startswith(before) and text.startswith(after)):
                 raise DataError(
                     f"{example.where}: the chat template rewrites earlier turns, so what turn {i + 1} adds "
@@ -316,8 +320,17 @@ class TextEncoder:
             spans.append((len(before), len(after)))
         return spans
 
+    def _check_tools(self, example: Example) -> None:
+        """Raises: DataError: if the template, as many do, leaves `tools` out without a word."""
+        without = replace(example, tools=())
+        if self._chat_text(example, example.messages) == self._chat_text(without, example.messages):
+            raise DataError(
+                f"{example.where}: the chat template does not write the row's `tools`, so the model would "
+                "not see them. Set `data.chat_template` to a Jinja file that does, or take `tools` out."
+            )
+
     def _chat_text(
-        self, turns: Sequence[Mapping[str, str]], where: str, add_generation_prompt: bool = False
+        self, example: Example, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> str:
         if self.chat_template is None:
             raise ConfigError(
@@ -327,13 +340,14 @@ class TextEncoder:
         try:
             return self.tokenizer.apply_chat_template(
                 list(turns),
+                tools=list(example.tools) or None,
                 chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
         except TemplateError as error:
             raise DataError(
-                f"{where}: the chat template does not take this chat: {error}. Mend the row, or set "
+                f"{example.where}: the chat template does not take this chat: {error}. Mend the row, or set "
                 '`data.chat_template` to a Jinja file, or to "plain".'
             ) from error
 
@@ -473,7 +487,9 @@ def _example(
     if format == "text":
         return Example(completion=_text(row, "text", where), **shared)
     if format == "messages" or isinstance(row.get("prompt"), list):
-        return Example(messages=_messages(row, where), **{**shared, "format": "messages"})
+        return Example(
+            messages=_messages(row, where), tools=_tools(row, where), **{**shared, "format": "messages"}
+        )
     answer = "completion" if format == "prompt-completion" else "output"
     for key in (*FORMATS[format], answer):
         _text(row, key, where)
@@ -501,7 +517,7 @@ def _choices(choices: Any, completion: str, where: str) -> tuple[str, ...]:
     return tuple(choices)
 
 
-def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
+def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
     """The turns of a chat, whole or as prompt and completion lists."""
     turns = row["messages"] if "messages" in row else [*row["prompt"], *_as_turns(row["completion"])]
     if not isinstance(turns, list) or not turns:
@@ -509,14 +525,25 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ..
     for i, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
             raise DataError(f"{where}: turn {i} needs 'role' and 'content', got {turn!r}.")
-        if not isinstance(turn["content"], str):
+        # A turn that only calls tools says nothing: null, as OpenAI's API has it.
+        if not isinstance(turn["content"], str) and not (turn["content"] is None and turn.get("tool_calls")):
             raise DataError(f"{where}: the 'content' of turn {i} must be text, got {turn['content']!r}.")
     if not any(turn["role"] == "assistant" for turn in turns):
         raise DataError(f"{where}: no turn of role 'assistant', so there is nothing to learn.")
     return tuple(turns)
 
 
-def _as_turns(completion: Any) -> list[Mapping[str, str]]:
+def _tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    """A chat's tools: a list of schemas, or its JSON text, as datasets store lists of unlike objects."""
+    tools = row.get("tools") or []
+    if isinstance(tools, str):
+        tools = _parse(tools, f"{where}: `tools`") or []
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{where}: `tools` must be a list of JSON schemas, or its JSON text, got {tools!r}.")
+    return tuple(tools)
+
+
+def _as_turns(completion: Any) -> list[Mapping[str, Any]]:
     return completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
 
 
