@@ -74,8 +74,8 @@ def test_lean_blocks_add_no_operation(memory):
 
 def test_a_step_of_paca_costs_little_more_than_the_floor_and_less_than_one_of_lora():
     """Invariant 14: process time at the reference case's widths and batch; fewer tokens time Python instead.
-    Goals 1.06 × floor, 0.88 × LoRA, lean 1.03 × PaCA; the gates stand 0.05 above. One median in six goes astray
-    on a crowded machine."""
+    Goals 1.06 × floor, 0.88 × LoRA, lean 1.03 × PaCA; the gates stand 0.05 above. One median in six goes
+    astray on a crowded machine."""
     gates = {"paca of floor": 1.11, "paca of lora": 0.93, "lean of paca": 1.08}
     case, seen = reference(layers=1, batch=4, length=256), []
     for _ in range(3):
