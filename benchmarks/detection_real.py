@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,16 +152,24 @@ def recipe(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
 
 def train_ours(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
     """A run of thawline."""
+    return train_recipe(recipe(job, shared, folder), folder)
+
+
+def train_recipe(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A run of thawline into `folder`: what its last weights reach, and its curve."""
     from thawline.recipe import RunConfig
     from thawline.run import run
+    from thawline.training.build import build_objective
 
-    result = run(RunConfig.from_mapping(recipe(job, shared, folder)))
+    config = RunConfig.from_mapping(recipe)
+    result = run(config)
+    # The run itself keeps and tells the best epoch.
+    objective: Any = build_objective(config, read="held-out")
+    last, _ = objective.measure(objective.load_base(str(folder / "last")), batch_size=16)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     plan = json.loads((folder / "plan.json").read_text())
     return {
-        "AP": result.metrics["AP"],
-        "AP50": result.metrics["AP50"],
-        "by_class": {name: found["AP50"] for name, found in result.parts.items() if "AP50" in found},
+        **scores(last),
         "steps": result.steps,
         "images": result.steps * plan["rows_a_step"],
         "trainable": result.trainable,
@@ -168,6 +178,15 @@ def train_ours(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
             for line in lines
             if "eval_AP" in line
         ],
+    }
+
+
+def scores(metrics: Any) -> dict[str, Any]:
+    """What a row says of an evaluation."""
+    return {
+        "AP": metrics.statistics["AP"],
+        "AP50": metrics.statistics["AP50"],
+        "by_class": {entry.name: entry.AP50 for entry in metrics.classes if math.isfinite(entry.AP50)},
     }
 
 
@@ -224,9 +243,7 @@ def train_port(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
     port.save_pretrained(folder / "model")
     metrics, _ = objective.measure(Detects(port, base), 2 * settings.batch_size)
     return {
-        "AP": metrics.statistics["AP"],
-        "AP50": metrics.statistics["AP50"],
-        "by_class": {entry.name: entry.AP50 for entry in metrics.classes if entry.AP50 == entry.AP50},
+        **scores(metrics),
         "steps": steps,
         "images": steps * settings.batch_size,
         "trainable": sum(p.numel() for p in port.parameters() if p.requires_grad),
@@ -291,14 +308,14 @@ def collate_port(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def join_sets(shared: Path, folder: Path) -> Path:
-    """The three sets as one COCO set of 14 classes; file names start at the folder of all sets."""
+def join_sets(shared: Path, folder: Path, names: Iterable[str] = SETS) -> Path:
+    """Sets as one COCO set, of 14 classes for all three; file names start at the folder of all sets."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         categories: list[dict[str, Any]] = []
-        for name in SETS:
+        for name in names:
             own = json.loads((shared / "data" / "detection" / name / f"instances_{split}.json").read_text())
             first_image, first_class = len(images), len(categories)
             place = {image["id"]: first_image + i for i, image in enumerate(own["images"])}

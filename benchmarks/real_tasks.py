@@ -26,13 +26,12 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rows import read_rows
-from tqdm import tqdm
+from rows import read_rows, run_jobs
 
 TASKS = (
     "clinc_out_of_scope",
@@ -86,27 +85,14 @@ def main() -> None:
         for task, method in itertools.product(args.tasks, TUNERS)
         for lr in LEARNING_RATES[method]
     ]
-    run_all(tuning, done, rows_file, args)
+    train = partial(train_one, shared=args.shared)
+    run_jobs(train, tuning, done, rows_file, workers=args.workers)
     best = {key: best_lr(done, *key) for key in itertools.product(args.tasks, TUNERS)}
     final = [Job(task, method, lr, seed, "test") for (task, method), lr in best.items() for seed in SEEDS]
-    run_all(final, done, rows_file, args)
+    run_jobs(train, final, done, rows_file, workers=args.workers)
     results = summarise([(job, done[job]) for job in final], args.tasks)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     sys.stdout.write(table(results))
-
-
-def run_all(
-    jobs: list[Job], done: dict[Job, dict[str, Any]], rows_file: Path, args: argparse.Namespace
-) -> None:
-    """Run what is not done yet, appending a row for each."""
-    todo = [job for job in jobs if job not in done]
-    with ProcessPoolExecutor(args.workers) as pool, rows_file.open("a") as file:
-        futures = {pool.submit(train_one, job, args.shared): job for job in todo}
-        for future in tqdm(as_completed(futures), total=len(todo), unit="run"):
-            job, outcome = futures[future], future.result()
-            done[job] = outcome
-            file.write(json.dumps({**asdict(job), **outcome}) + "\n")
-            file.flush()
 
 
 def train_one(job: Job, shared: Path) -> dict[str, Any]:

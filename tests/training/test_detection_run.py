@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.data.painted import Painted
+from torch import nn
 
 from thawline.cli import main
 from thawline.errors import ConfigError, DataError
@@ -19,6 +27,7 @@ from thawline.models.deimv2.published import PUBLISHED
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, run, saved_config
 from thawline.training import schedule as schedules
+from thawline.training.backbone import merged_detector
 from thawline.training.build import build_model, build_objective, build_trainer
 
 NAMES = ("red", "green", "blue")
@@ -159,6 +168,79 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(recipe) -> None:
         assert {**row, "seconds": 0} == {**expected, "seconds": 0}
 
 
+@contextmanager
+def at_every_write(moment: Callable[[], None]) -> Iterator[None]:
+    """Call `moment` before every file or folder that appears, moves or goes, and amid every torch.save."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def before(owner: Any, name: str) -> None:
+            call = getattr(owner, name)
+
+            def hooked(*args: Any, **kwargs: Any) -> Any:
+                moment()
+                return call(*args, **kwargs)
+
+            patch.setattr(owner, name, hooked)
+
+        def save(what: Any, file: str | Path, *args: Any, **kwargs: Any) -> None:
+            whole = io.BytesIO()
+            torch_save(what, whole, *args, **kwargs)
+            with open(file, "wb") as out:
+                out.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+                out.flush()
+                moment()
+                out.write(whole.getvalue()[len(whole.getvalue()) // 2 :])
+
+        torch_save = torch.save
+        patch.setattr(torch, "save", save)
+        for owner, names in (
+            (Path, ("replace", "rename", "rmdir", "write_text")),
+            (shutil, ("rmtree", "copytree")),
+        ):
+            for name in names:
+                before(owner, name)
+        yield
+
+
+def whole_detectors(folder: Path) -> set[str]:
+    """Names of the detectors that lie in a run's folder; each can be read."""
+    there = {name for name in ("best", "last", "model") if (folder / name).is_dir()}
+    for name in there:
+        json.loads((folder / name / "config.json").read_text())
+        assert load_file(folder / name / "model.safetensors")
+    return there
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits_and_leaves_whole_files(recipe) -> None:
+    def again(name: str) -> RunConfig:
+        return recipe(name, save_every=2, eval_every=2, max_steps=4, keep_checkpoints=9)
+
+    moments: list[set[str]] = [set()]
+
+    def look() -> None:
+        moments.append(whole_detectors(again("straight").run_folder))
+        assert moments[-2] <= moments[-1], "a detector went away"
+
+    with at_every_write(look):
+        straight = run(again("straight")).folder
+    for part in (0.55, 0.9):  # amid the last checkpoint, after it
+        killed = again(f"killed-{part}")
+        child = os.fork()
+        if child == 0:
+            left = iter(range(round(part * len(moments)), -1, -1))
+            with at_every_write(lambda left=left: next(left) or os.kill(os.getpid(), signal.SIGKILL)):
+                run(killed)
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        whole_detectors(killed.run_folder)
+        resumed = run(saved_config(killed.run_folder), resume=True).folder
+        for step in (2, 4):
+            assert_same(state_of(resumed / f"checkpoint-{step}"), state_of(straight / f"checkpoint-{step}"))
+        for name in ("best", "last", "model"):
+            theirs, ours = (load_file(path / name / "model.safetensors") for path in (straight, resumed))
+            assert_same(theirs, ours, name)
+
+
 def test_a_dry_run_plans_and_takes_no_step(recipe) -> None:
     result = run(recipe(), dry_run=True)
     assert result.status == "planned"
@@ -278,6 +360,26 @@ def test_switches_take_augmentation_away(recipe) -> None:
     assert batches.sizes == ()
     images, _ = policies(strong_augmentation=False)
     assert not any(map(images.is_strong, range(100)))
+
+
+@pytest.mark.parametrize(("variant", "tuner"), [("atto", "none"), ("s", "paca")])
+def test_norms_of_several_gpus_change_neither_names_nor_numbers(
+    recipe, tmp_path: Path, variant, tuner
+) -> None:
+    network = TINY_VIT if variant == "s" else TINY
+    DEIMv2.from_variant(variant, **network, class_names=NAMES).save_pretrained(tmp_path / "start")
+    method = {"method": tuner} if tuner == "none" else {"method": tuner, "r": 4}
+    config = recipe(variant=variant, base={"weights": str(tmp_path / "start"), "overrides": {}}, tuner=method)
+    objective = build_objective(config)
+    alone, together = (build_model(config, objective) for _ in range(2))
+    together = nn.SyncBatchNorm.convert_sync_batchnorm(together)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in together.modules())
+    assert list(together.state_dict()) == list(alone.state_dict())
+    pixels = torch.rand(2, 3, 64, 64)
+    # Without a group of processes they take the statistics of what is here.
+    maps = [model.train().backbone(pixels) for model in (together, alone)]
+    torch.testing.assert_close(*maps, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in merged_detector(together).modules())
 
 
 def test_where_nothing_is_held_out_a_share_of_the_images_is(

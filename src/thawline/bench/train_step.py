@@ -20,6 +20,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +34,8 @@ from thawline.bench.port import build_port
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.models.deimv2.targets import Target
-from thawline.recipe import Full
-from thawline.training.backbone import fast_parameters
+from thawline.recipe import Full, TunerSettings
+from thawline.training.backbone import fast_parameters, tune_backbone
 from thawline.training.detection_trainer import HostTargets, Learner
 from thawline.training.groups import build_groups
 
@@ -56,22 +57,40 @@ class Step(Protocol):
 class OurStep:
     """As `DetectionTrainer` takes it."""
 
-    def __init__(self, detector: DEIMv2, pixels: Tensor, targets: list[Target], variant: str) -> None:
-        self.learner = Learner(detector).train()
+    def __init__(
+        self,
+        detector: DEIMv2,
+        pixels: Tensor,
+        targets: list[Target],
+        variant: str,
+        tuner: TunerSettings | None = None,
+    ) -> None:
+        tuner = tuner or Full()
+        self.detector = tune_backbone(detector, tuner)
+        self.learner = Learner(self.detector).train()
         self.pixels, self.targets = pixels, HostTargets(targets)
-        groups = build_groups(detector, PUBLISHED[variant], fast=fast_parameters(detector, Full()))
+        settings = replace(PUBLISHED[variant], group_rules=())
+        groups = build_groups(self.detector, settings, fast=fast_parameters(self.detector, tuner))
         self.optimizer = AdamW([group.for_optimizer() for group in groups], fused=True)
-        self.parameters = [p for p in detector.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.detector.parameters() if p.requires_grad]
 
     def __call__(self) -> Tensor:
         """One step."""
-        terms = self.learner(self.pixels, self.targets, epoch=EPOCH)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = self.loss()
         loss.backward()
+        self.update()
+        return loss.detach()
+
+    def loss(self) -> Tensor:
+        """Forward and losses: the sum of all terms."""
+        terms = self.learner(self.pixels, self.targets, epoch=EPOCH)
+        return torch.stack(list(terms.values())).sum()
+
+    def update(self) -> None:
+        """Clip, step, forget the gradients."""
         nn.utils.clip_grad_norm_(self.parameters, 0.1)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
 
 
 class PortStep:

@@ -342,6 +342,7 @@ BENCHES = {
     "loader": "images a second and core through the detection augmentation",
     "detector": "latency and throughput of the detector's sizes, beside transformers' port",
     "train-step": "a detector's training step beside transformers' port, and how often it waits for the GPU",
+    "backbone": "a detector's training step with its backbone trained, adapted by LoRA or PaCA, or frozen",
 }
 """Module of thawline.bench → what it measures."""
 

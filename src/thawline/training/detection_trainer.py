@@ -88,6 +88,9 @@ class DetectionTrainer(Trainer):
             raise ConfigError(f"Unknown `training.best_metric: {metric}`. {did_you_mean(metric, STATISTICS)}")
         self.schedule = objective.schedule
         settings = self.schedule.settings
+        if args.world_size > 1 and args.device.type == "cuda":
+            # As published. A device's few images alone would make poor statistics; processors cannot do it.
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.groups: list[ParameterGroup] = build_groups(model, settings, fast=fast_parameters(model, tuner))
         super().__init__(Learner(model), args, objective, callbacks)
         self.folder = Path(args.output_dir)
@@ -557,8 +560,16 @@ def _copy_folder(source: Path, folder: Path) -> None:
 
 
 def _put_in_place(beside: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    """Move a detector's files to `folder`, one by one where there is one: at no moment is none there.
+
+    Its config is the same throughout a run, so the old weights fit the new config and the other way round.
+    """
+    if not folder.is_dir():
+        beside.rename(folder)
+        return
+    for file in beside.iterdir():
+        file.replace(folder / file.name)
+    beside.rmdir()
 
 
 def _batch_statistics(

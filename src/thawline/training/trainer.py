@@ -98,6 +98,17 @@ class Trainer(transformers.Trainer):
         """What the objective judges."""
         return self.model
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As of transformers' Trainer, which would take one step more when it resumes after the last one."""
+        args = self.args
+        length = args.max_steps, args.num_train_epochs
+        if isinstance(resume_from_checkpoint, str) and 0 < args.max_steps <= _step_of(resume_from_checkpoint):
+            args.max_steps, args.num_train_epochs = -1, 0
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            args.max_steps, args.num_train_epochs = length
+
     def get_train_dataloader(self) -> DataLoader:
         """Batches in the sampler's order, where there is one."""
         if self.row_sampler is None:
@@ -311,7 +322,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Steps and folders of a run's whole checkpoints, oldest first."""
     whole = [path for path in _checkpoints(folder) if _is_whole(path)]
-    return [(int(path.name.split("-")[1]), path) for path in reversed(whole)]
+    return [(_step_of(path), path) for path in reversed(whole)]
 
 
 def remove_torn_checkpoints(folder: Path) -> None:
@@ -450,7 +461,11 @@ def _every(what: str, every: int | str) -> dict[str, Any]:
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run folder, newest step first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: str | Path) -> int:
+    return int(Path(checkpoint).name.split("-")[1])
 
 
 def _is_whole(checkpoint: Path) -> bool:
