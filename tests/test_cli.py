@@ -107,6 +107,7 @@ def test_a_literal_dict_of_functions_is_documented_by_them(tmp_path: Path, monke
         (["train", "--base", "m", "--data", "no.jsonl"], 2, "Cannot load 'm'"),
         (["predict"], 2, "required: model"),
         (["predict", "m", "--tokens", "3"], 2, "Unknown option '--tokens'.*Did you mean 'max_new_tokens'"),
+        (["predict", "--source", "photos"], 2, "What should detect\\? Give a run's folder"),
         (["eval", "runs/nowhere"], 1, "No such run or model: 'runs/nowhere'"),
         (["predict", "m", "x", "--batch_size", "0"], 2, "'batch_size' must be at least 1, got 0"),
         (["predict", "m", "x", "--max_new_tokens", "0"], 2, "'max_new_tokens' must be at least 1, got 0"),

@@ -256,7 +256,8 @@ def test_predict_draws_writes_and_names_what_it_could_not_read(
     assert main([*words, "--source", str(film(tmp_path / "x.mp4")), "--out", str(out)]) == 0
     assert cv2.VideoCapture(str(out / "x.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
     capsys.readouterr()
-    assert main([*words, "--source", str(source / "000012.png"), "--max_detections", "1"]) == 0
+    at_first = ["predict", str(folder), *words[3:]]  # the model, as in every other command
+    assert main([*at_first, "--source", str(source / "000012.png"), "--max_detections", "1"]) == 0
     assert "000012.png: " in capsys.readouterr().out
 
 

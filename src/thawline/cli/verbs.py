@@ -166,8 +166,12 @@ def _detect(argv: list[str]) -> int:
         "predict", first_line(_detect), json_help="Write COCO results: predictions.json in --out, or stdout."
     )
     parser.add_argument(
-        "--model", required=True, help="Weights: file or folder; or a size, for its published."
+        "weights_at",
+        nargs="?",
+        metavar="model",
+        help="Weights: run, file or folder; or a size, for its published.",
     )
+    parser.add_argument("--model", help="The same, by name.")
     parser.add_argument(
         "--source", required=True, help="Picture, folder, pattern, film, or a camera's number."
     )
@@ -180,13 +184,18 @@ def _detect(argv: list[str]) -> int:
     parser.add_argument("--tile", type=int, help="Cut large pictures into squares of this side, pixels.")
     parser.add_argument("--batch_size", type=int, default=8, help="Pictures at a time.")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …. None: a GPU if there is one.")
-    options = parse(parser, argv)
+    options = parse(parser, options_first(argv))
+    model = options.model or options.weights_at
+    if model is None:
+        raise ConfigError(
+            "What should detect? Give a run's folder, weights, or a size: thawline predict MODEL …"
+        )
     _prepare()
     from thawline.inference import Detector
     from thawline.inference.files import describe, predict_files, write_results
 
     detector = Detector.from_pretrained(
-        options.model,
+        model,
         options.variant,
         weights=options.weights,
         device=options.device,
