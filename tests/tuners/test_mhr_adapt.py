@@ -105,19 +105,36 @@ def test_granularity_says_who_shares_a_table(granularity: str, tables: int) -> N
 # Counts, on the meta device.
 
 
-def test_parameter_counts_of_t5_xl() -> None:
+@pytest.mark.parametrize(
+    ("changes", "skills", "routing", "adapted"),
+    [
+        ({"n_heads": 64}, 17_694_720, 8_404_992, {"full": 17_915_904, "z": 221_184, "mu": 2_211_840}),
+        ({"n_heads": 1}, 17_694_720, 131_328, {"full": 17_698_176, "z": 3_456, "mu": 2_211_840}),
+        ({"n_heads": 64, "granularity": "network"}, 17_694_720, 38 * 512, {"z": 512}),
+    ],
+    ids=["mhr", "poly", "one table"],
+)
+def test_parameter_counts_of_t5_xl(changes: dict, skills: int, routing: int, adapted: dict) -> None:
+    """r=1, S=8 and 38 tasks on all 432 linears: the counts that follow from the paper's setting."""
     from transformers import T5Config, T5ForConditionalGeneration
 
+    def counts() -> dict[bool, int]:
+        found = {True: 0, False: 0}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                found["mhr_router" in name] += p.numel()
+        return found
+
     sizes = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
+    fields = {"r": 1, "n_skills": 8, "n_tasks": 38, **changes}
+    targets = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
     with torch.device("meta"):
         base = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu"))
-        targets = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
-        model = get_peft_model(base, config(r=1, n_skills=8, n_heads=64, n_tasks=38, target_modules=targets))
-    counts = {True: 0, False: 0}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            counts["mhr_router" in name] += p.numel()
-    assert counts == {False: 17_694_720, True: 8_404_992}  # 8 LoRAs of 2,211,840; 38 rows of 221,184
+        model = get_peft_model(base, config(**fields, target_modules=targets))
+        assert counts() == {False: skills, True: routing}
+        for mode, total in adapted.items():  # mu last: it drops the skills
+            start_adaptation(model, mode, 1)
+            assert sum(counts().values()) == total
 
 
 # More tasks.

@@ -90,8 +90,12 @@ def test_the_same_logits_in_every_head_are_poly() -> None:
     torch.testing.assert_close(many(x), one(x))
 
 
-def test_private_routing_is_one_lora_per_task() -> None:
-    model, layer = one_layer(router="private")
+@pytest.mark.parametrize("router", ["private", "learned"])
+def test_private_skills_or_one_hot_logits_are_one_lora_per_task(router: str) -> None:
+    model, layer = one_layer(router=router)
+    if router == "learned":
+        logits_KHS = layer.routers["default"].logits
+        logits_KHS.data = (80 * torch.eye(3)[:, None] - 40).expand_as(logits_KHS).to(logits_KHS)
     x = torch.randn(3, 5, I, dtype=torch.float64)
     set_task_ids(model, [2, 0, 1])
     for n, task in enumerate([2, 0, 1]):
@@ -259,14 +263,19 @@ def test_extreme_logits_stay_finite_and_keep_a_gradient(z: float) -> None:
     assert Z.grad.abs().min() > 0
 
 
-def test_a_bf16_model_routes_in_fp32() -> None:
-    model = routed().to(torch.bfloat16)
-    layer = next(layer for _, layer in find_layers(model))
-    layer.routers["default"].logits.data.fill_(-30)
+@pytest.mark.parametrize("z", [30.0, -30.0])
+@pytest.mark.parametrize("noise", ["none", "example"])
+def test_a_bf16_model_routes_in_fp32_whatever_the_logits(noise: str, z: float) -> None:
+    model = routed(noise=noise).to(torch.bfloat16).train()
+    for _, layer in find_layers(model):
+        layer.routers["default"].logits.data.fill_(z)
     set_task_ids(model, [0, 1, 2])
     assert layer.routers["default"](torch.tensor([0])).dtype is torch.float32
     model(input_ids=tokens()).logits.float().square().sum().backward()
-    assert layer.routers["default"].logits.grad.isfinite().all()
+    for _, layer in find_layers(model):
+        gradient = layer.routers["default"].logits.grad
+        assert gradient.isfinite().all()
+        assert gradient.any()  # sigmoid'(±30) is 1e-13: small, and not lost to a clamp
 
 
 def test_lora_config_equivalent_gives_the_same_output_and_gradients() -> None:

@@ -317,8 +317,10 @@ def test_generation_of_a_mixed_batch_equals_its_rows_alone(kind: str, how: dict)
         assert torch.equal(mixed[row * k : (row + 1) * k], generate(task, x[row : row + 1]))
 
 
-def test_generate_takes_the_ids_itself_and_leaves_those_of_before() -> None:
-    model = routed(task_type="CAUSAL_LM")
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_generate_takes_the_ids_itself_and_leaves_those_of_before(kind: str) -> None:
+    base, task_type = (tiny_t5(), "SEQ_2_SEQ_LM") if kind == "t5" else (tiny_llama(), "CAUSAL_LM")
+    model = routed(base, task_type=task_type)
     x = tokens()
     set_task_ids(model, [2, 0, 1])
     expected = model.generate(input_ids=x, max_new_tokens=4, num_beams=2)
@@ -326,9 +328,33 @@ def test_generate_takes_the_ids_itself_and_leaves_those_of_before() -> None:
     assert torch.equal(
         model.generate(input_ids=x, max_new_tokens=4, num_beams=2, task_ids=[2, 0, 1]), expected
     )
-    before = logits(model, x)
+    inputs = {"decoder_input_ids": tokens(3, 4)} if kind == "t5" else {}
+    before = logits(model, x, **inputs)
     set_task_ids(model, [1, 1, 1])
-    torch.testing.assert_close(logits(model, x), before)
+    torch.testing.assert_close(logits(model, x, **inputs), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_encoder_alone_sees_ids_and_parameters_of_now(training: bool) -> None:
+    """T5's generate calls the encoder without the model's forward, in training mode too."""
+    model, x = routed(tiny_t5(), task_type="SEQ_2_SEQ_LM").train(training), tokens()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    for ids in ([2, 0, 1], [1, 1, 0]):
+        set_task_ids(model, ids)
+        model(input_ids=x, labels=x).loss.backward()  # leaves what one forward leaves
+        optimiser.step()
+        written = model.generate(input_ids=x, max_new_tokens=4, min_new_tokens=4)
+        states = model.get_encoder()(input_ids=x).last_hidden_state
+        for row, task in enumerate(ids):
+            set_task_ids(model, task)
+            fresh = copy.deepcopy(model).eval()
+            one = x[row : row + 1]
+            assert torch.equal(
+                fresh.generate(input_ids=one, max_new_tokens=4, min_new_tokens=4)[0], written[row]
+            )
+            torch.testing.assert_close(fresh.get_encoder()(input_ids=one).last_hidden_state[0], states[row])
+        set_task_ids(model, ids)
+        states.square().sum().backward()
 
 
 # Checkpointing.

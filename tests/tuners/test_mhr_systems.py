@@ -10,12 +10,12 @@ import torch
 import torch.multiprocessing as mp
 from mhr_models import config, logits, routed, tiny_llama, tokens
 from mhr_workers import PROCESSES, TASKS, Rows, run
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from thawline import RoutingError, route_by_batch, set_task_ids
+from thawline import RoutingError, route_by_batch, set_task_ids, to_lora
 from thawline.tuners.mhr.model import find_layers
 
 VIEWS = {
@@ -298,6 +298,43 @@ def test_a_base_that_is_more_than_a_linear_is_called_as_it_is(how: str) -> None:
     out.sum().backward()
     if how == "trainable":
         torch.testing.assert_close(base.weight.grad, x.sum((0, 1)).expand(12, 8))
+
+
+class Int8Linear(nn.Module):
+    """As libraries of quantised weights make them: no nn.Linear, its weight whole numbers, computed anew."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def dense(self) -> Tensor:
+        return self.weight * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense(), self.bias)
+
+
+def test_a_quantised_base_trains_as_the_dense_one_with_its_weights_and_exports(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 12)
+    quantised = Int8Linear(linear)
+    linear.weight.data = quantised.dense()
+    x, ids = torch.randn(3, 5, 8), [0, 2, 1]
+    found = []
+    for base in (quantised, linear):
+        model = routed(nn.Sequential(copy.deepcopy(base)), target_modules=["0"]).train()
+        set_task_ids(model, ids)
+        out = model(x)
+        out.square().sum().backward()
+        found.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
+        to_lora(model, tmp_path, task=2)
+        lora = PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(linear)), tmp_path)
+        torch.testing.assert_close(lora(x)[1], out[1])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # Compilation.

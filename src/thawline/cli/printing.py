@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from thawline.recipe import RunConfig
+from thawline.tables import aligned
 
 
 def say(text: str) -> int:
@@ -51,14 +52,7 @@ def say_evaluation(
         total = sum(int(part.get("rows", 0)) for part in parts.values())
         rows.append(["all rows", str(total), *(_cell(over_all, key) for key, _, over_all in columns)])
     header = [part_name, "rows", *names, *(f"{name} at start" for name in names if start)]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in [header, *rows]
-    ]
-    return say("\n".join(lines))
+    return say(aligned([header, *rows]))
 
 
 def _cell(values: Mapping[str, float], key: str) -> str:

@@ -31,6 +31,7 @@ from thawline.data.formats import read_raw
 from thawline.data.formats.raw import RawSet, assemble, relative_name
 from thawline.data.records import KINDS, DetectionSet, ImageRecord, Problem, describe
 from thawline.ops.boxes import cxcywh_to_xyxy
+from thawline.tables import aligned
 
 SMALL, LARGE = 32**2, 96**2
 """COCO's areas, pixels²."""
@@ -291,13 +292,7 @@ def _table(summaries: Mapping[str, SplitSummary], class_names: Sequence[str]) ->
             for name in class_names
         ),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    return aligned(rows).splitlines()
 
 
 def _sizes(split: str, one: SplitSummary) -> list[str]:

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-__all__ = ["ALPHABET", "TASKS", "make_rows", "make_word"]
+__all__ = ["ALPHABET", "REWRITES", "TASKS", "make_rewrites", "make_rows", "make_word", "save_rows"]
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
-SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
+VOWELS, CONSONANTS = "aeiou", "bdfgklmnprst"
+SYLLABLES = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]
 ALPHABET = ("\n", " ", *"abcdefghijklmnopqrstuvwxyz")
 """Every character that words, questions and answers are made of."""
 
 TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
     "length": (("short", "long"), lambda word: "short" if len(word) == 4 else "long"),
-    "end": (tuple("aeiou"), lambda word: word[-1]),
-    "start": (tuple(sorted("bdfgklmnprst")), lambda word: word[0]),
+    "end": (tuple(VOWELS), lambda word: word[-1]),
+    "start": (tuple(CONSONANTS), lambda word: word[0]),
 }
 """Question → its possible answers, and the right one for a word."""
+
+LETTERS: dict[str, Callable[[str], str]] = {
+    "plain": lambda word: word,
+    "round": lambda word: word.translate({ord(letter): "o" for letter in VOWELS}),
+    "hard": lambda word: word.translate({ord(letter): "t" for letter in CONSONANTS}),
+}
+ENDINGS: dict[str, Callable[[str], str]] = {
+    "whole": lambda word: word,
+    "plural": lambda word: f"{word}s",
+    "short": lambda word: word[:2],
+}
+REWRITES = tuple(f"{letters}-{ending}" for letters, ending in product(LETTERS, ENDINGS))[1:]
+"""Eight ways to write a word anew, by what becomes of its letters and of its end: "round-plural" makes banodi
+bonodos. Each half is part of two or three of them; plain-whole, which changes nothing, is left out."""
 
 
 def make_word(rng: random.Random) -> str:
@@ -26,18 +44,32 @@ def make_word(rng: random.Random) -> str:
 
 
 def make_rows(task: str, n_train: int, n_test: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Rows of one task as `thawline train` reads them; no word is asked about twice."""
+    """Rows of one of `TASKS` as `thawline train` reads them; no word is asked about twice."""
     choices, answer = TASKS[task]
+    rows = _rows(task, answer, n_train, n_test, rng)
+    return [{**row, "input": f"{task} {row['input']}", "choices": list(choices)} for row in rows]
+
+
+def make_rewrites(task: str, n_train: int, n_test: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Rows of one of `REWRITES`. The input is the word alone: it does not tell which task is meant."""
+    letters, ending = task.split("-")
+    return _rows(task, lambda word: ENDINGS[ending](LETTERS[letters](word)), n_train, n_test, rng)
+
+
+def save_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of one task to the file of its name in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / f"{rows[0]['task']}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _rows(
+    task: str, answer: Callable[[str], str], n_train: int, n_test: int, rng: random.Random
+) -> list[dict[str, Any]]:
     words: dict[str, None] = {}
     while len(words) < n_train + n_test:
         words[make_word(rng)] = None
     return [
-        {
-            "input": f"{task} {word}",
-            "output": answer(word),
-            "choices": list(choices),
-            "task": task,
-            "split": "train" if i < n_train else "test",
-        }
+        {"input": word, "output": answer(word), "task": task, "split": "train" if i < n_train else "test"}
         for i, word in enumerate(words)
     ]

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = {
     "columns": "a frozen language model learns three questions: untouched, with LoRA, with PaCA",
+    "skills": "six tasks share skills, two unseen ones recombine them: LoRA, Poly, MHR, MHR-z",
     "shapes": "a detector learns circles, squares and triangles from random weights",
 }
 """Module of thawline.demo, whose `run(folder)` returns what to print → what it shows."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["run"]
 
 import copy
-import json
 import logging
 import random
 from collections.abc import Callable
@@ -18,11 +17,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thawline.bench.measure import median_ratio, paired_rounds, saved_bytes
 from thawline.bench.variants import Adapt, attach
-from thawline.data.toy import TASKS, make_rows
+from thawline.data.toy import TASKS, make_rows, save_rows
 from thawline.demo.words import save_base
 from thawline.recipe import RunConfig
 from thawline.run import RunResult
 from thawline.run import run as run_recipe
+from thawline.tables import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,10 @@ def run(folder: Path, *, pretraining_steps: int = 250, rounds: int = 15) -> str:
 def write_tasks(folder: Path) -> list[dict[str, Any]]:
     """A file of rows for every task; returns all training rows, shuffled."""
     rng = random.Random(1)
-    folder.mkdir(parents=True)
     train = []
     for task in TASKS:
         rows = make_rows(task, N_TRAIN, N_TEST, rng)
-        lines = [json.dumps(row) for row in rows]
-        (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        save_rows(folder, rows)
         train += rows[:N_TRAIN]
     rng.shuffle(train)
     return train
@@ -138,17 +136,9 @@ def _table(results: dict[str, RunResult], costs: dict[str, tuple[float, int]]) -
         lines.append(
             (name, f"{result.trainable:,}", accuracy, *parts, f"{ratio:.2f}", f"{kept / 2**20:.2f} MiB")
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
     chance = sum(1 / len(choices) for choices, _ in TASKS.values()) / len(TASKS)
     return (
-        f"{text}\n\n"
+        f"{aligned(lines)}\n\n"
         f"Accuracy on {N_TEST} held-out words a task; guessing reaches {chance:.2f}. LoRA at r=8, PaCA\n"
         "at r=16 train about as many parameters. Step: forward, backward and optimiser on 32 rows,\n"
         "median of paired rounds over the frozen floor, which trains nothing. A network so small\n"

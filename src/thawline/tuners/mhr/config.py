@@ -33,10 +33,17 @@ FOREIGN_FIELDS = {
 
 
 class RoutedType(TunerType):
-    """MHR's PEFT type. It says yes to "are you Poly?": that is how PEFT asks whether to pass `task_ids` on.
+    """MHR's PEFT type. It answers yes to `== PeftType.POLY`, and to nothing else that "MHR" would not.
 
-    PEFT's forwards name `task_ids` among their arguments and drop it for every other type, so ids given to a
-    model that does not read them from the batch would be lost without a word. Passed on, they are seen.
+    Six forwards of PEFT name `task_ids` among their arguments and drop it unless the type, asked in just
+    this way, is Poly. Ids given to a model that still holds those of another batch would then be lost without
+    a word; passed on, they reach MHR's hook, which uses them or raises. The way around it would be to replace
+    PEFT's own forwards.
+
+    Nothing else hangs on the answer: in PEFT 0.21 the only other places that ask for Poly are two that pass
+    `task_ids` on to a step of `generate`. Its tables look a type up by hash, which is that of "MHR"; files
+    hold "MHR"; `!=`, by which PEFT refuses adapters of two kinds in one model, says that it is not Poly.
+    tests/tuners/test_mhr_peft.py holds all of this.
     """
 
     __slots__ = ()
@@ -44,6 +51,7 @@ class RoutedType(TunerType):
     def __eq__(self, other: object) -> bool:
         return other is PeftType.POLY or str.__eq__(self, other) is True
 
+    __ne__ = str.__ne__
     __hash__ = str.__hash__
 
 

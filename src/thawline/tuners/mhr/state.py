@@ -3,6 +3,10 @@
 Nothing here hangs on hooks that end with the forward: gradient checkpointing runs layers again in the
 backward, with the ids, the noise and the mixtures that their own forward had, even if another forward came
 between.
+
+Mixtures that share a graph are made where the model's own forward begins, and used nowhere else. A layer
+mixes by itself inside a reentrant checkpoint, whose first nested backward would free the shared graph; and
+where it is called outside of the model's forward, as T5's `generate` calls the encoder.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""Six ways to write a word anew, and then two unseen ones made of the same halves: what skills bring."""
+
+from __future__ import annotations
+
+__all__ = ["run"]
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+from thawline.data.toy import REWRITES, make_rewrites, save_rows
+from thawline.demo.words import save_base
+from thawline.recipe import RunConfig
+from thawline.run import RunResult
+from thawline.run import run as run_recipe
+from thawline.tables import aligned
+
+logger = logging.getLogger(__name__)
+
+UNSEEN = ("round-plural", "hard-plural")
+SEEN = tuple(task for task in REWRITES if task not in UNSEEN)
+TUNERS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "r": 4},
+    "poly": {"method": "poly", "r": 4, "n_skills": 4},
+    "mhr": {"method": "mhr", "r": 4, "n_skills": 4},
+}
+ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "poly": ("poly", {"adapt": "full"}),
+    "mhr": ("mhr", {"adapt": "full"}),
+    "mhr-z": ("mhr", {"adapt": "z"}),
+}
+"""Row of the table → whose skills it starts from, and what of them moves."""
+N_TRAIN, N_TEST, SHOTS = 400, 100, 8
+
+
+def run(folder: Path, *, pretraining_steps: int = 250, steps: int = 250, adaptation_steps: int = 80) -> str:
+    """Make base and tasks in `folder`, train on six tasks, adapt to two.
+
+    Returns: a table, what it shows, and what to type next.
+    """
+    logger.info("1/3  A base: a tiny Llama reads made-up words")
+    save_base(folder / "base", pretraining_steps)
+    rng = random.Random(1)
+    for task in REWRITES:
+        save_rows(folder / "tasks", make_rewrites(task, N_TRAIN, N_TEST, rng))
+
+    logger.info("2/3  Six tasks at once: %s", ", ".join(SEEN))
+    seen = {}
+    for name, tuner in TUNERS.items():
+        training = {"max_steps": steps, "batch_size": 32, "lr": 1e-2}
+        seen[name] = _train(name, folder, tuner, {"tasks": list(SEEN), "sampling": "equal"}, training)
+
+    logger.info("3/3  %d examples of each of two unseen ones: %s", SHOTS, ", ".join(UNSEEN))
+    unseen = {}
+    for name, (source, how) in ADAPTED.items():
+        tuner = {"method": TUNERS[source]["method"], "start_from": str(seen[source].folder), **how}
+        training = {"max_steps": adaptation_steps, "batch_size": SHOTS, "lr": 3e-3}
+        unseen[name] = [
+            _train(f"{name}-{task}", folder, tuner, {"tasks": [task], "shots": SHOTS}, training)
+            for task in UNSEEN
+        ]
+    return f"{_table(seen, unseen)}\n\n{_next(folder)}"
+
+
+def _train(
+    name: str, folder: Path, tuner: dict[str, Any], data: dict[str, Any], training: dict[str, Any]
+) -> RunResult:
+    """Through the same call as `thawline train`."""
+    recipe = {
+        "name": name,
+        "folder": str(folder),
+        "base": str(folder / "base"),
+        "data": {"path": str(folder / "tasks"), "max_length": 32, **data},
+        "tuner": tuner,
+        "training": {"eval_batch_size": 128, "eval_every": "end", "save_every": "end", **training},
+    }
+    return run_recipe(RunConfig.from_mapping(recipe))
+
+
+def _table(seen: dict[str, RunResult], unseen: dict[str, list[RunResult]]) -> str:
+    def score(result: RunResult) -> str:
+        return f"{result.metrics['exact_match']:.2f}"
+
+    rows = [["", "six tasks at once", *UNSEEN, "trained for these"]]
+    for name, results in unseen.items():
+        of_six = score(seen[name]) if name in seen else ""
+        rows.append([name, of_six, *map(score, results), f"{results[0].trainable:,}"])
+    return (
+        f"{aligned(rows)}\n\n"
+        f"Share of {N_TEST} held-out words a task that are written right. banodi is bonodos in round-plural\n"
+        "and tatotis in hard-plural: each half is known from other tasks, the two together are not.\n"
+        f"The unseen ones are learned from {SHOTS} examples each. A word does not say which task is meant:\n"
+        "LoRA, one adapter for all six, can but guess there; on a new task it has that one alone to learn.\n"
+        "z moves the mixing of the skills and nothing else."
+    )
+
+
+def _next(folder: Path) -> str:
+    return (
+        "Next:\n"
+        f"  thawline predict {folder}/mhr banodi --task hard-short\n"
+        f"  thawline eval {folder}/mhr\n"
+        f"  thawline align {folder}/mhr\n"
+        f"  thawline train --config {folder}/mhr-z-{UNSEEN[0]}/config.yaml --name mhr-mu --tuner.adapt mu"
+    )
