@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from thawline.bench.variants import VARIANTS, attach
 from thawline.errors import ConfigError
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+RESULTS, PERFORMANCE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 
 
 def reference(layers: int, batch: int, length: int) -> cases.Case:
@@ -186,6 +189,38 @@ def test_the_vision_command_adapts_to_another_domain(tmp_path, monkeypatch, caps
     assert list(record["methods"]) == ["head", "full", "lora", "paca"]
     assert all(0 <= row["test_mean"] <= 1 for row in record["methods"].values())
     assert "| paca |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["reference", "bf16-8b-proportions", "complaints", "vision-cost"])
+def test_the_docs_show_the_recorded_tables_and_the_command_that_made_them(name):
+    text = PERFORMANCE.read_text()
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert f"`benchmarks/results/{name}.json`" in text
+    assert results["command"].removeprefix("python -m thawline.bench.tuners ") in " ".join(text.split())
+    for record in results["cases"].values():
+        for row in tuners._table(record).splitlines():
+            assert row in text
+
+
+def test_the_recorded_runs_reach_the_goals():
+    reference, half = (
+        json.loads((RESULTS / f"{name}.json").read_text())["cases"][name]
+        for name in ("reference", "bf16-8b-proportions")
+    )
+    assert reference["rounds"] >= 10
+    rows = reference["variants"]
+    took = {name: row["time"]["cpu"] for name, row in rows.items()}
+    assert took["paca"]["of_floor"] <= 1.06
+    assert took["paca"]["of_lora"] <= 0.88
+    assert took["paca_lean"]["of_floor"] <= 1.03 * took["paca"]["of_floor"]
+    saved = {name: row["memory"]["saved_of_floor"] for name, row in rows.items()}
+    assert saved["paca"] <= 1.02
+    assert saved["paca_lean"] <= 0.85
+    assert half["variants"]["paca_lean"]["memory"]["saved_of_floor"] <= 0.70
+    blocks = 8
+    added = {way: rows["paca"]["ops"][way] - rows["floor"]["ops"][way] for way in ("forward", "backward")}
+    assert added["forward"] <= 7 * blocks
+    assert added["backward"] <= 16 * blocks
 
 
 def test_unknown_variants_and_a_missing_gpu_are_refused_with_what_would_work():

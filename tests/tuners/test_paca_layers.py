@@ -53,6 +53,25 @@ def test_output_at_the_start_is_the_bases_in_bfloat16_and_under_autocast():
     assert torch.equal(wrap(base)(tokens()).logits, expected)
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("base", "shape"),
+    [
+        (lambda: nn.Linear(8, 5), (3, 8)),
+        (lambda: Conv1D(5, 8), (3, 8)),
+        (lambda: nn.Conv2d(8, 4, 3), (2, 8, 6, 7)),
+        (lambda: nn.Conv2d(8, 4, 3, groups=2), (2, 8, 6, 7)),
+        (lambda: nn.Conv2d(8, 8, 3, groups=8), (2, 8, 6, 7)),
+    ],
+    ids=["Linear", "Conv1D", "Conv2d", "grouped", "depthwise"],
+)
+def test_output_at_the_start_is_the_bases_of_every_kind_of_layer(base, shape, dtype, mode):
+    layer, x = base().to(dtype).train(mode), torch.randn(shape, dtype=dtype)
+    expected = layer(x)
+    assert torch.equal(bits(one_layer(layer).train(mode)(x)), bits(expected))
+
+
 @pytest.mark.parametrize("shape", [(IN,), (T, IN), (B, T, IN), (B, 3, T, IN)], ids=lambda s: f"{len(s)}d")
 @pytest.mark.parametrize("make", [lambda: nn.Linear(IN, OUT), lambda: nn.Linear(IN, OUT, bias=False), lambda:
 Conv1D(OUT, IN)],
