@@ -156,7 +156,8 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
 
     start = time.perf_counter()
     if trainable:
-        remove_torn_checkpoints(folder)
+        if trainer.is_world_process_zero():
+            remove_torn_checkpoints(folder)
         checkpoint = newest_checkpoint(folder)
         if resume:
             logger.info("Going on from %s.", checkpoint or "step 0: the run had saved no checkpoint")
@@ -417,7 +418,8 @@ def _open_folder(config: RunConfig, objective: Objective) -> None:
 def _save_model(trainer: Trainer, target: Path) -> None:
     """Write model/ whole or not at all."""
     beside = target.with_name(".model")
-    shutil.rmtree(beside, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(beside, ignore_errors=True)
     trainer.save_model(str(beside))
     if trainer.is_world_process_zero():
         shutil.rmtree(target, ignore_errors=True)

@@ -55,6 +55,8 @@ def train(argv: list[str]) -> int:
             result.folder,
         )
         return INTERRUPTED
+    if not _speaks():
+        return 0
     if result.status == "finished":
         _report(result.folder)
     if options.json:
@@ -434,11 +436,16 @@ def _prepare() -> None:
     package = logging.getLogger("thawline")
     if not package.handlers:
         package.addHandler(handler)
-        package.setLevel(logging.INFO)
+        package.setLevel(logging.INFO if _speaks() else logging.WARNING)
         # Some libraries give the root logger a handler of theirs: every line would come twice.
         package.propagate = False
     # Notices between libraries, which a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+
+
+def _speaks() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(folder: Path) -> None:

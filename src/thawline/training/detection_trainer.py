@@ -256,6 +256,7 @@ class DetectionTrainer(Trainer):
             self.evaluate()
             assert self.last_evaluation is not None
             return self.last_evaluation
+        self.accelerator.wait_for_everyone()  # until the first process has written it
         best = self.objective.load_base(str(self.folder / "best")).to(self.args.device)
         with torch.no_grad():
             return self.objective.evaluate(best, self.args.per_device_eval_batch_size)
@@ -527,6 +528,8 @@ def detection_arguments(
             # It would ask the device for the loss at every step; `log` looks when it is read anyway.
             "logging_nan_inf_filter": False,
             "accelerator_config": {"non_blocking": torch.cuda.is_available()},
+            # The sizes as they are use every parameter for every batch, also for one without boxes.
+            "ddp_find_unused_parameters": bool(objective.base.overrides),
             **settings.args,
         },
     )

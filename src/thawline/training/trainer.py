@@ -247,7 +247,7 @@ def training_arguments(
         "max_grad_norm": settings.max_grad_norm,
         "optim": settings.optimizer,
         "bf16": precision == "bf16",
-        **({"use_cpu": True} if precision == "bf16" and not torch.cuda.is_available() else {}),
+        **({"use_cpu": True} if _must_say_cpu(precision) else {}),
         "fp16": precision == "fp16",
         "logging_steps": settings.log_every,
         "save_total_limit": settings.keep_checkpoints,
@@ -446,6 +446,12 @@ def write_text(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def _must_say_cpu(precision: str) -> bool:
+    """Whether transformers would, without a GPU, refuse bf16 or let torchrun's processes train apart."""
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return not torch.cuda.is_available() and (precision == "bf16" or n_processes > 1)
 
 
 def _every(what: str, every: int | str) -> dict[str, Any]:

@@ -254,7 +254,7 @@ class Unit(nn.Module):
         x = self.conv(x)
         if self.lab is None:
             return self.bn(x)
-        if self.training and type(self.bn) is nn.BatchNorm2d:
+        if self.bn.training and type(self.bn) is nn.BatchNorm2d:
             return self._norm_and_act(x, self.lab)
         return self.lab(F.relu(self.bn(x)))
 
