@@ -149,6 +149,10 @@ def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(recipe) 
     assert (evaluated / "detection_metrics.json").read_bytes() == (
         folder / "detection_metrics.json"
     ).read_bytes()
+    source = str(next((folder / "pictures").glob("*.png")))
+    assert (
+        main(["predict", str(folder), "--source", source, "--threshold", "0", "--max_detections", "1"]) == 0
+    )
 
 
 def test_resuming_equals_never_having_stopped_bit_for_bit(recipe) -> None:
