@@ -18,6 +18,7 @@ from thawline.cli import main
 from thawline.errors import CheckpointError, ConfigError, DataError
 from thawline.inference import Detector
 from thawline.inference.detector import _resize
+from thawline.inference.files import predict_files
 from thawline.inference.images import to_rgb
 from thawline.models.deimv2 import DEIMv2
 
@@ -304,7 +305,31 @@ def test_a_camera_gives_its_pictures_until_it_stops(
     assert FakeCamera.released
     assert sum(1 for _ in detector(0)) == 3
     with pytest.raises(DataError, match="Camera '1' cannot be opened"):
-        next(detector(1))
+        detector(1)  # at the call, not at the first picture
+
+
+def test_predict_opens_a_camera_once(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    class Once(FakeCamera):
+        def __init__(self, index: int) -> None:
+            opened.append(index)
+            super().__init__(index)
+
+    monkeypatch.setattr("cv2.VideoCapture", Once)
+    summary = predict_files(detector, 0, tmp_path, threshold=0.0)
+    assert (opened, summary.images) == ([0], 3)
+    monkeypatch.undo()
+    written = cv2.VideoCapture(str(tmp_path / "camera.mp4"))
+    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    assert written.get(cv2.CAP_PROP_FPS) == 25
+
+
+def test_a_film_that_cannot_be_written_is_no_success(detector: Detector, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Cannot write .*x\.wrong"):
+        predict_files(detector, film(tmp_path / "x.mp4"), tmp_path / "x.wrong")
 
 
 def test_a_huge_picture_is_read_whole_or_in_tiles(detector: Detector, tmp_path: Path) -> None:

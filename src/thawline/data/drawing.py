@@ -5,17 +5,21 @@ Pictures are scaled first and drawn on afterwards, so that lines and letters are
 
 from __future__ import annotations
 
-__all__ = ["Panel", "draw_panel", "panel_grid", "save_picture"]
+__all__ = ["Panel", "class_colours", "draw_panel", "panel_grid", "save_picture"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from thawline.data.images import opencv
 from thawline.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import supervision
 
 PAPER = 255
 """Grey of the ground between pictures."""
@@ -24,6 +28,14 @@ CAPTION_HEIGHT = 22
 MARGIN = 6
 LABEL_SIZE = 11
 """Pixels of a class name's letters."""
+# fmt: off
+COLOURS = [
+    "e11e2d", "0000ff", "00a500", "0087c3", "ff00c3", "5a4b0f", "690f4b", "8769f0",
+    "00a587", "d27800", "d27878", "969600", "d200ff", "d20069", "005a00", "781e00",
+]
+# fmt: on
+"""Of class 0, 1, …, and from the first again. Each is the one farthest in CIELAB from those before it, among
+colours that white letters are legible on: any two are 38 apart, supervision's neighbours down to 21."""
 CROWDED = 40
 """Where there are more boxes, names would cover the picture: lines are drawn, the legend has the colours."""
 
@@ -70,7 +82,7 @@ def panel_grid(
 
 def draw_panel(panel: Panel, class_names: Sequence[str], fit: tuple[int, int] | None = None) -> np.ndarray:
     """The picture with its boxes, (H, W, 3) uint8, RGB; `fit`: scaled to fit into (width, height), pixels."""
-    supervision, cv2 = _supervision(), opencv()
+    sv, cv2 = _supervision(), opencv()
     height, width = panel.image.shape[:2]
     scale = min(fit[0] / width, fit[1] / height) if fit else 1.0
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -78,18 +90,24 @@ def draw_panel(panel: Panel, class_names: Sequence[str], fit: tuple[int, int] | 
     if not len(panel.boxes_xyxy):
         return picture
     boxes = panel.boxes_xyxy * np.tile([size[0] / width, size[1] / height], 2)
-    found = supervision.Detections(xyxy=boxes.astype(np.float32), class_id=panel.labels.astype(int))
+    found = sv.Detections(xyxy=boxes.astype(np.float32), class_id=panel.labels.astype(int))
     is_crowded = len(boxes) > CROWDED
     # supervision draws for OpenCV, which has blue first.
     picture = np.ascontiguousarray(picture[..., ::-1])
-    picture = supervision.BoxAnnotator(thickness=1 if is_crowded else 2).annotate(picture, found)
+    colours = class_colours()
+    picture = sv.BoxAnnotator(colours, thickness=1 if is_crowded else 2).annotate(picture, found)
     if not is_crowded:
         names = [class_names[label] for label in panel.labels]
         if panel.scores is not None:
             names = [f"{name} {score:.2f}" for name, score in zip(names, panel.scores, strict=True)]
-        writer = supervision.RichLabelAnnotator(font_size=LABEL_SIZE, text_padding=2, smart_position=True)
+        writer = sv.RichLabelAnnotator(colours, font_size=LABEL_SIZE, text_padding=2, smart_position=True)
         picture = writer.annotate(picture, found, labels=names)
     return np.ascontiguousarray(picture[..., ::-1])
+
+
+def class_colours() -> supervision.ColorPalette:
+    """The colour of each class, for supervision's annotators."""
+    return _supervision().ColorPalette.from_hex(COLOURS)
 
 
 def save_picture(path: Path, image: np.ndarray) -> Path:
@@ -105,7 +123,7 @@ def _legend(class_names: Sequence[str], width: int) -> np.ndarray:
     """The classes in their colours, in as many lines as they need."""
     from PIL import Image, ImageDraw
 
-    palette = _supervision().ColorPalette.DEFAULT
+    palette = class_colours()
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     places, left, line = [], MARGIN, 0
     for name in class_names:

@@ -12,7 +12,7 @@ __all__ = ["Detector", "Prediction"]
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -140,14 +140,17 @@ class Detector:
             tile: side of the squares, or (width, height), that large pictures are cut into, pixels, with a
                 fifth of overlap; small objects are then seen at their own size.
             batch_size: pictures that go through the network together.
-        Raises: ConfigError: an unknown class. DataError: nothing there.
+        Raises: ConfigError: an unknown class. DataError: nothing there, or it cannot be opened; both at the
+            call, before the first picture is asked for.
         """
         kept = None if classes is None else [self._class_id(name) for name in classes]
         lowest = self.threshold if threshold is None else threshold
-        frames, _ = open_source(source)
-        step = 1 if isinstance(source, int) else batch_size
-        while batch := list(islice(frames, step)):
-            yield from self._predict(batch, lowest, kept, max_detections, tile)
+        opened = open_source(source)
+        frames, step = iter(opened.frames), 1 if opened.is_camera else batch_size
+        batches = iter(lambda: list(islice(frames, step)), [])
+        return chain.from_iterable(
+            self._predict(batch, lowest, kept, max_detections, tile) for batch in batches
+        )
 
     def _predict(
         self,

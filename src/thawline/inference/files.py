@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from thawline.data.drawing import save_picture
+from thawline.data.drawing import class_colours, save_picture
 from thawline.data.images import IMAGE_SUFFIXES, opencv
+from thawline.errors import DataError
 from thawline.inference.detector import Detector, Prediction
-from thawline.inference.sources import is_single, is_video, open_source, video_rate
+from thawline.inference.sources import Source, is_single, is_video, open_source
 from thawline.models.deimv2.coco import COCO_IDS, COCO_NAMES
 
 if TYPE_CHECKING:
@@ -60,12 +61,16 @@ def predict_files(
     Returns: counts, unreadable files, results. Pictures that cannot be read do not stop the rest.
     """
     summary, start = Summary(), time.perf_counter()
-    frames, total = open_source(source)
+    opened = open_source(source)
     # COCO's files are called by their ids; where one is not, all get their place in the source.
-    stems = [] if is_video(source) else [Path(frame.name).stem for frame in frames]
+    stems = [] if is_video(source) else [Path(frame.name).stem for frame in opened.frames]
     is_numbered = all(stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems) > 0
-    with _writer(source, out) as writer, tqdm(total=total, unit="image", disable=total == 1) as progress:
-        for index, prediction in enumerate(detector.stream(source, **options)):
+    predictions = detector.stream(opened, **options)
+    with (
+        _writer(source, opened, out) as writer,
+        tqdm(total=opened.total, unit="image", disable=opened.total == 1) as progress,
+    ):
+        for index, prediction in enumerate(predictions):
             progress.update()
             if prediction.image is None:
                 summary.unreadable[prediction.name] = prediction.error
@@ -120,10 +125,11 @@ def draw(image: np.ndarray, detections: supervision.Detections) -> np.ndarray:
     ]
     # supervision draws for OpenCV, which has blue first.
     picture = np.ascontiguousarray(image[..., ::-1])
-    picture = supervision.BoxAnnotator(thickness=max(1, side // 400)).annotate(picture, detections)
+    colours = class_colours()
+    picture = supervision.BoxAnnotator(colours, thickness=max(1, side // 400)).annotate(picture, detections)
     if names:
         writer = supervision.RichLabelAnnotator(
-            font_size=max(10, side // 50), text_padding=max(2, side // 300)
+            colours, font_size=max(10, side // 50), text_padding=max(2, side // 300)
         )
         picture = writer.annotate(picture, detections, labels=names)
     return np.ascontiguousarray(picture[..., ::-1])
@@ -173,10 +179,10 @@ class _Pictures(_Writer):
 class _Film(_Writer):
     """All pictures one after the other."""
 
-    def __init__(self, source: str | Path | int, out: Path) -> None:
+    def __init__(self, source: str | Path | int, rate: float, out: Path) -> None:
         name = "camera.mp4" if isinstance(source, int) else f"{Path(source).stem}.mp4"
         self.path = out if out.suffix else out / name
-        self.rate = video_rate(source)
+        self.rate = rate
         self.film: Any = None
 
     def write(self, prediction: Prediction) -> None:
@@ -187,6 +193,8 @@ class _Film(_Writer):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             size = prediction.image.shape[1], prediction.image.shape[0]
             self.film = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
+            if not self.film.isOpened():
+                raise DataError(f"Cannot write a film to '{self.path}'. Name a file that ends in .mp4.")
         self.film.write(np.ascontiguousarray(draw(prediction.image, prediction.detections)[..., ::-1]))
 
     def close(self) -> None:
@@ -195,7 +203,7 @@ class _Film(_Writer):
             self.film.release()
 
 
-def _writer(source: str | Path | int, out: Path | None) -> _Writer:
+def _writer(source: str | Path | int, opened: Source, out: Path | None) -> _Writer:
     if out is None:
         return _Writer()
-    return _Film(source, out) if is_video(source) else _Pictures(str(source), out)
+    return _Pictures(str(source), out) if opened.rate is None else _Film(source, opened.rate, out)

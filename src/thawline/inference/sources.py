@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["VIDEO_SUFFIXES", "Frame", "is_single", "is_video", "open_source", "video_rate"]
+__all__ = ["VIDEO_SUFFIXES", "Frame", "Source", "is_single", "is_video", "open_source"]
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,20 @@ class Frame:
     """Gives RGB, (H, W, 3) uint8, or raises DataError."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """A source once opened: a camera can be only once."""
+
+    frames: Iterable[Frame]
+    """A sequence, or of a film or camera an iterator."""
+    total: int | None
+    """How many there are, where that is known."""
+    is_camera: bool = False
+    """Whether they come as time passes, so that waiting for a batch of them would lag behind."""
+    rate: float | None = None
+    """Pictures a second of a film or camera; 25 where it does not say."""
+
+
 def is_video(source: Any) -> bool:
     """Whether the source is a film or a camera, whose pictures come one after the other."""
     if isinstance(source, str | Path):
@@ -46,35 +60,29 @@ def is_single(source: Any) -> bool:
     return not isinstance(source, int | Sequence)
 
 
-def open_source(source: Any) -> tuple[Iterator[Frame], int | None]:
-    """The pictures of a source, and how many there are where that is known.
+def open_source(source: Any) -> Source:
+    """The pictures of a source.
 
     Args:
         source: path of a picture, folder or film; a pattern (`*.jpg`); the number of a camera; a Pillow
             image, array or tensor; a batch as one tensor (B, 3, H, W) or array (B, H, W, 3); or a sequence.
-    Raises: DataError: nothing there.
+            What was opened comes back as it is.
+    Raises: DataError: nothing there, or it cannot be opened.
     """
+    if isinstance(source, Source):
+        return source
     if is_video(source):
-        return _video_frames(source)
+        return _open_video(source)
     if isinstance(source, str | Path) and not is_single(source):
-        paths = _find(str(source))
-        return iter([_frame(path, str(path)) for path in paths]), len(paths)
-    if is_single(source):
-        name = str(source) if isinstance(source, str | Path) else "image"
-        return iter([_frame(source, name)]), 1
-    frames = [
-        _frame(item, str(item) if isinstance(item, str | Path) else f"image {i}")
-        for i, item in enumerate(source)
-    ]
-    return iter(frames), len(frames)
-
-
-def video_rate(source: Any) -> float:
-    """Pictures a second of a film or camera; 25 where it does not say."""
-    capture = opencv().VideoCapture(source if isinstance(source, int) else str(source))
-    rate = capture.get(opencv().CAP_PROP_FPS)
-    capture.release()
-    return rate if 0 < rate < 1000 else 25.0
+        frames = [_frame(path, str(path)) for path in _find(str(source))]
+    elif is_single(source):
+        frames = [_frame(source, str(source) if isinstance(source, str | Path) else "image")]
+    else:
+        frames = [
+            _frame(item, str(item) if isinstance(item, str | Path) else f"image {i}")
+            for i, item in enumerate(source)
+        ]
+    return Source(frames, len(frames))
 
 
 def _frame(item: Any, name: str) -> Frame:
@@ -97,14 +105,15 @@ def _is_pattern(source: str) -> bool:
     return any(sign in source for sign in "*?[") and not Path(source).exists()
 
 
-def _video_frames(source: Any) -> tuple[Iterator[Frame], int | None]:
+def _open_video(source: Any) -> Source:
     cv2 = opencv()
-    if not isinstance(source, int) and not Path(source).is_file():
+    is_camera = isinstance(source, int)
+    if not is_camera and not Path(source).is_file():
         raise DataError(f"No video '{source}'.")
-    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    capture = cv2.VideoCapture(source if is_camera else str(source))
     if not capture.isOpened():
-        raise DataError(f"{'Camera' if isinstance(source, int) else 'Video'} '{source}' cannot be opened.")
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        raise DataError(f"{'Camera' if is_camera else 'Video'} '{source}' cannot be opened.")
+    count, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
 
     def frames() -> Iterator[Frame]:
         index = 0
@@ -116,4 +125,9 @@ def _video_frames(source: Any) -> tuple[Iterator[Frame], int | None]:
         finally:
             capture.release()
 
-    return frames(), count if count > 0 and not isinstance(source, int) else None
+    return Source(
+        frames(),
+        count if count > 0 and not is_camera else None,
+        is_camera=is_camera,
+        rate=rate if 0 < rate < 1000 else 25.0,
+    )
