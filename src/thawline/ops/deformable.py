@@ -112,10 +112,12 @@ def deformable_gather(
     # distance, which is nothing for cells that are not next to the point. So points outside need no case of
     # their own.
     cell = torch.minimum(place.floor().clamp_(min=0), plan.last)
-    distance = place.sub_(cell).unsqueeze(-1) - torch.arange(2, device=cell.device, dtype=cell.dtype)
-    shares = distance.abs_().neg_().add_(1).relu_()  # (..., x or y, first or second cell)
-    share_x, share_y = shares.unbind(-2)
-    weights = (weights.unsqueeze(-1) * share_y).unsqueeze(-1) * share_x.unsqueeze(-2)
+    distance = place.sub_(cell)
+    left, upper = distance.abs().neg_().add_(1).relu_().unbind(-1)
+    right, lower = distance.sub_(1).abs_().neg_().add_(1).relu_().unbind(-1)
+    # Product by product: broadcast over a last axis of two they take three times as long on a CPU.
+    upper, lower = weights * upper, weights * lower
+    weights = torch.stack([upper * left, upper * right, lower * left, lower * right], dim=-1)
 
     column, row = cell.long().unbind(-1)
     n_heads = weights.shape[2]

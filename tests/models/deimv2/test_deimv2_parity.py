@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -72,3 +74,13 @@ def test_a_batch_of_wide_images_gives_the_authors_logits_and_boxes(
         output = model(official.wide_images())
     close(output.logits, wanted["logits"])
     close(output.pred_boxes, wanted["boxes"])
+
+
+def test_fused_in_float32_changes_nothing_beyond_a_hundred_thousandth(
+    size: str, model: DEIMv2, official: ModuleType, assert_same_detections: Callable[..., None]
+) -> None:
+    narrow = copy.deepcopy(model).float()
+    image = official.eval_image(size).float()
+    with torch.no_grad():
+        expected, got = narrow(image), narrow.fuse()(image)
+    assert_same_detections(got, expected, rtol=0, atol=1e-5)

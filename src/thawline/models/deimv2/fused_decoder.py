@@ -181,12 +181,20 @@ class FusedDeformableAttention(nn.Module):
         n = self.num_heads * sum(self.num_points)
         offsets, weights = self.points(query).split([2 * n, n], dim=-1)
         offsets = offsets.unflatten(-1, (self.num_heads, -1, 2)).to(reference.dtype)
-        weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
+        weights = _softmax(weights.unflatten(-1, (self.num_heads, -1)))
         if plan is not None:
             return deformable_gather(memory, reference, offsets, weights, plan)
         centre, size = reference[:, :, None, None, :2], reference[:, :, None, None, 2:]
         locations = torch.addcmul(centre, offsets, size, value=OFFSET_SCALE).to(memory.dtype)
         return deformable_sample(maps, locations, weights, self.num_points)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Over a last axis of few values, where torch's own takes four times as long on a CPU."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return x.softmax(dim=-1)
+    shares = (x - x.amax(dim=-1, keepdim=True)).exp_()
+    return shares.div_(shares.sum(dim=-1, keepdim=True))
 
 
 def _edges_to_box(bins: Tensor, reg_scale: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["HGNetV2", "HGNetV2Config", "StageConfig"]
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,8 +109,8 @@ class FusedStem(nn.Module):
     fresh memory than in arithmetic. A strip recomputes two or three lines of its neighbours.
     """
 
-    strip_size = 8192
-    """Outputs of a strip."""
+    strip_size = 4096
+    """Largest number of a strip's outputs."""
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
@@ -121,9 +122,10 @@ class FusedStem(nn.Module):
         n_rows, width = x.shape[-2] // 4, x.shape[-1] // 4
         if not onednn_serves(x):
             return self._strip(x, 0, n_rows, n_rows)
-        step = max(8, self.strip_size // (x.shape[0] * width))
-        if step >= n_rows:
+        n_strips = min(math.ceil(n_rows * width * x.shape[0] / self.strip_size), n_rows // 8)
+        if n_strips < 2:
             return self._strip(x, 0, n_rows, n_rows)
+        step = math.ceil(n_rows / n_strips)
         out = x.new_empty((x.shape[0], n_rows, width, self.stem4.weight.shape[0])).permute(0, 3, 1, 2)
         for start in range(0, n_rows, step):
             stop = min(start + step, n_rows)
