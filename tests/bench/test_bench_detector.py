@@ -28,8 +28,16 @@ def test_counts_and_ratios_of_a_small_run(small: None, tmp_path: Path, capsys) -
     out = tmp_path / "results" / "detector.json"
     arguments = ["--batch", "1", "2", "--rounds", "2", "--device", "cpu", "--out", str(out)]
     assert detector.main(["--size", "atto", *arguments]) == 0
-    assert detector.main(["--size", "femto", *arguments, "--forms", "port", "fused"]) == 0
+    assert detector.main(["--size", "femto", *arguments, "--forms", "port", "fused", "--profile"]) == 0
     record = json.loads(out.read_text())
+    femto = record["sizes"]["femto"]
+    assert femto["command"] == (
+        "thawline bench detector --size femto --batch 1 2 --dtype fp32 --forms port fused "
+        "--rounds 2 --calls 1 --threads 2 --profile"
+    )
+    operators = femto["runs"][1]["forms"]["fused"]["operators"]
+    assert "mkldnn::_convolution_pointwise" in operators
+    assert 0.3 < sum(operators.values()) <= 1
     assert list(record["sizes"]) == ["atto", "femto"]  # a second run adds
     assert {"processor", "torch", "transformers"} <= set(record["machine"])
     atto = record["sizes"]["atto"]

@@ -1,6 +1,6 @@
 """How fast the detector is, beside transformers' port of it, of the same shape and with the same weights.
 
-    python -m thawline.bench.detector --size atto s --out benchmarks/results/detector.json
+    python -m thawline.bench.detector --size atto s --profile --out benchmarks/results/detector.json
 
 Measured in paired rounds (`thawline.bench.measure`), from normalised pixels to boxes in the image's pixels:
 
@@ -9,8 +9,9 @@ Measured in paired rounds (`thawline.bench.measure`), from normalised pixels to 
     fused       `DEIMv2.fuse()`                       compiled_fused   the same under torch.compile
     product     a product of two square matrices, which says what the machine can do in that round
 
-A processor is timed by the wall clock, because its threads work at the same time; a GPU by CUDA events. Sizes
-that the results file already holds from this machine stay in it, so sizes can be measured one by one.
+A processor is timed by the wall clock, because its threads work at the same time; a GPU by CUDA events. With
+`--profile` each form is run once more under torch's profiler, for the operators its time goes to. Sizes that
+the results file already holds from this machine stay in it, so sizes can be measured one by one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from thawline.bench.measure import Sample, machine_stamp, median_ratio, paired_rounds, write_results
@@ -38,6 +40,8 @@ from thawline.models.deimv2 import VARIANTS, DEIMv2
 
 FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+N_OPERATORS = 8
+"""That a profile names."""
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -58,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             forms=args.forms,
             rounds=args.rounds,
             calls=args.calls,
+            profiled=args.profile,
         )
-        results["sizes"][size] = record
+        results["sizes"][size] = {"command": _command(args, size)} | record
         sys.stdout.write(f"\n{size}, {record['resolution']}: {_counts(record)}\n{_table(record)}\n")
         sys.stdout.flush()
         write_results(args.out, results)  # after each size: a run cut short keeps what it has
@@ -75,15 +80,18 @@ def measure_size(
     forms: Sequence[str] = FORMS,
     rounds: int = 10,
     calls: int = 1,
+    profiled: bool = False,
     resolution: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Measure one size.
 
     Args:
         rounds: paired timing rounds.        calls: of each form in a round; one sample is their sum.
+        profiled: name the operators of each form, too.
         resolution: (height, width); by default the size's own.
     Returns: a JSON-ready record. For each batch and dtype and form: `median_ms` of one call, `images_per_s`,
-        `of_port`, and `of_product`: floating-point operations a second as a share of the matrix product's.
+        `of_port`, and `of_product`: floating-point operations a second as a share of the matrix product's;
+        profiled, `operators`: the share of the time that each of the largest takes.
     """
     model, port = _pair(size)
     height, width = resolution or model.config.image_size
@@ -110,10 +118,11 @@ def measure_size(
                 samples = paired_rounds(
                     steps | {"product": product}, rounds=rounds, steps_per_round=calls, warmup=3
                 )
-            record["runs"].append(
-                {"batch": batch, "dtype": name}
-                | _read(samples, calls, batch, record["gflops"]["eager"] * batch, product_gflops)
-            )
+            run = _read(samples, calls, batch, record["gflops"]["eager"] * batch, product_gflops)
+            if profiled:
+                for form, step in steps.items():
+                    run["forms"][form]["operators"] = _operators(step, max(5, calls))
+            record["runs"].append({"batch": batch, "dtype": name} | run)
     return record
 
 
@@ -179,6 +188,21 @@ def _product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Ten
     return lambda: a @ a, 2 * n**3 / 1e9
 
 
+def _operators(call: Callable[[], object], calls: int) -> dict[str, float]:
+    """The operators that take most of the time, and the share that each takes by itself."""
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.inference_mode():
+        call()
+        with profile(activities=activities) as profiler:
+            for _ in range(calls):
+                call()
+    kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {event.key: getattr(event, kind) for event in profiler.key_averages()}
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:N_OPERATORS]
+    return {name: round(times[name] / sum(times.values()), 4) for name in largest}
+
+
 def _read(
     samples: dict[str, list[Sample]], calls: int, batch: int, gflops: float, product_gflops: float
 ) -> dict[str, Any]:
@@ -204,7 +228,6 @@ def _start(out: Path | None, device: torch.device) -> dict[str, Any]:
     """The record to fill: with the sizes that lie in `out` already, from the same machine."""
     results: dict[str, Any] = {
         "bench": "detector",
-        "command": "python -m thawline.bench.detector",
         "machine": machine_stamp(),
         "device": device.type,
         "sizes": {},
@@ -218,6 +241,14 @@ def _start(out: Path | None, device: torch.device) -> dict[str, Any]:
             f"'{out}' holds results of another {' and '.join(different)}. Move it, or give another `--out`."
         )
     return results | {"sizes": earlier["sizes"]}
+
+
+def _command(args: argparse.Namespace, size: str) -> str:
+    """What measures this size again."""
+    words = ["thawline bench detector", f"--size {size}"]
+    words += [f"--{name} {' '.join(map(str, getattr(args, name)))}" for name in ("batch", "dtype", "forms")]
+    words += [f"--{name} {getattr(args, name)}" for name in ("rounds", "calls", "threads")]
+    return " ".join(words) + (" --profile" if args.profile else "")
 
 
 def _counts(record: dict[str, Any]) -> str:
@@ -242,7 +273,13 @@ def _table(record: dict[str, Any]) -> str:
                     f"{form['of_product']:.0%}",
                 ]
             )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    for run in record["runs"]:
+        for name, form in run["forms"].items():
+            if "operators" in form:
+                shares = ", ".join(f"{op} {share:.0%}" for op, share in form["operators"].items())
+                table += f"\n{run['dtype']}, batch {run['batch']}, {name}: {shares}"
+    return table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -255,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["port", "eager", "fused"])
     parser.add_argument("--rounds", type=int, default=10, help="paired timing rounds")
     parser.add_argument("--calls", type=int, default=1, help="of each form in a round, for small sizes")
+    parser.add_argument("--profile", action="store_true", help="name the operators the time goes to")
     parser.add_argument("--threads", type=int, default=2, help="of the processor")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--out", type=Path, help="write the results as JSON, beside those of other sizes")
