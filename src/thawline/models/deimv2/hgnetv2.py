@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thawline.models.deimv2.fused import Clamp, FusedConv, concatenate, fuse_children, onednn_serves
+from thawline.models.deimv2.fused import Clamp, FusedConv, concatenate, fuse_children
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +120,15 @@ class FusedStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, O, H / 4, W / 4)."""
         n_rows, width = x.shape[-2] // 4, x.shape[-1] // 4
-        if not onednn_serves(x):
-            return self._strip(x, 0, n_rows, n_rows)
+        is_whole = x.device.type != "cpu" or torch.compiler.is_exporting() or torch.jit.is_tracing()
         n_strips = min(math.ceil(n_rows * width * x.shape[0] / self.strip_size), n_rows // 8)
-        if n_strips < 2:
+        if is_whole or n_strips < 2:
             return self._strip(x, 0, n_rows, n_rows)
         step = math.ceil(n_rows / n_strips)
-        out = x.new_empty((x.shape[0], n_rows, width, self.stem4.weight.shape[0])).permute(0, 3, 1, 2)
-        for start in range(0, n_rows, step):
-            stop = min(start + step, n_rows)
-            out[:, :, start:stop] = self._strip(x, start, stop, n_rows)
-        return out
+        starts = range(0, n_rows, step)
+        return torch.cat(
+            [self._strip(x, start, min(start + step, n_rows), n_rows) for start in starts], dim=2
+        )
 
     def _strip(self, x: Tensor, start: int, stop: int, n_rows: int) -> Tensor:
         """Rows [start, stop) of the result.
