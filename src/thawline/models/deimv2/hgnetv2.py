@@ -109,7 +109,7 @@ class FusedStem(nn.Module):
     fresh memory than in arithmetic. A strip recomputes two or three lines of its neighbours.
     """
 
-    strip_size = 4096
+    strip_size = 8192
     """Largest number of a strip's outputs."""
 
     def __init__(self, stem: Stem) -> None:
