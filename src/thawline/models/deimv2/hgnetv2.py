@@ -111,6 +111,8 @@ class FusedStem(nn.Module):
 
     strip_size = 8192
     """Largest number of a strip's outputs."""
+    n_images_compiled = 4
+    """Size of the batch that strips are cut for in a compiled network, whatever it gets."""
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
@@ -121,7 +123,9 @@ class FusedStem(nn.Module):
         """(B, 3, H, W) to (B, O, H / 4, W / 4)."""
         n_rows, width = x.shape[-2] // 4, x.shape[-1] // 4
         is_whole = x.device.type != "cpu" or torch.compiler.is_exporting() or torch.jit.is_tracing()
-        n_strips = min(math.ceil(n_rows * width * x.shape[0] / self.strip_size), n_rows // 8)
+        # A compiler may leave the batch open, and would reason about strips that depend on it for minutes.
+        n_images = self.n_images_compiled if torch.compiler.is_compiling() else x.shape[0]
+        n_strips = min(math.ceil(n_rows * width * n_images / self.strip_size), n_rows // 8)
         if is_whole or n_strips < 2:
             return self._strip(x, 0, n_rows, n_rows)
         step = math.ceil(n_rows / n_strips)
