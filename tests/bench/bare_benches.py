@@ -79,6 +79,13 @@ def run_train_step() -> None:
     assert train_step.main([*flags, "--device", "cpu"]) == 0
 
 
+def run_backbone() -> None:
+    from thawline.bench import backbone
+
+    flags = ["--variant", "atto", "--size", "64", "--batch_size", "1", "--rounds", "1", "--threads", "1"]
+    assert backbone.main([*flags, "--device", "cpu"]) == 0
+
+
 if __name__ == "__main__":
     _, benches, absent = sys.argv
     finder = PathFinderWithout(ABSENT | set(filter(None, absent.split(","))))

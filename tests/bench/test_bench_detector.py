@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import transformers
 
 from thawline.bench import detector
+from thawline.bench.port import build_port
 from thawline.errors import ConfigError
-from thawline.models.deimv2 import VARIANTS
+from thawline.models.deimv2 import VARIANTS, DEIMv2
+
+needs_port = pytest.mark.skipif(
+    not hasattr(transformers, "Deimv2Config"), reason="this transformers has no DEIMv2"
+)
 
 
 @pytest.fixture
@@ -24,6 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detector.torch, "set_num_threads", lambda n: None)
 
 
+@needs_port
 def test_counts_and_ratios_of_a_small_run(small: None, tmp_path: Path, capsys) -> None:
     out = tmp_path / "results" / "detector.json"
     arguments = ["--batch", "1", "2", "--rounds", "2", "--device", "cpu", "--out", str(out)]
@@ -52,6 +60,7 @@ def test_counts_and_ratios_of_a_small_run(small: None, tmp_path: Path, capsys) -
     assert "| fp32 | 1 | fused |" in capsys.readouterr().out
 
 
+@needs_port
 def test_operations_of_atto_are_those_its_authors_report() -> None:
     model, _ = detector._pair("atto")
     gflops = detector._gflops(model, (1, 3, 320, 320))
@@ -67,3 +76,9 @@ def test_half_precision_needs_a_gpu_and_results_of_another_machine_are_kept(
     out.write_text('{"bench": "detector", "machine": {}, "device": "cpu", "sizes": {}}')
     with pytest.raises(ConfigError, match="another machine"):
         detector.main(["--device", "cpu", "--out", str(out)])
+
+
+def test_a_transformers_without_the_port_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thawline.bench.port.transformers", SimpleNamespace(__version__="5.3.0"))
+    with pytest.raises(ConfigError, match="transformers 5.3.0 has no DEIMv2"):
+        build_port(DEIMv2.from_variant("atto"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_the_command_prints_the_table_it_writes(tmp_path, capsys, monkeypatch):
     out = tmp_path / "results" / "vit.json"
     assert tuners.main(["--case", "vit", "--rounds", "2", "--device", "cpu", "--out", str(out)]) == 0
     written = json.loads(out.read_text())
-    assert written["machine"]["torch"] == torch.__version__
+    assert written["machine"]["torch"] == version("torch")
     rows = written["cases"]["vit"]["variants"]
     assert list(rows) == list(CASES["vit"].variants)
     assert rows["floor"]["time"]["cpu"]["of_floor"] == 1.0

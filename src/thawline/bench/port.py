@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["build_port"]
 
+import transformers
 from torch import nn
 
 from thawline.errors import ConfigError
@@ -15,8 +16,12 @@ from thawline.models.deimv2.save import port_settings
 def build_port(detector: DEIMv2) -> nn.Module:
     """`Deimv2ForObjectDetection` of the same shape and weights, its norms not frozen, on the CPU.
 
-    Raises: ConfigError: for weights that the port has no place for.
+    Raises: ConfigError: for weights that the port has no place for, or a transformers without it.
     """
+    if not hasattr(transformers, "Deimv2ForObjectDetection"):
+        raise ConfigError(
+            f"transformers {transformers.__version__} has no DEIMv2 to measure beside: 5.23 has."
+        )
     from transformers import Deimv2Config, Deimv2ForObjectDetection
 
     state = to_transformers(detector.state_dict())
