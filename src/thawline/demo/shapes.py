@@ -30,7 +30,7 @@ N_TRAIN, N_VAL = 256, 64
 SHOWN = 4
 
 
-def run(folder: Path, *, epochs: int = 16) -> str:
+def run(folder: Path, *, epochs: int = 12) -> str:
     """Paint a set in `folder`, train Atto on it, evaluate, draw what it finds.
 
     Returns: what it reaches, where the pictures and the report are, and what to type next.
@@ -50,7 +50,7 @@ def run(folder: Path, *, epochs: int = 16) -> str:
     }
     # One thread, best for the other parts' tiny models, takes half as long again here.
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(threads, min(2, os.cpu_count() or 1)))
+    torch.set_num_threads(max(threads, min(2, _processors())))
     try:
         result = run_recipe(RunConfig.from_mapping(recipe))
     finally:
@@ -74,6 +74,11 @@ def run(folder: Path, *, epochs: int = 16) -> str:
         f"  thawline eval {result.folder}\n"
         f"  thawline train --config {result.folder}/config.yaml --name longer --training.epochs 72"
     )
+
+
+def _processors() -> int:
+    """Those this process may use: a second thread that waits for the first one's processor takes its time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw(run_folder: Path, data: Path, threshold: float) -> Path:
