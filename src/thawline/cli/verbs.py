@@ -352,7 +352,7 @@ def bench(argv: list[str]) -> int:
 
 
 BENCHES = {
-    "tuners": "step time, bytes kept, operations of full fine-tuning, LoRA, PaCA, Poly, MHR, the frozen floor",
+    "tuners": "step time, bytes kept, operations of full fine-tuning, LoRA, PaCA, Poly, MHR, a frozen floor",
     "vision": "accuracy of a ViT and a conv net adapted to another domain",
     "skills": "LoRA, Poly and MHR on made-up tasks whose skills are known, and how tasks' gradients align",
     "loader": "images a second and core through the detection augmentation",
