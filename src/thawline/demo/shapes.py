@@ -26,11 +26,13 @@ logger = logging.getLogger(__name__)
 
 SIZE = 128
 """Side of the network's input: a sixth of Atto's pixels."""
+BATCH = 8
+"""In the same minute and a half batches of 16 (12 epochs) reach half the AP: 0.09 instead of 0.21."""
 N_TRAIN, N_VAL = 256, 64
 SHOWN = 4
 
 
-def run(folder: Path, *, epochs: int = 12) -> str:
+def run(folder: Path, *, epochs: int = 10) -> str:
     """Paint a set in `folder`, train Atto on it, evaluate, draw what it finds.
 
     Returns: what it reaches, where the pictures and the report are, and what to type next.
@@ -46,7 +48,13 @@ def run(folder: Path, *, epochs: int = 12) -> str:
         "base": {"variant": "atto", "size": SIZE},
         "tuner": "none",
         "data": str(data),
-        "training": {"epochs": epochs, "eval_every": "end", "save_every": "end", "workers": 0},
+        "training": {
+            "epochs": epochs,
+            "batch_size": BATCH,
+            "eval_every": "end",
+            "save_every": "end",
+            "workers": 0,
+        },
     }
     # One thread, best for the other parts' tiny models, takes half as long again here.
     threads = torch.get_num_threads()
