@@ -15,6 +15,7 @@ from tests.data.detection_sets import NAMES, SETS, coco_content, save_json, save
 from thawline.cli import main
 from thawline.data.check import check_detection, save_samples
 from thawline.data.detection import DetectionDataset, load_detection
+from thawline.data.drawing import class_colours
 from thawline.data.duplicates import look_at, pairs_alike
 from thawline.data.mending import write_mended
 from thawline.data.records import DetectionSet
@@ -316,9 +317,8 @@ def test_samples_are_drawn_for_every_split(root: Path, tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["samples_train.png", "samples_val.png"]
     picture = np.asarray(Image.open(paths[0]))
     assert picture.shape[1] == 2 * 366 + 6
-    # Box lines of class "bee" in supervision's second colour, on the picture and in the legend.
-    supervision = pytest.importorskip("supervision")
-    colour = supervision.ColorPalette.DEFAULT.by_idx(1).as_rgb()
+    # Box lines of class "bee" in the second colour, on the picture and in the legend.
+    colour = class_colours().by_idx(1).as_rgb()
     assert (picture == colour).all(-1).sum() > 300
 
 
