@@ -104,6 +104,20 @@ def state_of(checkpoint: Path) -> dict:
     return state | {"scores": json.loads((checkpoint / "scores.json").read_text())}
 
 
+def forget_after(copy: Path, step: int) -> None:
+    """Make of a finished run's copy one that ended after `step`."""
+    (copy / "result.json").unlink()
+    shutil.rmtree(copy / "model")
+    for later in copy.glob("checkpoint-*"):
+        if int(later.name.split("-")[1]) > step:
+            shutil.rmtree(later)
+    config = copy / "config.yaml"
+    lines = config.read_text().splitlines()
+    config.write_text(
+        "\n".join(f"name: {copy.name}" if line.startswith("name: ") else line for line in lines)
+    )
+
+
 def assert_same(a: object, b: object, where: str = "") -> None:
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
@@ -159,11 +173,7 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(recipe) -> None:
     straight = run(recipe("straight", save_every=2, eval_every=4, keep_checkpoints=9, max_steps=6)).folder
     resumed = straight.with_name("resumed")
     shutil.copytree(straight, resumed)
-    (resumed / "result.json").unlink()
-    for path in ("checkpoint-4", "checkpoint-6", "model"):
-        shutil.rmtree(resumed / path)
-    config = resumed / "config.yaml"
-    config.write_text(config.read_text().replace("name: straight", "name: resumed"))
+    forget_after(resumed, step=2)
     run(saved_config(resumed), resume=True)
     for step in (4, 6):
         assert_same(state_of(resumed / f"checkpoint-{step}"), state_of(straight / f"checkpoint-{step}"))
@@ -260,9 +270,9 @@ def test_a_dry_run_plans_and_takes_no_step(recipe) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "tuner"),
-    [("atto", "frozen"), ("s", "frozen"), ("atto", "lora"), ("atto", "paca"), ("s", "paca")],
+    [("atto", "frozen"), ("s", "frozen"), ("atto", "lora"), ("s", "lora"), ("atto", "paca"), ("s", "paca")],
 )
-def test_a_tuner_on_the_backbone_trains_and_merges_into_a_plain_detector(
+def test_a_tuner_on_the_backbone_trains_resumes_and_merges_into_a_plain_detector(
     recipe, tmp_path: Path, variant: str, tuner: str
 ) -> None:
     start = tmp_path / "start"
@@ -275,10 +285,15 @@ def test_a_tuner_on_the_backbone_trains_and_merges_into_a_plain_detector(
         variant=variant,
         base={"weights": str(start), "overrides": {}},
         tuner=method,
-        epochs=1,
+        max_steps=2,
+        save_every=1,
         eval_every="end",
     )
     result = run(config)
+    shutil.copytree(result.folder, result.folder.with_name("resumed"))
+    forget_after(result.folder.with_name("resumed"), step=1)
+    resumed = run(saved_config(result.folder.with_name("resumed")), resume=True).folder
+    assert_same(*(state_of(folder / "checkpoint-2") for folder in (resumed, result.folder)))
     after = DEIMv2.from_pretrained(result.folder / "model")
     part = "backbone.dinov3." if variant == "s" else "backbone."
     changed = {
