@@ -45,3 +45,7 @@ def test_did_you_mean_names_the_nearest() -> None:
 
     assert did_you_mean("lorra", ["paca", "lora"]) == "Available: lora, paca. Did you mean 'lora'?"
     assert did_you_mean("zzz", ["paca", "lora"]) == "Available: lora, paca."
+    many = did_you_mean("lorra", ["lora", *(f"task_{i}" for i in range(100))])
+    assert many.startswith("Available: lora, ")
+    assert many.endswith(", … (101). Did you mean 'lora'?")
+    assert many.count("task_") == 7  # of very many the nearest

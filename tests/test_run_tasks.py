@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from thawline.analysis.recorder import ALIGNMENT, read_trajectory
+from thawline.cli import main
 from thawline.errors import CheckpointError, ConfigError, DataError, RoutingError
-from thawline.recipe import RunConfig
+from thawline.recipe import RunConfig, load_recipe
 from thawline.run import RunResult, evaluate, measure_alignment, predict, run
 from thawline.training.build import build_model, build_objective
 from thawline.training.match import MatchObjective
@@ -156,6 +158,22 @@ def test_adapting_moves_what_it_should_from_the_average_of_the_skills(recipe, pr
     average = recipe("average", ["least"], {**tuner, "adapt": "mu"})
     zero_shot = evaluate(before.folder, config=average)
     assert result.start["metrics"]["loss"] == pytest.approx(zero_shot.metrics["loss"], rel=2e-3)
+
+
+def test_an_unseen_task_is_evaluated_zero_shot_from_the_command_line(pretrained, capsys) -> None:
+    words = ["eval", str(pretrained.folder), "--data.tasks", "[least, first]"]
+    assert main([*words, "--json"]) == 1
+    assert "No routing for task 'least'" in (told := capsys.readouterr()).err
+    assert "`--tuner.adapt mu`" in told.err
+    assert main([*words, "--tuner.adapt", "mu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["parts"]) == {"least", "first"}
+    # The same by Python, where the trained adapter is named.
+    config = load_recipe(pretrained.folder / "config.yaml")
+    tuner = dataclasses.replace(config.tuner, start_from=str(pretrained.folder), adapt="mu")
+    data = dataclasses.replace(config.data, tasks=["least", "first"])
+    average = evaluate(pretrained.folder, config=dataclasses.replace(config, tuner=tuner, data=data))
+    assert found["metrics"] == pytest.approx(average.metrics)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(recipe, pretrained, monkeypatch) -> None:

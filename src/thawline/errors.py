@@ -26,6 +26,9 @@ __all__ = [
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST_LIST = 60
+"""Names an error message lists at most; of more, the nearest."""
+
 
 class ThawlineError(Exception):
     """The root of every error raised on purpose."""
@@ -61,11 +64,14 @@ class MissingExtraError(ThawlineError, ImportError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an "unknown name" message: the known names and, where one is close, that one.
+    """The end of an "unknown name" message: the known names, of very many the nearest, and a close one.
 
     Returns: e.g. "Available: atto, femto. Did you mean 'atto'?"
     """
     names = sorted(known)
-    text = f"Available: {', '.join(names)}."
     close = get_close_matches(name, names, n=1)
+    shown = names
+    if len(names) > LONGEST_LIST:
+        shown = get_close_matches(name, names, n=8, cutoff=0.0)
+    text = f"Available: {', '.join(shown)}" + (f", … ({len(names)})." if len(shown) < len(names) else ".")
     return f"{text} Did you mean '{close[0]}'?" if close else text

@@ -171,7 +171,7 @@ def test_mixing_together_equals_mixing_layer_by_layer(monkeypatch: pytest.Monkey
     ):
         loss, gradients = run_once(noise, granularity)
         with monkeypatch.context() as patch:
-            patch.setattr("thawline.tuners.mhr.state.MIXED_TOGETHER_BYTES", 0)
+            patch.setattr("thawline.tuners.mhr.together.MIXED_TOGETHER_BYTES", 0)
             same_loss, same_gradients = run_once(noise, granularity)
         torch.testing.assert_close(same_loss, loss)
         for name, gradient in gradients.items():

@@ -94,6 +94,8 @@ def evaluate(argv: list[str]) -> int:
         mapping = saved_config(target).to_mapping()
         if any(token.split("=")[0] in ("--data", "--data.path") for token in argv):
             mapping["data"]["eval_path"] = None
+        if "adapt" in mapping["tuner"]:  # what is evaluated is trained, and can be adapted: zero-shot
+            mapping["tuner"]["start_from"] = target
     config, options = parse_recipe(parser, argv, mapping)
     if options.print_config:
         return say(to_yaml(config))

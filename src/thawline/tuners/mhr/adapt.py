@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from thawline.errors import ConfigError, did_you_mean
 from thawline.tuners.mhr.config import MODES, MHRConfig
 from thawline.tuners.mhr.ids import read_ids
-from thawline.tuners.mhr.layer import MHRLinear
+from thawline.tuners.mhr.layer import MHRLinear, layers_of
 from thawline.tuners.mhr.model import divisors, find_task_ids
 from thawline.tuners.mhr.routing import LearnedRouter, Router, UniformRouter
 from thawline.tuners.mhr.state import TaskIds
@@ -109,7 +109,7 @@ def start_adaptation(
         raise ConfigError(
             f"mode='z' trains the routing table, but router={config.router!r} has none that learns."
         )
-    if any(layer.merged for layer in shared.layers):
+    if any(layer.merged for layer in layers_of(shared)):
         raise ConfigError("The adapter is merged into the weights. Call model.unmerge_adapter() first.")
     task_names = None if isinstance(tasks, int) else _names(tasks)
     n_tasks = tasks if isinstance(tasks, int) else len(task_names or ())
@@ -144,7 +144,7 @@ def split_heads(model: nn.Module, n_heads: int, adapter_name: str | None = None)
     """
     shared, name = find_adapter(model, adapter_name)
     sizes = math.gcd(
-        *(size for layer in _layers(shared, name) for size in (layer.in_features, layer.out_features))
+        *(size for layer in layers_of(shared, name) for size in (layer.in_features, layer.out_features))
     )
     old = math.lcm(*(router.n_heads for router in _routers(shared, name)))
     if n_heads % old or sizes % n_heads:
@@ -203,7 +203,7 @@ def parameter_groups(
     """
     routing = {
         parameter
-        for layer in find_task_ids(model).layers
+        for layer in layers_of(find_task_ids(model))
         for router in layer.routers.values()
         for parameter in router.parameters()
     }
@@ -225,7 +225,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[Tas
     Raises: ConfigError: if there is no such adapter, or several are active and none is named.
     """
     shared = find_task_ids(model)
-    active = [name for name in shared.layers[0].active_adapters if name in shared.configs]
+    active = [name for name in layers_of(shared)[0].active_adapters if name in shared.configs]
     if adapter_name is None and len(active) == 1:
         return shared, active[0]
     if adapter_name in shared.configs:
@@ -245,11 +245,7 @@ def _numbered(first: int, n: int) -> list[str]:
 
 def _routers(shared: TaskIds, name: str) -> Iterator[Router]:
     """Each routing table of an adapter, once."""
-    return iter({id(layer.routers[name]): layer.routers[name] for layer in _layers(shared, name)}.values())
-
-
-def _layers(shared: TaskIds, name: str) -> list[MHRLinear]:
-    return [layer for layer in shared.layers if name in layer.routers]
+    return iter({id(layer.routers[name]): layer.routers[name] for layer in layers_of(shared, name)}.values())
 
 
 def _set_rows(shared: TaskIds, name: str, n_tasks: int, start_from: str | int, keep: bool) -> None:
@@ -273,14 +269,14 @@ def _start(router: Router, config: MHRConfig, start_from: str | int) -> Tensor |
 
 def _collapse(shared: TaskIds, name: str, n_skills: int) -> None:
     """Put the average of the skills in the place of each."""
-    for layer in _layers(shared, name):
+    for layer in layers_of(shared, name):
         for skills in (layer.mhr_A, layer.mhr_B):
             mean = skills[name].detach().mean(0, keepdim=True).repeat(n_skills, 1, 1)
             skills[name] = nn.Parameter(mean)
 
 
 def _append_skills(shared: TaskIds, name: str, n_new: int) -> None:
-    for layer in _layers(shared, name):
+    for layer in layers_of(shared, name):
         A, B = layer.mhr_A[name], layer.mhr_B[name]
         new_A, new_B = A.new_empty(n_new, *A.shape[1:]), B.new_empty(n_new, *B.shape[1:])
         layer.init_skills(name, new_A, new_B)
@@ -291,7 +287,7 @@ def _append_skills(shared: TaskIds, name: str, n_new: int) -> None:
 def _drop_routing(shared: TaskIds, name: str, n_tasks: int) -> None:
     uniform = {id(router): UniformRouter(n_tasks, router.n_heads, 1) for router in _routers(shared, name)}
     shared.bins = {key: uniform.get(id(router), router) for key, router in shared.bins.items()}
-    for layer in _layers(shared, name):
+    for layer in layers_of(shared, name):
         layer.routers[name] = uniform[id(layer.routers[name])]
         if name in layer.mhr_router:
             layer.mhr_router[name] = layer.routers[name]
@@ -300,6 +296,6 @@ def _drop_routing(shared: TaskIds, name: str, n_tasks: int) -> None:
 def forget(shared: TaskIds, keep_ids: bool = False) -> None:
     """Ids, noise and mixtures of before."""
     shared.ids = shared.ids if keep_ids else None
-    shared.plans = None
-    for layer in shared.layers:
+    shared.n_changes += 1
+    for layer in layers_of(shared):
         layer.mixed.clear()

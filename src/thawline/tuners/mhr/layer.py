@@ -7,11 +7,11 @@ the same arithmetic is spelt out in plain torch, for the compiler to fuse.
 
 from __future__ import annotations
 
-__all__ = ["MHRLinear"]
+__all__ = ["MHRLinear", "layers_of", "linear_sizes"]
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -377,7 +377,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, and trainable as far as their mode says."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.task_ids.plans = None
+        self.task_ids.n_changes += 1
         self._freeze_skills()
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
@@ -435,6 +435,12 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             f"{name}: {len(A)} skills of rank {self.r[name]}, {self.routers[name].n_heads} heads"
             for name, A in self.mhr_A.items()
         )
+
+
+def layers_of(shared: TaskIds, adapter_name: str | None = None) -> list[MHRLinear]:
+    """The layers that share it; with a name, those that have this adapter."""
+    layers = cast(list[MHRLinear], shared.layers)
+    return [layer for layer in layers if adapter_name is None or adapter_name in layer.routers]
 
 
 def linear_sizes(base: nn.Module) -> tuple[int, int]:

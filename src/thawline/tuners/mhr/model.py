@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import ConfigError, RoutingError
+from thawline.tuners.mhr.checkpointing import Checkpoints
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.ids import read_ids
-from thawline.tuners.mhr.layer import MHRLinear, linear_sizes
+from thawline.tuners.mhr.layer import MHRLinear, layers_of, linear_sizes
 from thawline.tuners.mhr.routing import ROUTERS, Router
-from thawline.tuners.mhr.state import Carrying, TaskIds
+from thawline.tuners.mhr.state import TaskIds
+from thawline.tuners.mhr.together import Together
 
 FIRST_INPUTS = (
     "input_ids",
@@ -227,7 +229,7 @@ def find_task_ids(model: nn.Module) -> TaskIds:
 def _set(task_ids: TaskIds, ids: Any, from_batch: bool = False) -> None:
     """Read ids and make them the current ones."""
     task_ids.from_batch = from_batch
-    layer = task_ids.layers[0]
+    layer = layers_of(task_ids)[0]
     active = [task_ids.configs[name] for name in layer.active_adapters if name in task_ids.configs]
     routed = [config for config in active if config.router != "uniform"]
     if ids is None or not routed:  # without routing no ids are needed, and none refused
@@ -262,10 +264,11 @@ class _TakeIds:
 
 
 class _BeforeForward:
-    """Forward pre-hook of the adapted model: checks ids against the batch, once, and draws the noise."""
+    """Forward pre-hook of the adapted model: checks ids against the batch, once, and prepares the layers."""
 
     def __init__(self, task_ids: TaskIds) -> None:
         self.task_ids = task_ids
+        self.checkpoints, self.together = Checkpoints(task_ids), Together(task_ids)
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -281,7 +284,10 @@ class _BeforeForward:
         shared.arrived = False
         inputs = first_inputs(args, kwargs)
         if inputs is not None and shared.is_routed():
-            shared.begin(model, inputs)
+            shared.begin(inputs)
+            if model.training and not torch.compiler.is_compiling():
+                self.checkpoints.carry(model)
+                self.together.prepare(inputs)
         shared.running = True
         return args, kwargs
 
@@ -337,9 +343,6 @@ def _stop_following(model: nn.Module) -> None:
         ]:
             for registry in (kept, *others):
                 registry.pop(key, None)
-    for block in model.modules():
-        function = block.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(function, Carrying):
-            block._gradient_checkpointing_func = function.checkpoint
+    Checkpoints.release(model)
     for name in ("mhr_task_ids", "generate"):
         model.__dict__.pop(name, None)

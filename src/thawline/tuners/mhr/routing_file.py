@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from thawline.errors import CheckpointError
 from thawline.tuners.mhr.adapt import find_adapter, forget
+from thawline.tuners.mhr.layer import layers_of
 from thawline.tuners.mhr.routing import Router
 from thawline.tuners.mhr.state import TaskIds
 
@@ -110,8 +111,7 @@ def _check(key: str, tensors: dict[str, Tensor], old: Tensor, n_tasks: int, fold
 
 def _fingerprint(shared: TaskIds, name: str) -> str:
     digest = hashlib.sha256()
-    for layer in shared.layers:
+    for layer in layers_of(shared, name):
         for skills in (layer.mhr_A, layer.mhr_B):
-            if name in skills:
-                digest.update(skills[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(skills[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
