@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from thawline.cli import main
+from thawline.demo import shapes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,17 +34,21 @@ def test_every_command_and_python_block_runs(
 ) -> None:
     """One after the other in one folder, and in this process: each import of torch would take seconds."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     told: set[str] = set()
     for command in commands():
         if command == "make test":
             continue
-        # `make demo` is `thawline demo` once there is an environment. README uses the folder of its first
-        # part; the others take longer and have tests of their own.
+        # `make demo` is `thawline demo` once there is an environment. README uses the folders of two of its
+        # parts; the detector's, which takes longer, is made from fewer and smaller pictures here.
         program, *arguments = shlex.split("thawline demo columns" if command == "make demo" else command)
         assert program == "thawline"
         assert main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
         printed = capsys.readouterr().out
         if arguments[0] == "demo":
+            for name, value in (("N_TRAIN", 12), ("N_VAL", 4), ("SIZE", 64)):
+                monkeypatch.setattr(shapes, name, value)
+            shapes.run(Path("runs/demo/shapes"), epochs=1)
             accuracy = dict(re.findall(r"^(frozen|lora|paca) +[\d,]+ +(\d\.\d\d)", printed, re.MULTILINE))
             assert float(accuracy["paca"]) > float(accuracy["frozen"]) + 0.2, printed
             told = {line.strip() for line in printed.partition("Next:\n")[2].splitlines()}

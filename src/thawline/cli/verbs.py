@@ -198,11 +198,6 @@ def _detect(argv: list[str]) -> int:
     from thawline.inference import Detector
     from thawline.inference.files import describe, predict_files, write_results
 
-    if (Path(model) / "config.yaml").is_file():
-        from thawline.training.build import saved_model_folder
-
-        model = str(saved_model_folder(Path(model)))
-
     detector = Detector.from_pretrained(
         model,
         options.variant,

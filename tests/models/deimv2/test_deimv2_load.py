@@ -169,6 +169,17 @@ def test_the_wrong_size_is_named(atto: DEIMv2, tmp_path: Path) -> None:
         DEIMv2.from_pretrained(saved(atto.state_dict(), tmp_path / "x.pth"), variant="pico")
 
 
+def test_a_run_folder_gives_what_the_run_ended_with_else_its_best(tmp_path: Path) -> None:
+    atto = DEIMv2.from_variant("atto")
+    (tmp_path / "config.yaml").write_text("objective: detection\n")
+    for part, value in (("last", 1.0), ("best", 2.0), ("model", 3.0)):
+        with torch.no_grad():
+            atto.decoder.enc_score_head.bias.fill_(value)
+        atto.save_pretrained(tmp_path / part)
+        found = DEIMv2.from_pretrained(tmp_path).decoder.enc_score_head.bias
+        assert found.unique().tolist() == [value]
+
+
 def test_unreadable_places_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 half of it")
     with pytest.raises(CheckpointError, match="cannot be read"):

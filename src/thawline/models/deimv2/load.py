@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 Layout = Literal["thawline", "authors", "transformers", "backbone"]
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+RUN_PARTS = ("model", "best", "last")
+"""Detectors in a run's folder, by which is taken first."""
 _CLASS_LAYER = re.compile(
     r"decoder\.(enc_score_head|dec_score_head\.\d+|denoising_class_embed)\.(weight|bias)"
 )
@@ -126,15 +128,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file, a folder, or a repository on the hub, and say what it is.
 
     Args:
-        path: of a file (`.pth`, `.pt`, `.bin`, `.safetensors`) or folder; a size, for its published weights;
-            or a hub id, `owner/name`.
+        path: of a file (`.pth`, `.pt`, `.bin`, `.safetensors`) or folder, also a run's; a size, for its
+            published weights; or a hub id, `owner/name`.
     Raises: CheckpointError: nothing there, unreadable, or no detector.
     """
     place = Path(path) if Path(path).exists() else _download(str(path))
     settings: dict[str, Any] = {}
     file = place
     if place.is_dir():
-        file = _weight_file(place)
+        place, file = _weight_file(place)
         if (place / "config.json").is_file():
             settings = json.loads((place / "config.json").read_text())
     state = _without_wrappers(_read_tensors(file))
@@ -305,11 +307,16 @@ def _score_head(state: StateDict) -> Tensor:
     )
 
 
-def _weight_file(folder: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(f"No weights in '{folder}': expected {' or '.join(WEIGHT_FILES)}.")
+def _weight_file(folder: Path) -> tuple[Path, Path]:
+    """A folder and its weights; of a run what it ended with, before that its best or its last."""
+    for place in (folder, *(folder / part for part in RUN_PARTS)):
+        for name in WEIGHT_FILES:
+            if (place / name).is_file():
+                return place, place / name
+    raise CheckpointError(
+        f"No weights in '{folder}': expected {' or '.join(WEIGHT_FILES)}, or a run's folder with "
+        f"{', '.join(f'{part}/' for part in RUN_PARTS)}."
+    )
 
 
 def _download(path: str) -> Path:

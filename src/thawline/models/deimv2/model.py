@@ -84,7 +84,7 @@ class DEIMv2(
         pretrained backbones alone. Weights are cast to torch's default dtype.
 
         Args:
-            path: of a file or folder; a size, for its published weights; or a hub id.
+            path: of a file or folder, also a run's; a size, for its published weights; or a hub id.
             variant: the size, where the file does not tell; a detector's does.
             overrides: settings to change, as in `from_variant`. Another number of classes (`num_classes`,
                 or `class_names`) makes the layers that know the classes start anew, and nothing else.
