@@ -143,6 +143,11 @@ def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(recipe) 
         detector = DEIMv2.from_pretrained(folder / name)
         assert detector.config.class_names == NAMES
         assert detector.config.image_size == (64, 64)
+    # A run's folder stands for the detector in it, also as what the next run starts from.
+    assert_same(
+        DEIMv2.from_pretrained(folder).state_dict(), DEIMv2.from_pretrained(folder / "model").state_dict()
+    )
+    assert build_objective(recipe(base={"weights": str(folder)})).start == "detector"
     for name in ("plan.json", "detection_metrics.json", "pictures/training.png", "pictures/worst.png"):
         assert (folder / name).is_file(), name
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from thawline.errors import ConfigError
@@ -184,3 +185,18 @@ def test_schedule_describes_itself_in_plain_values() -> None:
 def test_impossible_schedules_are_refused(call, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_small_boxes_are_learned_unless_few() -> None:
+    def limit(sides: list[float], **changes: int) -> int:
+        return derive_settings(
+            20, variant="atto", n_images=64, box_sides=np.array(sides), **changes
+        ).min_box_size
+
+    # Pixels of Atto's 320; published 12.
+    assert limit([0.5] * 100) == 12
+    assert limit([0.01] * 4 + [0.5] * 96) == 12
+    assert limit([6.5 / 320] * 80 + [0.5] * 20) == 6
+    assert limit([6.5 / 320] * 80 + [0.5] * 20, size=640) == 12
+    assert limit([0.001] * 100) == 1
+    assert limit([]) == derive_settings(20, variant="atto", n_images=64).min_box_size == 12

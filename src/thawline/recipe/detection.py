@@ -98,6 +98,9 @@ class DetectionSettings:
     """Chance of each change of colour; 0 where colour is what tells classes apart."""
     vertical_flip_prob: float = 0.0
     """Chance of turning an image upside down: for pictures from the air or the microscope."""
+    min_box_size: int | None = None
+    """Pixels of the input: boxes with a shorter side are not learned. None: the published one, or less where
+    that would leave out more than a twentieth of the boxes."""
     merged_mosaic: bool = False
     """Warp each tile of a Mosaic once, bilinearly, instead of by the published steps."""
 
@@ -106,6 +109,8 @@ class DetectionSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"`objective.{name}` must be a probability, 0 to 1, got {value!r}.")
+        if self.min_box_size is not None:
+            at_least("objective.min_box_size", self.min_box_size, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from thawline.data.detection import DetectionDataset, Sample, load_detection
 from thawline.data.drawing import Panel, panel_grid, save_picture
 from thawline.data.draws import Draw
 from thawline.data.geometry import resize
-from thawline.data.records import DetectionSet, ImageRecord
+from thawline.data.records import DetectionSet, ImageRecord, clip_boxes
 from thawline.errors import ConfigError, DataError
 from thawline.metrics.detection import STATISTICS, DetectionEvaluator, DetectionMetrics
 from thawline.models.deimv2.load import read_checkpoint
@@ -279,7 +279,9 @@ class DetectionObjective:
             variant=self.base.variant,
             n_images=len(self.records),
             batch_size=self.training.batch_size,
+            size=self.size,
             start=self.start,
+            box_sides=_shorter_sides(self.records),
         )
 
     def _adjusted(self, settings: TrainingSettings) -> TrainingSettings:
@@ -295,6 +297,7 @@ class DetectionObjective:
             "mosaic_prob": of_objective.mosaic_prob,
             "mixup_prob": of_objective.mixup_prob,
             "copyblend_prob": of_objective.copyblend_prob,
+            "min_box_size": of_objective.min_box_size,
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         if not of_objective.multi_scale:
@@ -326,6 +329,16 @@ class DetectionObjective:
                 f"{self.training.gradient_accumulation} forward passes. Use a multiple of {parts}."
             )
         return max(1, batch_size // parts)
+
+
+def _shorter_sides(records: Sequence[ImageRecord]) -> np.ndarray:
+    """Of the boxes that are learned, in images of side 1, (N,)."""
+    sides = [np.empty((0, 2))]
+    for record in records:
+        boxes = clip_boxes(record.boxes_xyxy[~record.iscrowd], record.width, record.height)
+        sides.append((boxes[:, 2:] - boxes[:, :2]) / (record.width, record.height))
+    shorter = np.concatenate(sides).min(axis=1)
+    return shorter[shorter > 0]
 
 
 _OF_CLASS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")

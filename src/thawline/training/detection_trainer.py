@@ -298,6 +298,7 @@ class DetectionTrainer(Trainer):
             f"rates    {settings.lr:.2g}, backbone {settings.backbone_lr:.2g}, falling to "
             f"{settings.lr_gamma:g} of it; EMA {settings.ema_decay:.5g}",
             "epochs   " + ", ".join(f"{name} {span}" for name, span in shown.items()),
+            f"boxes    not learned with a side under {settings.min_box_size} px of {self.objective.size}",
         ]
         lines += [
             f"group    {g['name']}: {g['tensors']} tensors, {g['parameters']:,} parameters, "

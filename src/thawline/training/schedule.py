@@ -29,6 +29,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from thawline.data.augment import AugmentPolicy
 from thawline.data.collate import BatchPolicy, multi_scale_sizes
 from thawline.errors import ConfigError, did_you_mean
@@ -44,6 +46,7 @@ _MAX_WARMUP_SHARE = 0.05
 _MAX_EMA_SHARE = 0.05
 _MANY_IMAGES = 5000
 _LOWEST_PRETRAINED_SHARE = 0.25
+_MAX_SHARE_OF_SMALL_BOXES = 0.05
 
 
 class Window(NamedTuple):
@@ -185,6 +188,7 @@ class DetectionSchedule:
             "backbone_lr": s.backbone_lr,
             "final_lr_share": s.lr_gamma,
             "weight_decay": s.weight_decay,
+            "min_box_size": s.min_box_size,
             "warmup_steps": s.warmup_steps,
             "ema": {"decay": s.ema_decay, "warmup_steps": s.ema_warmup_steps},
             "probabilities": {
@@ -233,6 +237,7 @@ def derive_schedule(
     batch_size: int | None = None,
     size: int | None = None,
     start: Literal["scratch", "backbone", "detector"] = "scratch",
+    box_sides: np.ndarray | None = None,
 ) -> DetectionSchedule:
     """The schedule for a user's own data; all of it follows from these.
 
@@ -240,7 +245,13 @@ def derive_schedule(
     Raises: ConfigError: unknown size, or no epochs, images or batch.
     """
     settings = derive_settings(
-        epochs, variant=variant, n_images=n_images, batch_size=batch_size, size=size, start=start
+        epochs,
+        variant=variant,
+        n_images=n_images,
+        batch_size=batch_size,
+        size=size,
+        start=start,
+        box_sides=box_sides,
     )
     steps = max(1, n_images // settings.batch_size)
     return DetectionSchedule(variant=variant, settings=settings, steps_per_epoch=steps)
@@ -254,6 +265,7 @@ def derive_settings(
     batch_size: int | None = None,
     size: int | None = None,
     start: Literal["scratch", "backbone", "detector"] = "scratch",
+    box_sides: np.ndarray | None = None,
 ) -> TrainingSettings:
     """The recipe of a size, scaled to a user's own data.
 
@@ -268,6 +280,8 @@ def derive_settings(
     - **Warm-up**: the published steps, at most a twentieth of the run.
     - **EMA** averages over the published number of images, at most a twentieth of the run; its warm-up is a
       tenth of that, as published.
+    - **Small boxes**: those that the lite sizes leave out, under 8 to 12 pixels, but never more than a
+      twentieth of what there is to learn: at 320 pixels Atto would drop 83 % of cars seen from the air.
 
     Args:
         epochs: length of the run, 1 or more.
@@ -276,6 +290,8 @@ def derive_settings(
         batch_size: images per optimiser step over all devices; `None` derives it.
         size: side of the square input, pixels, a multiple of 32; `None` is the published one.
         start: what the weights come from.
+        box_sides: (N,), the shorter side of every training box in an input of side 1; `None` leaves the
+            published limit of small boxes.
     Raises: ConfigError: unknown size, or no epochs, images or batch.
     """
     published = _published(variant)
@@ -298,10 +314,16 @@ def derive_settings(
     lr = published.lr * per_batch
     backbone_lr = published.backbone_lr * per_batch * pretrained
     mosaic_start, mosaic_stop, strong_stop = published.policy
+    base_size = published.base_size if size is None else size
+    min_box_size = published.min_box_size
+    if box_sides is not None and len(box_sides):
+        smallest = base_size * float(np.quantile(box_sides, _MAX_SHARE_OF_SMALL_BOXES))
+        min_box_size = max(1, min(min_box_size, math.floor(smallest)))
     return replace(
         published,
         epochs=epochs,
-        base_size=published.base_size if size is None else size,
+        base_size=base_size,
+        min_box_size=min_box_size,
         batch_size=batch,
         val_batch_size=2 * batch,
         stop_epoch=scaled(published.stop_epoch),
