@@ -174,14 +174,18 @@ def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(recipe) 
     )
 
 
-def test_resuming_equals_never_having_stopped_bit_for_bit(recipe) -> None:
-    straight = run(recipe("straight", save_every=2, eval_every=4, keep_checkpoints=9, max_steps=6)).folder
+# Amid an epoch; at its end; at its end, just before its evaluation.
+@pytest.mark.parametrize(("step", "eval_every"), [(2, 4), (3, 4), (3, "epoch")])
+def test_resuming_equals_never_having_stopped_bit_for_bit(recipe, step: int, eval_every: object) -> None:
+    straight = run(
+        recipe("straight", save_every=step, eval_every=eval_every, keep_checkpoints=9, max_steps=6)
+    ).folder
     resumed = straight.with_name("resumed")
     shutil.copytree(straight, resumed)
-    forget_after(resumed, step=2)
+    forget_after(resumed, step=step)
     run(saved_config(resumed), resume=True)
-    for step in (4, 6):
-        assert_same(state_of(resumed / f"checkpoint-{step}"), state_of(straight / f"checkpoint-{step}"))
+    for later in range(2 * step, 7, step):
+        assert_same(state_of(resumed / f"checkpoint-{later}"), state_of(straight / f"checkpoint-{later}"))
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (resumed, straight)]
     for row, expected in zip(*(map(json.loads, lines[i]) for i in (0, 1)), strict=True):
         assert {**row, "seconds": 0} == {**expected, "seconds": 0}

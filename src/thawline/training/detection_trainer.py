@@ -183,8 +183,8 @@ class DetectionTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate the averaged weights; keep them as best/ and last/."""
-        with self._averaged():
+        """Evaluate the averaged weights; keep them as best/ and last/. Training's random state stays."""
+        with _random_state_kept(), self._averaged():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -215,6 +215,23 @@ class DetectionTrainer(Trainer):
         )
         if self._resumed_from is not None:
             self.average.load_state_dict(torch.load(self._resumed_from / AVERAGE, weights_only=True))
+
+    def catch_up(self) -> None:
+        """Evaluate an epoch whose end was saved just before its evaluation; a line of that goes first."""
+        step = self.state.global_step
+        is_end = self._resumed_from is not None and step % self.schedule.steps_per_epoch == 0
+        if not is_end or self.args.eval_strategy != "epoch" or not self.objective.held_out_rows:
+            return
+        if any(row["step"] == step and "eval_AP" in row for row in self.state.log_history):
+            return
+        file = self.folder / "metrics.jsonl"
+        if self.args.should_save and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [
+                line for line in lines if (row := json.loads(line))["step"] < step or "eval_AP" not in row
+            ]
+            write_text(file, "".join(f"{line}\n" for line in kept))
+        self.evaluate()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """For a checkpoint, all that resuming needs; else the detector the run ends with.
@@ -440,6 +457,7 @@ class Averaging(TrainerCallback):
     ) -> None:
         """Start it."""
         self.trainer.start_averaging()
+        self.trainer.catch_up()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -546,6 +564,10 @@ class _Batches:
     def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
         batch = self.collate(samples)
         return {"pixel_values": batch["pixel_values"], "targets": HostTargets(batch["targets"])}
+
+
+def _random_state_kept() -> AbstractContextManager[None]:
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def _save_detector(model: DEIMv2, folder: Path) -> None:
