@@ -36,8 +36,8 @@ COLOURS = [
 # fmt: on
 """Of class 0, 1, …, and from the first again. Each is the one farthest in CIELAB from those before it, among
 colours that white letters are legible on: any two are 38 apart, supervision's neighbours down to 21."""
-CROWDED = 40
-"""Where there are more boxes, names would cover the picture: lines are drawn, the legend has the colours."""
+COVERED = 0.25
+"""Where names would cover more of a picture, lines alone are drawn: the legend has the colours."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,15 +91,17 @@ def draw_panel(panel: Panel, class_names: Sequence[str], fit: tuple[int, int] | 
         return picture
     boxes = panel.boxes_xyxy * np.tile([size[0] / width, size[1] / height], 2)
     found = sv.Detections(xyxy=boxes.astype(np.float32), class_id=panel.labels.astype(int))
-    is_crowded = len(boxes) > CROWDED
+    names = [class_names[label] for label in panel.labels]
+    if panel.scores is not None:
+        names = [f"{name} {score:.2f}" for name, score in zip(names, panel.scores, strict=True)]
+    # A letter is about half as wide as it is high; two pixels of margin all around.
+    covered = sum(map(len, names)) * LABEL_SIZE // 2 * (LABEL_SIZE + 4)
+    is_crowded = covered > COVERED * size[0] * size[1]
     # supervision draws for OpenCV, which has blue first.
     picture = np.ascontiguousarray(picture[..., ::-1])
     colours = class_colours()
     picture = sv.BoxAnnotator(colours, thickness=1 if is_crowded else 2).annotate(picture, found)
     if not is_crowded:
-        names = [class_names[label] for label in panel.labels]
-        if panel.scores is not None:
-            names = [f"{name} {score:.2f}" for name, score in zip(names, panel.scores, strict=True)]
         writer = sv.RichLabelAnnotator(colours, font_size=LABEL_SIZE, text_padding=2, smart_position=True)
         picture = writer.annotate(picture, found, labels=names)
     return np.ascontiguousarray(picture[..., ::-1])
