@@ -36,7 +36,7 @@ COLOURS = [
 # fmt: on
 """Of class 0, 1, …, and from the first again. Each is the one farthest in CIELAB from those before it, among
 colours that white letters are legible on: any two are 38 apart, supervision's neighbours down to 21."""
-COVERED = 0.25
+COVERED = 0.15
 """Where names would cover more of a picture, lines alone are drawn: the legend has the colours."""
 
 
