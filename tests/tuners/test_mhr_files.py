@@ -262,6 +262,25 @@ def test_routing_of_other_skills_warns_and_of_other_shapes_raises(tmp_path: Path
         load_routing(routed(), tmp_path / "nowhere")
 
 
+def test_broken_routing_files_are_named_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
+    model = routed()
+    save_routing(model, tmp_path)
+    set_task_ids(model, [0, 1, 2])
+    before = logits(model, tokens())
+    whole = (tmp_path / "routing.json").read_text(), (tmp_path / "routing.safetensors").read_bytes()
+    (tmp_path / "routing.json").write_text(whole[0][:40])
+    with pytest.raises(CheckpointError, match="broken routing file"):
+        load_routing(model, tmp_path)
+    (tmp_path / "routing.json").write_text('{"router": "learned"}')
+    with pytest.raises(CheckpointError, match=r"lacks \['n_tasks', .*expected a file of save_routing"):
+        load_routing(model, tmp_path)
+    (tmp_path / "routing.json").write_text(whole[0])
+    (tmp_path / "routing.safetensors").write_bytes(whole[1][:100])
+    with pytest.raises(CheckpointError, match="broken routing file"):
+        load_routing(model, tmp_path)
+    assert torch.equal(logits(model, tokens()), before)
+
+
 # Other formats.
 
 
@@ -293,6 +312,8 @@ def test_only_poly_is_read_as_poly(tmp_path: Path) -> None:
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="LORA adapter; expected POLY"):
         from_poly(tiny_llama(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"nowhere' has no adapter_config.json"):
+        from_poly(tiny_llama(), tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("form", ["dict", "lightning", "safetensors"])
@@ -369,6 +390,8 @@ def test_loras_that_cannot_share_an_inventory_raise(tmp_path: Path) -> None:
         from_loras(tiny_llama(), [tmp_path / "c"])
     with pytest.raises(ConfigError, match="at least one LoRA"):
         from_loras(tiny_llama(), [])
+    with pytest.raises(CheckpointError, match=r"nowhere' has no adapter_config.json"):
+        from_loras(tiny_llama(), [tmp_path / "nowhere"])
 
 
 def test_conv1d_loras_become_skills(tmp_path: Path) -> None:

@@ -60,8 +60,11 @@ def add_tasks(
         start_from: "fresh" logits near zero, "uniform" zeros, the "mean" of the trained rows, or a task's id
             or name to copy.
         adapter_name: which adapter; `None` for the active one.
-    Raises: ConfigError: for a name that is taken. RoutingError: for an unknown task in `start_from`.
+    Raises: ConfigError: for no names, or one that is taken. RoutingError: for an unknown task in
+        `start_from`.
     """
+    if not names:
+        raise ConfigError(f"names={names!r}: expected the names of the new tasks, or how many.")
     shared, name = find_adapter(model, adapter_name)
     config = shared.configs[name]
     n_old = config.n_tasks or 1

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PolyConfig, get_peft_model
+from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -40,9 +41,9 @@ def from_poly(base_model: nn.Module, directory: str | Path) -> PeftModel:
     Training goes on as PEFT's does, with noise per example; set `noise="none"` in the config for the authors'
     way.
 
-    Raises: CheckpointError: if the folder holds another kind of adapter.
+    Raises: CheckpointError: if the folder holds no adapter, or another kind.
     """
-    poly = PeftConfig.from_pretrained(str(directory))
+    poly = _read_config(directory)
     if not isinstance(poly, PolyConfig):
         raise CheckpointError(f"'{directory}' holds a {poly.peft_type} adapter; expected POLY.")
     config = MHRConfig(
@@ -187,9 +188,15 @@ def _read(path: Path) -> dict[str, Tensor]:
     return loaded.get("state_dict", loaded)
 
 
+def _read_config(directory: str | Path) -> PeftConfig:
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise CheckpointError(f"'{directory}' has no adapter_config.json: expected the folder of an adapter.")
+    return PeftConfig.from_pretrained(str(directory))
+
+
 def _read_lora(directory: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Factors (r, I) and (O, r), scale within the second, by module name."""
-    config = PeftConfig.from_pretrained(str(directory))
+    config = _read_config(directory)
     if not isinstance(config, LoraConfig) or config.use_dora:
         raise CheckpointError(
             f"'{directory}' holds no plain LoRA, but {config.peft_type} (DoRA counts as another)."
@@ -206,8 +213,6 @@ def _read_lora(directory: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 def lora_scale(config: LoraConfig, module: str) -> float:
     """What PEFT multiplies the product of a LoRA's factors with."""
-    from peft.utils.other import get_pattern_key
-
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
     return alpha / (r**0.5 if config.use_rslora else r)

@@ -9,8 +9,10 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +23,8 @@ from thawline.tuners.mhr.routing import Router
 from thawline.tuners.mhr.state import TaskIds
 
 TENSORS, FACTS = "routing.safetensors", "routing.json"
+FIELDS = ("router", "n_tasks", "task_names", "n_skills", "granularity", "uniform_mix", "skills_sha256")
+"""Of FACTS: those of the config, and which skills the table was trained with."""
 
 
 def save_routing(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> None:
@@ -38,15 +42,8 @@ def save_routing(model: nn.Module, directory: str | Path, adapter_name: str | No
         for key, tensor in router.state_dict().items()
     }
     save_file(tensors, folder / TENSORS)
-    facts = {
-        "router": config.router,
-        "n_tasks": config.n_tasks,
-        "task_names": config.task_names,
-        "n_skills": config.n_skills,
-        "granularity": config.granularity,
-        "uniform_mix": config.uniform_mix,
-        "skills_sha256": _fingerprint(shared, name),
-    }
+    facts = {field: getattr(config, field) for field in FIELDS[:-1]}
+    facts[FIELDS[-1]] = _fingerprint(shared, name)
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -55,8 +52,8 @@ def load_routing(model: nn.Module, directory: str | Path, adapter_name: str | No
 
     Warns if it was trained with other skills than the model has.
 
-    Raises: CheckpointError: if files are missing or are of another router, granularity, number of skills or
-        heads.
+    Raises: CheckpointError: if files are missing, broken, or of another router, granularity, number of skills
+        or heads.
     """
     shared, name = find_adapter(model, adapter_name)
     config = shared.configs[name]
@@ -66,13 +63,12 @@ def load_routing(model: nn.Module, directory: str | Path, adapter_name: str | No
         raise CheckpointError(
             f"'{folder}' has no {' and no '.join(missing)}: expected a folder written by save_routing."
         )
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts, tensors = _read(folder)
     for field in ("router", "granularity", "n_skills"):
         if facts[field] != getattr(config, field):
             raise CheckpointError(
                 f"'{folder}' has {field}={facts[field]!r}, the model {field}={getattr(config, field)!r}."
             )
-    tensors = load_file(folder / TENSORS)
     tables = _tables(shared, name)
     for part, router in tables.items():
         for key, old in router.state_dict().items():
@@ -93,6 +89,17 @@ def load_routing(model: nn.Module, directory: str | Path, adapter_name: str | No
         config, n_tasks=facts["n_tasks"], task_names=facts["task_names"], uniform_mix=facts["uniform_mix"]
     )
     forget(shared)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        missing = [field for field in FIELDS if field not in facts]
+        if missing:
+            raise CheckpointError(f"'{folder / FACTS}' lacks {missing}: expected a file of save_routing.")
+        return facts, load_file(folder / TENSORS)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"'{folder}' holds a broken routing file: {error}") from error
 
 
 def _tables(shared: TaskIds, name: str) -> dict[str, Router]:
