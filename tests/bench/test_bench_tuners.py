@@ -105,7 +105,7 @@ def test_mhr_on_one_linear_is_few_operations_and_keeps_no_copy_of_the_input():
     assert rows["mhr"]["ops"]["forward"] - of_the_loss <= 12
     output = x = 4 * 2**20
     assert rows["mhr"]["memory"]["saved"] - output - x <= 0.35 * 2**20
-    assert rows["poly"]["ops"]["waits"] > rows["mhr"]["ops"]["waits"] == 1  # the batch's ids, once
+    assert rows["poly"]["ops"]["waits"] > rows["mhr"]["ops"]["waits"] == 0
 
 
 @pytest.mark.parametrize(

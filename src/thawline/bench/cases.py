@@ -11,6 +11,7 @@ __all__ = ["CASES", "Case"]
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ from transformers import (
 from thawline.bench.images import ConvNet, VisionTransformer
 from thawline.bench.variants import Adapt
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors, and the rows' task ids."""
 
 
 @dataclass(frozen=True, kw_only=True)

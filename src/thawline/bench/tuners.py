@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thawline.bench.cases import CASES, Case
+from thawline.bench.cases import CASES, Batch, Case
 from thawline.bench.host_reads import HostReads
 from thawline.bench.measure import (
     Sample,
@@ -109,18 +109,19 @@ class _Run:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
-    batch: dict[str, Tensor]
+    batch: Batch
     case: Case
 
     @classmethod
     def start(cls, variant: str, case: Case, device: torch.device) -> _Run:
         torch.manual_seed(0)
-        batch = {
+        batch: Batch = {
             name: value.to(device, case.dtype if value.is_floating_point() else None)
             for name, value in case.batch().items()
         }
         if case.tasks is not None and variant in ROUTED:
-            batch["task_ids"] = torch.tensor(case.tasks)
+            # As Poly takes them, and as the batches of `thawline train` bring them.
+            batch["task_ids"] = torch.tensor(case.tasks) if variant == "poly" else list(case.tasks)
         with (
             device
         ):  # a GPU draws a billion random weights at once, one thread of a processor in half a minute
@@ -152,8 +153,9 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
 
     def waits(self, call: Callable[[], object]) -> int:
-        """Times that `call` waits for the device, on which the task ids lie too."""
-        return HostReads.of(call, [*self.model.parameters(), *self.batch.values()]).total
+        """Times that `call` waits for the device, on which every tensor of the batch lies."""
+        inputs = [value for value in self.batch.values() if isinstance(value, Tensor)]
+        return HostReads.of(call, [*self.model.parameters(), *inputs]).total
 
     def read(self) -> dict[str, Any]:
         """Everything but time, after one step that lets lazy state settle."""
