@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import transformers
@@ -13,6 +14,11 @@ from thawline.bench import detector
 from thawline.bench.port import build_port
 from thawline.errors import ConfigError
 from thawline.models.deimv2 import VARIANTS, DEIMv2
+
+ROOT = Path(__file__).parents[2]
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+# What each size must reach, as a share of the port's time in the same rounds.
+GOALS = {"atto": 0.50, "femto": 0.50, "pico": 0.55, "n": 0.55, "s": 0.86, "m": 0.86, "l": 0.90, "x": 0.92}
 
 needs_port = pytest.mark.skipif(
     not hasattr(transformers, "Deimv2Config"), reason="this transformers has no DEIMv2"
@@ -82,3 +88,68 @@ def test_a_transformers_without_the_port_is_said_to_be(monkeypatch: pytest.Monke
     monkeypatch.setattr("thawline.bench.port.transformers", SimpleNamespace(__version__="5.3.0"))
     with pytest.raises(ConfigError, match="transformers 5.3.0 has no DEIMv2"):
         build_port(DEIMv2.from_variant("atto"))
+
+
+def recorded(name: str) -> dict[str, Any]:
+    assert f"`benchmarks/results/{name}.json`" in PERFORMANCE
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["sizes"]
+
+
+def test_the_docs_show_the_recorded_latency_and_it_reaches_the_goals() -> None:
+    sizes = recorded("detector")
+    assert list(sizes) == list(VARIANTS)
+    for size, record in sizes.items():
+        (run,) = record["runs"]
+        port, eager, fused = (run["forms"][form] for form in ("port", "eager", "fused"))
+        times = " | ".join(f"{form['median_ms']:.1f}" for form in (port, eager, fused))
+        assert (
+            f"| {size} | {record['resolution']} | {record['parameters']['fused']:,} "
+            f"| {record['gflops']['eager']:.2f} | {times} | {eager['of_port']:.2f} "
+            f"| **{fused['of_port']:.2f}** | {fused['of_product']:.0%} |"
+        ) in PERFORMANCE
+        assert record["rounds"] >= 10
+        assert "--threads 2" in record["command"]
+        assert fused["of_port"] <= GOALS[size]
+
+
+def test_the_docs_name_the_recorded_operators() -> None:
+    names = {
+        "aten::mkldnn_convolution": "convolution",
+        "mkldnn::_convolution_pointwise": "convolution",
+        "aten::max_pool2d_with_indices": "max-pool",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "aten::addmm": "linear",
+        "aten::cat": "concatenation",
+        "aten::copy_": "copy",
+    }
+    for size, record in recorded("detector").items():
+        cells = [
+            ", ".join(
+                f"{names.get(operator, operator.removeprefix('aten::'))} {share:.0%}"
+                for operator, share in list(record["runs"][0]["forms"][form]["operators"].items())[:4]
+            )
+            for form in ("eager", "fused")
+        ]
+        assert f"| {size} | {' | '.join(cells)} |" in PERFORMANCE
+
+
+def test_the_docs_show_the_recorded_compiled_forms_which_are_no_slower() -> None:
+    for size, record in recorded("detector-compiled").items():
+        for run in record["runs"]:
+            eager, compiled, fused, both = (
+                run["forms"][form] for form in ("eager", "compiled", "fused", "compiled_fused")
+            )
+            assert (
+                f"| {size} | {run['batch']} | {eager['median_ms']:.1f} | {compiled['median_ms']:.1f} "
+                f"| {compiled['of_uncompiled']:.2f} | {fused['median_ms']:.1f} | {both['median_ms']:.1f} "
+                f"| {both['of_uncompiled']:.2f} | {both['of_port']:.2f} |"
+            ) in PERFORMANCE
+            # Two equal models come out up to 0.04 apart.
+            assert max(compiled["of_uncompiled"], both["of_uncompiled"]) <= 1.04
+
+
+def test_the_docs_show_what_the_allocator_does_to_the_ratios() -> None:
+    sizes = recorded("detector-kept-memory")
+    ratios = " | ".join(f"{record['runs'][0]['forms']['fused']['of_port']:.2f}" for record in sizes.values())
+    assert f"| {' | '.join(sizes)} |" in PERFORMANCE
+    assert f"| {ratios} |" in PERFORMANCE

@@ -39,6 +39,7 @@ from thawline.errors import ConfigError
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 
 FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")
+UNCOMPILED = {"compiled": "eager", "compiled_fused": "fused"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 N_OPERATORS = 8
 """That a profile names."""
@@ -91,7 +92,8 @@ def measure_size(
         resolution: (height, width); by default the size's own.
     Returns: a JSON-ready record. For each batch and dtype and form: `median_ms` of one call, `images_per_s`,
         `of_port`, and `of_product`: floating-point operations a second as a share of the matrix product's;
-        profiled, `operators`: the share of the time that each of the largest takes.
+        of a compiled form `of_uncompiled`, where that was measured too; profiled, `operators`: the share of
+        the time that each of the largest takes.
     """
     model, port = _pair(size)
     height, width = resolution or model.config.image_size
@@ -155,7 +157,7 @@ def _detector(
         return detect_as_port
     ours = model.fuse() if form.endswith("fused") else model
     ours = ours.to(device, dtype)
-    network = torch.compile(ours, fullgraph=True) if form.startswith("compiled") else ours
+    network = torch.compile(ours, fullgraph=True) if form in UNCOMPILED else ours
 
     def detect(pixels: Tensor) -> object:
         return ours.postprocess(network(pixels), [(480, 640)] * len(pixels))
@@ -218,8 +220,9 @@ def _read(
             "images_per_s": round(batch / seconds, 2),
             "of_product": round(gflops / product_gflops / median_ratio(own, product, clock), 4),
         }
-        if "port" in samples:
-            forms[name]["of_port"] = round(median_ratio(own, samples["port"], clock), 4)
+        for base, key in (("port", "of_port"), (UNCOMPILED.get(name), "of_uncompiled")):
+            if base in samples:
+                forms[name][key] = round(median_ratio(own, samples[base], clock), 4)
     seconds = statistics.median(getattr(sample, clock) for sample in product) / calls
     return {"clock": clock, "product_gflops_per_s": round(product_gflops / seconds, 1), "forms": forms}
 
@@ -258,7 +261,7 @@ def _counts(record: dict[str, Any]) -> str:
 
 def _table(record: dict[str, Any]) -> str:
     """The record as a Markdown table: what the docs show is what the command prints."""
-    lines = [["dtype", "batch", "form", "ms", "images/s", "× port", "of the product's rate"]]
+    lines = [["dtype", "batch", "form", "ms", "images/s", "× port", "× uncompiled", "of the product's rate"]]
     lines.append(["---"] * len(lines[0]))
     for run in record["runs"]:
         for name, form in run["forms"].items():
@@ -269,7 +272,7 @@ def _table(record: dict[str, Any]) -> str:
                     name,
                     f"{form['median_ms']:.2f}",
                     f"{form['images_per_s']:.1f}",
-                    f"{form['of_port']:.3f}" if "of_port" in form else "-",
+                    *(f"{form[key]:.3f}" if key in form else "-" for key in ("of_port", "of_uncompiled")),
                     f"{form['of_product']:.0%}",
                 ]
             )

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from thawline.errors import ConfigError, did_you_mean
 from thawline.models.deimv2.criterion import CriterionConfig
@@ -81,6 +81,11 @@ class DEIMv2Config:
             raise ConfigError(
                 f"`decoder.num_points={self.decoder.num_points}` must name points for each of the strides "
                 f"{self.strides}."
+            )
+        if any(side < 1 or side % self.strides[-1] for side in self.image_size):
+            raise ConfigError(
+                f"`image_size={self.image_size}`: expected a height and a width that are multiples of "
+                f"{self.strides[-1]}."
             )
 
     @property
@@ -169,9 +174,39 @@ def _decode(hint: Any, value: Any, name: str) -> Any:
             _check_known(name, key, hints)
         return part(**{key: _decode(hints[key], inner, f"{name}.{key}") for key, inner in value.items()})
     if isinstance(value, list | tuple):
-        inner = next((arg for choice in _choices(hint) for arg in typing.get_args(choice)), None)
-        return tuple(_decode(inner, item, name) for item in value)
+        inner = next((arg for choice in _choices(hint) for arg in typing.get_args(choice)), Any)
+        value = tuple(_decode(inner, item, name) for item in value)
+    if not _fits(hint, value):
+        expected = " or ".join(_spelled(choice) for choice in _choices(hint))
+        raise ConfigError(f"`{name}={value!r}`: expected {expected}.")
     return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of its field's type. A whole number is a float, too; a truth value is no number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if isinstance(hint, types.UnionType):
+        return any(_fits(choice, value) for choice in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(inner) == len(value) and all(map(_fits, inner, value))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _spelled(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "None"
+    return str(hint) if typing.get_args(hint) else hint.__name__
 
 
 def _part(hint: Any, value: Mapping[str, Any], name: str) -> Any:

@@ -70,6 +70,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.hidden_dim % self.num_heads:
             raise ConfigError(f"`num_heads={self.num_heads}` does not divide `hidden_dim={self.hidden_dim}`.")
+        if self.num_layers < 1:
+            raise ConfigError(f"`num_layers={self.num_layers}`: expected 1 or more.")
         if not -self.num_layers <= self.eval_layer < self.num_layers:
             raise ConfigError(
                 f"`eval_layer={self.eval_layer}`: expected one of the {self.num_layers} layers, "

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thawline.errors import ConfigError
 from thawline.models.deimv2.fused import Clamp, FusedConv, concatenate, fuse_children
 
 
@@ -47,7 +48,15 @@ class HGNetV2Config:
     """In, mid, out."""
     stages: tuple[StageConfig, ...]
     out_stages: tuple[int, ...]
-    """Stages whose output is taken; stage s has stride 4·2^s."""
+    """Stages whose output is taken, ascending; stage s has stride 4·2^s."""
+
+    def __post_init__(self) -> None:
+        taken = list(self.out_stages)
+        if not taken or taken != sorted(set(taken) & set(range(len(self.stages)))):
+            raise ConfigError(
+                f"`out_stages={self.out_stages}`: expected some of the {len(self.stages)} stages, 0 … "
+                f"{len(self.stages) - 1}, in ascending order."
+            )
 
     @property
     def strides(self) -> tuple[int, ...]:

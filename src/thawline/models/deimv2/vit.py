@@ -63,6 +63,12 @@ class ViTConfig:
                 f"`num_heads={self.num_heads}` cuts `dim={self.dim}` into heads of "
                 f"{self.dim / self.num_heads:g}; rotary embedding needs a multiple of 4."
             )
+        taken = list(self.out_blocks)
+        if not taken or taken != sorted(set(taken) & set(range(self.depth))):
+            raise ConfigError(
+                f"`out_blocks={self.out_blocks}`: expected some of the {self.depth} blocks, 0 … "
+                f"{self.depth - 1}, in ascending order."
+            )
         if self.rope_rescale is not None and self.rope_rescale < 1:
             raise ConfigError(
                 f"`rope_rescale={self.rope_rescale}`: expected a factor of at least 1, or None: never."
