@@ -41,10 +41,14 @@ def save_routing(model: nn.Module, directory: str | Path, adapter_name: str | No
         for part, router in _tables(shared, name).items()
         for key, tensor in router.state_dict().items()
     }
-    save_file(tensors, folder / TENSORS)
     facts = {field: getattr(config, field) for field in FIELDS[:-1]}
     facts[FIELDS[-1]] = _fingerprint(shared, name)
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    # Both beside their places first: a kill while writing leaves the pair that was there.
+    beside = {file: folder / f"{file}.partial" for file in (TENSORS, FACTS)}
+    save_file(tensors, beside[TENSORS])
+    beside[FACTS].write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    for file, written in beside.items():
+        written.replace(folder / file)
 
 
 def load_routing(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> None:
