@@ -92,3 +92,30 @@ def test_what_is_learned_with_a_tuner_on_the_backbone_is_shown(tuner: str) -> No
     classes = [f"{row['AP50_by_class'][name]:.3f}" for name in ("RBC", "WBC", "Platelets")]
     cells = [TUNERS[tuner], *scores, f"{row['AP50']:.3f}", *classes, f"{row['cpu_seconds']:.0f}"]
     assert f"| {' | '.join(cells)} |" in BACKBONE
+
+
+def test_detectors_on_real_sets_are_shown_as_recorded() -> None:
+    found = recorded("detection_real")
+    page = (ROOT / "docs" / "results" / "detection.md").read_text(encoding="utf-8")
+
+    def cells(*values: float) -> str:
+        return " | ".join(f"{value:.3f}" for value in values)
+
+    for name, methods in found["sets"].items():
+        ours, port = methods["thawline"], methods["transformers"]
+        assert ours["images"] == port["images"]
+        shown = (
+            f"| {ours['images']:,} | **{ours['AP']:.3f}** | {cells(ours['AP50'], port['AP'], port['AP50'])} |"
+        )
+        assert re.search(rf"^\| {name} \| .*{re.escape(shown)}$", page, re.MULTILINE)
+    for result in found["ablation"]["bccd"].values():
+        assert len(result["AP_of_seeds"]) == 2
+        of_seeds = [
+            ", ".join(f"{value:.3f}" for value in result[f"{key}_of_seeds"]) for key in ("AP", "AP50")
+        ]
+        assert f"| {of_seeds[0]} | {result['AP']:.3f} | {of_seeds[1]} | {result['AP50']:.3f} |" in page
+    for name in ("nuts", "trees"):
+        for tuner, title in (("frozen", "frozen"), ("paca", "PaCA"), ("none", "all trains")):
+            result = found["few"][name][tuner]
+            row = cells(result["AP"], result["AP50"], result["best_AP_on_the_way"])
+            assert f"| {name} | {title} | {row} |" in page
