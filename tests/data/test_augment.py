@@ -150,6 +150,39 @@ def test_each_epoch_applies_exactly_the_listed_operations(
     assert together == expected
 
 
+def test_mirroring_zooming_and_cropping_come_with_their_probabilities(
+    images: Painted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = AugmentPolicy(size=32, strong=(0, 400), mosaic=(0, 0))
+    assert (policy.flip_prob, policy.zoom_out_prob, policy.crop_prob) == (0.5, 0.5, 0.8)  # as published
+    policy = replace(policy, flip_prob=0.3, zoom_out_prob=0.6)
+    counts: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        real = getattr(View, name)
+
+        def call(view: View, *args):
+            counts[name] += 1
+            counts["mirrored"] += view.mirrored and name == "crop"
+            return real(view, *args)
+
+        monkeypatch.setattr(View, name, call)
+
+    count("zoom_out")
+    count("crop")
+    data = TrainingImages(images, policy)
+    draws = [Draw(epoch, position) for epoch in range(250) for position in range(len(data))]
+    for draw in draws:
+        data[draw]
+
+    def within(found: int, of: int, prob: float) -> None:
+        assert found / of == pytest.approx(prob, abs=4 * (prob * (1 - prob) / of) ** 0.5)
+
+    within(counts["zoom_out"], len(draws), 0.6)
+    within(counts["crop"], len(draws), 0.8)
+    within(counts["mirrored"], counts["crop"], 0.3)
+
+
 def test_mosaics_come_with_their_probability() -> None:
     lanes = mosaic.Lanes(seed=5, n_images=4000, batch_size=4)
     for prob in (0.3, 0.5):

@@ -366,6 +366,23 @@ def test_all_errors_are_named_at_once_with_what_to_do(tmp_path: Path) -> None:
     assert {"box-outside", "box-degenerate"} <= set(kinds(read_detection(root)))
 
 
+@pytest.mark.parametrize("what", ["missing", "corrupt"])
+def test_annotations_of_an_image_that_cannot_be_used_are_looked_at_too(tmp_path: Path, what: str) -> None:
+    root = write_coco(tmp_path / "set")
+    file = root / "annotations/instances_train2017.json"
+    content = json.loads(file.read_text())
+    first = content["images"][0]
+    content["annotations"] += [
+        {"id": 100, "image_id": first["id"], "category_id": 8, "bbox": [1, 1, 2, 2]},
+        {"id": 101, "image_id": first["id"], "category_id": 1, "bbox": [9, 9, 0, 5]},
+        {"id": 102, "image_id": first["id"], "category_id": 1, "bbox": [39, 29, 900, 9]},
+    ]
+    save_json(file, content)
+    image = root / "train2017" / first["file_name"]
+    image.unlink() if what == "missing" else image.write_text("not a picture")
+    assert {f"{what}-image", "class-id", "box-degenerate", "box-outside"} <= set(kinds(read_detection(root)))
+
+
 def test_a_missing_split_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split 'test'. Available: train, val."):
         load_detection(write_coco(tmp_path / "set")).records("test")

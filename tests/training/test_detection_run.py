@@ -133,7 +133,9 @@ def assert_same(a: object, b: object, where: str = "") -> None:
         assert a == b, where
 
 
-def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(recipe) -> None:
+def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(
+    recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run(recipe())
     folder = result.folder
     assert (result.status, result.steps) == ("finished", 9)
@@ -161,7 +163,9 @@ def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(recipe) 
         )
     # What is evaluated later is the detector the run ended with.
     assert evaluate(folder).metrics == pytest.approx(result.metrics)
-    assert main(["eval", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(folder), "--data", str(saved_config(folder).data.path)]) == 0
+    assert "Left out" not in "".join(capsys.readouterr())  # a field of text's data, for one
     (evaluated,) = folder.glob("eval-*")
     for name in ("detection_metrics.json", "predictions.jsonl", "pictures/worst.png", "report.html"):
         assert (evaluated / name).is_file(), name

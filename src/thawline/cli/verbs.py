@@ -92,7 +92,8 @@ def evaluate(argv: list[str]) -> int:
         from thawline.run import saved_config
 
         mapping = saved_config(target).to_mapping()
-        if any(token.split("=")[0] in ("--data", "--data.path") for token in argv):
+        names_data = any(token.split("=")[0] in ("--data", "--data.path") for token in argv)
+        if names_data and "eval_path" in mapping["data"]:
             mapping["data"]["eval_path"] = None
         if "adapt" in mapping["tuner"]:  # what is evaluated is trained, and can be adapted: zero-shot
             mapping["tuner"]["start_from"] = target

@@ -178,9 +178,11 @@ class _SplitAssembler:
             folders = self.raw.looked_in.get(self.split, ())
             places = ", ".join(relative_name(folder, self.raw.root) for folder in folders)
             self._problem("missing-image", image, f"no file '{image.name}' in {places or 'any folder'}")
+            self._remark_annotations(image)
             return None
         if probe.fault:
             self._problem("corrupt-image", image, f"'{image.path}': {probe.fault}")
+            self._remark_annotations(image)
             return None
         oriented = self.raw.obeys_orientation
         stored = (probe.width, probe.height)
@@ -216,6 +218,16 @@ class _SplitAssembler:
             area=np.array([own[i] if area is None else area for i, area in enumerate(areas)], np.float64),
             oriented=oriented,
         )
+
+    def _remark_annotations(self, image: RawImage) -> None:
+        """What is wrong with them too: whoever puts the image back should not meet it then."""
+        boxes = box_array(image.boxes)
+        if self.raw.is_relative and image.size is not None:
+            boxes = boxes * np.array([*image.size, *image.size])
+        keep = self._usable(image, boxes)
+        if image.size is not None:
+            labels = np.array([self.label_of[image.class_ids[i]] for i in keep], np.int64)
+            self._remark_boxes(image, boxes[keep], labels, *image.size)
 
     def _usable(self, image: RawImage, boxes: np.ndarray) -> list[int]:
         keep = []
