@@ -123,16 +123,20 @@ def test_tokens_with_rows_of_their_own_equal_each_alone() -> None:
         torch.testing.assert_close(out[n], (weight + 0.5 * delta) @ token)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0, 1, 2])], ids=["each its own", "shared"])
+@pytest.mark.parametrize("fused", [True, False], ids=["base inside", "base outside"])
+def test_first_and_second_derivatives(fused: bool, index: Tensor | None) -> None:
     A, B, weights = inventory()
-    x, weight = torch.randn(GROUPS, 2, I, dtype=A.dtype), torch.randn(O, I, dtype=A.dtype)
+    groups = GROUPS if index is None else len(index)
+    x, weight = torch.randn(groups, 2, I, dtype=A.dtype), torch.randn(O, I, dtype=A.dtype)
 
     def function(x, A, B, w):
-        mixed = mix_skills_of_many(w[None], [A], [B], scale=0.7)
-        return low_rank_linear(x, (weight, None), *mixed)
+        mixed = mix_skills_of_many(w[None], [A], [B], index, scale=0.7)
+        return low_rank_linear(x, (weight, None) if fused else x @ weight.T, *mixed)
 
     inputs = tuple(leaf.requires_grad_() for leaf in (x, A, B, weights))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 def test_low_precision_base_gets_cast_factors_and_full_precision_gradients() -> None:

@@ -13,7 +13,8 @@ then slices without a copy, and the inventory does not depend on the number of h
 
 `mix_skills` and `apply_low_rank` are plain differentiable torch. `low_rank_linear` is the same arithmetic as
 one autograd node: it mixes in the dtype of the masters and applies in that of the output, writes into the
-base's own output, and keeps for backward only the input itself, the mixed factors and x A.
+base's own output, and keeps for backward only the input itself, the mixed factors and x A. Both nodes can be
+differentiated twice.
 
 Axes: G groups of rows that share a routing row, M tokens of a group, I/O in/out features, D either, R rank,
 S skills, H heads.
@@ -28,7 +29,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = [
     "FrozenLinear",
@@ -156,9 +156,7 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         y = F.linear(x, weight, bias) if base_output is None else base_output
         groups = A.shape[0]
-        x_GMI = _grouped(x, groups)
-        # Transposed, as below: on a processor a product R columns wide takes four times one R rows high.
-        xA_GRM = torch.bmm(A.mT, (x_GMI if x.dtype is y.dtype else x_GMI.to(y.dtype)).mT)
+        xA_GRM = _small_product(x, A, y.dtype)
         y_GMO = _grouped(y, groups)
         if base_output is None:
             y_GMO.baddbmm_(xA_GRM.mT, B.mT)
@@ -168,11 +166,14 @@ class _LowRankLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Not once_differentiable: its context costs a small model 2 % of its step. What differentiating twice
+        # would get wrong is x A, which has no graph, and for that is made again with one.
         x, weight, A, B, xA_GRM = ctx.saved_tensors
         needs_x, needs_output, _, _, needs_A, needs_B = ctx.needs_input_grad
-        groups = A.shape[0]
+        groups, dtype = A.shape[0], dy.dtype
+        if torch.is_grad_enabled():
+            xA_GRM = _small_product(x, A, dtype)
         dy_GMO = _grouped(dy, groups)
         d_xA_GRM = torch.bmm(B.mT, dy_GMO.mT)
         dx = dA = dB = None
@@ -180,15 +181,24 @@ class _LowRankLinear(torch.autograd.Function):
             if weight is None:
                 dx = torch.bmm(d_xA_GRM.mT, A.mT).view(x.shape)
             else:
-                dx = dy @ (weight if weight.dtype is dy.dtype else weight.to(dy.dtype))
+                dx = dy @ (weight if weight.dtype is dtype else weight.to(dtype))
                 _grouped(dx, groups).baddbmm_(d_xA_GRM.mT, A.mT)
             dx = dx if dx.dtype is x.dtype else dx.to(x.dtype)
         if needs_A:
             x_GMI = _grouped(x, groups)
-            dA = torch.bmm(d_xA_GRM, x_GMI if x.dtype is dy.dtype else x_GMI.to(dy.dtype)).mT
+            dA = torch.bmm(d_xA_GRM, x_GMI if x.dtype is dtype else x_GMI.to(dtype)).mT
         if needs_B:
             dB = torch.bmm(xA_GRM, dy_GMO).mT
         return dx, dy if needs_output else None, None, None, dA, dB
+
+
+def _small_product(x: Tensor, A_GIR: Tensor, dtype: torch.dtype) -> Tensor:
+    """x A, (G, R, M): transposed, as all small products are here.
+
+    On a processor a product R columns wide takes four times one R rows high.
+    """
+    x_GMI = _grouped(x, A_GIR.shape[0])
+    return torch.bmm(A_GIR.mT, (x_GMI if x.dtype is dtype else x_GMI.to(dtype)).mT)
 
 
 class _MixSkills(torch.autograd.Function):
@@ -207,8 +217,8 @@ class _MixSkills(torch.autograd.Function):
         scale: float,
         *skills_SDR: Tensor,
     ) -> tuple[Tensor, ...]:
-        n, rows, n_heads, n_skills = weights_NUHS.shape
-        w_XUS = weights_NUHS.transpose(1, 2).reshape(n * n_heads, rows, n_skills).to(skills_SDR[0].dtype)
+        n, _, n_heads, _ = weights_NUHS.shape
+        w_XUS = _by_head(weights_NUHS, skills_SDR[0].dtype)
         mixed: list[Tensor] = []
         with _no_autocast(w_XUS):
             for factors, c in ((skills_SDR[:n], 1.0), (skills_SDR[n:], scale)):
@@ -218,16 +228,16 @@ class _MixSkills(torch.autograd.Function):
                 # One pass brings the rows to the front and casts.
                 mixed_UXF = mixed_UXF.to(dtype, memory_format=torch.contiguous_format)
                 mixed += mixed_UXF.reshape(len(mixed_UXF), n, *factors[0].shape[1:]).unbind(1)
-        ctx.weights_dtype = weights_NUHS.dtype
-        ctx.n, ctx.n_heads, ctx.scale = n, n_heads, scale
-        ctx.save_for_backward(w_XUS, index, *skills_SDR)
+        ctx.scale = scale
+        ctx.save_for_backward(weights_NUHS, w_XUS, index, *skills_SDR)
         return tuple(mixed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *d_mixed: Tensor) -> tuple[Tensor | None, ...]:
-        w_XUS, index, *skills_SDR = ctx.saved_tensors
-        n, n_heads, (_, rows, n_skills) = ctx.n, ctx.n_heads, w_XUS.shape
+        weights_NUHS, w_XUS, index, *skills_SDR = ctx.saved_tensors
+        n, rows, n_heads, n_skills = weights_NUHS.shape
+        if torch.is_grad_enabled():  # differentiated twice: with a graph of its own
+            w_XUS = _by_head(weights_NUHS, w_XUS.dtype)
         needs_weights, _, _, _, *needs_skills = ctx.needs_input_grad
         d_XUS: Tensor | None = None
         d_skills: list[Tensor | None] = []
@@ -248,7 +258,7 @@ class _MixSkills(torch.autograd.Function):
                 d_skills += [None] * n
         d_weights: Tensor | None = None
         if d_XUS is not None:
-            d_weights = d_XUS.view(n, n_heads, rows, n_skills).transpose(1, 2).to(ctx.weights_dtype)
+            d_weights = d_XUS.view(n, n_heads, rows, n_skills).transpose(1, 2).to(weights_NUHS.dtype)
         return d_weights, None, None, None, *d_skills
 
 
@@ -267,6 +277,12 @@ def _grouped(rows: Tensor, groups: int) -> Tensor:
     if rows.dim() == 3 and rows.shape[0] == groups:
         return rows
     return rows.reshape(groups, -1, rows.shape[-1])
+
+
+def _by_head(weights_NUHS: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N·H, U, S): what multiplies `_side_by_side` skills."""
+    n, rows, n_heads, n_skills = weights_NUHS.shape
+    return weights_NUHS.transpose(1, 2).reshape(n * n_heads, rows, n_skills).to(dtype)
 
 
 def _side_by_side(factors_KDR: Sequence[Tensor], n_heads: int) -> Tensor:

@@ -116,7 +116,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         names = [name for name in active if name in self.mhr_A]
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        frozen = None if args or kwargs else self._frozen_base()
+        frozen = None if args or kwargs else self.frozen_base()
         y = self.base_layer(x, *args, **kwargs) if frozen is None else frozen
         for name in names:
             y = self._add(name, x, y)
@@ -134,17 +134,17 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         made = forward.mixtures.get((self, name))
         if (
             made is None
+            or made.base is None
             or not shared.running
             or not torch.is_grad_enabled()
             or self._disable_adapters
             or self.merged_adapters
             or (forward.rows is not None and x.shape[0] != forward.rows)
+            or self._modules["base_layer"].__dict__["_parameters"].get("weight") is not made.weight
+            or made.A.dtype is not output_dtype(made.base, x)
         ):
             return None
-        base = self._frozen_base()
-        if base is None or made.A.dtype is not output_dtype(base, x):
-            return None
-        return low_rank_linear(x, base, made.A, made.B)
+        return low_rank_linear(x, made.base, made.A, made.B)
 
     def _add(self, name: str, x: Tensor, base: Tensor | FrozenLinear) -> Tensor:
         """Run the base, if that is still to do, and add what one adapter adds."""
@@ -176,24 +176,27 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             return apply_low_rank_by_token(y, x, A, B, groups.index)
         return apply_low_rank(y, x, A, B)
 
-    def _frozen_base(self) -> FrozenLinear | None:
+    def frozen_base(self) -> FrozenLinear | None:
         """Weight (O, I) and bias of a base that is a frozen linear and no more; `None` if it may be more."""
         base = self._modules["base_layer"]
-        own = base.__dict__
-        if type(base) not in (nn.Linear, Conv1D) or "forward" in own:  # accelerate replaces forward
-            return None
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
-            return None
-        if own["_backward_pre_hooks"]:
+        own, kind = base.__dict__, type(base)
+        if (
+            (kind is not nn.Linear and kind is not Conv1D)
+            or "forward" in own  # accelerate replaces it
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
             return None
         weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
         if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None
-        return (weight if type(base) is nn.Linear else weight.t()), bias
+        return (weight if kind is nn.Linear else weight.t()), bias
 
     def expected_dtype(self) -> torch.dtype | None:
         """The dtype of the base's output, as far as that can be said before it ran."""
-        frozen = self._frozen_base()
+        frozen = self.frozen_base()
         if frozen is None:
             return None
         kind = frozen[0].device.type

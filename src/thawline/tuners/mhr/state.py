@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from thawline.errors import RoutingError
+from thawline.ops.mixing import FrozenLinear
 from thawline.tuners.mhr.config import MHRConfig
 from thawline.tuners.mhr.ids import Groups, Ids
 from thawline.tuners.mhr.routing import Router
@@ -31,11 +32,17 @@ MISSING = (
 
 
 class Mixture(NamedTuple):
-    """Mixed factors, and the groups they are for."""
+    """Mixed factors, the groups they are for, and the frozen linear they are to be added to.
+
+    The linear is looked at where mixtures are made: all layers in a row cost less than each in its turn.
+    `weight` is its parameter, `base` what to run; `None` where it may be more than a frozen linear.
+    """
 
     groups: Groups
     A: Tensor
     B: Tensor
+    weight: Tensor | None = None
+    base: FrozenLinear | None = None
 
 
 class Forward:

@@ -71,60 +71,11 @@ class Together:
                 forward.noise[layer, name] = noise.unflatten(1, (layer.routers[name].n_heads, -1))
         if torch.is_grad_enabled() and not groups.by_token and not config.dropout:
             forward.rows = None if groups.n == 1 else inputs.shape[0]
-            for kind in plan.kinds:
-                kind.mix(forward, groups, config)
-
-
-class Kind:
-    """Places whose skills and tables have the same shapes, and which are mixed in one go."""
-
-    def __init__(self, places: list[tuple[MHRLinear, str]], dtype: torch.dtype, scale: float) -> None:
-        self.places, self.dtype, self.scale = places, dtype, scale
-        self.routers = [layer.routers[name] for layer, name in places]
-        self.A = [layer.mhr_A[name] for layer, name in places]
-        self.B = [layer.mhr_B[name] for layer, name in places]
-        self.tables = list(dict.fromkeys(self.routers))
-        self.logits = [table.logits for table in self.tables]
-
-    def is_current(self) -> bool:
-        """Whether parameters, scale, and the dtype of the base's output, are still those of the beginning."""
-        for (layer, name), router, A, B in zip(self.places, self.routers, self.A, self.B, strict=True):
-            # Past Module.__getattr__, which would cost as much as the rest of the forward's Python.
-            if (
-                layer.scaling.get(name) != self.scale
-                or layer.routers.get(name) is not router
-                or layer._modules["mhr_A"]._parameters.get(name) is not A
-                or layer._modules["mhr_B"]._parameters.get(name) is not B
-            ):
-                return False
-        tables = zip(self.tables, self.logits, strict=True)
-        return (
-            all(table._parameters.get("logits") is logits for table, logits in tables)
-            and self.places[0][0].expected_dtype() is self.dtype
-        )
-
-    def mix(self, forward: Forward, groups: Groups, config: MHRConfig) -> None:
-        """Leave the mixtures in `forward`."""
-        weights_NUHS = self._weights(forward, groups, config)
-        mixed = mix_skills_of_many(weights_NUHS, self.A, self.B, groups.index, self.dtype, self.scale)
-        n = len(self.places)
-        for place, A, B in zip(self.places, mixed[:n], mixed[n:], strict=True):
-            forward.mixtures[place] = Mixture(groups, A, B)
-
-    def _weights(self, forward: Forward, groups: Groups, config: MHRConfig) -> Tensor:
-        """Routing weights (N, U, H, S), each table looked up once."""
-        logits = _stack(self.logits).index_select(1, groups.rows)
-        shared = len(self.tables) < len(self.places)
-        if not forward.noise:
-            weights = skill_weights(logits, None, 1.0, config.uniform_mix)
-            return self._for_each_place(weights) if shared else weights
-        noise = _stack([forward.noise[place] for place in self.places])
-        logits = self._for_each_place(logits) if shared else logits
-        return skill_weights(logits, noise, config.temperature, config.uniform_mix)
-
-    def _for_each_place(self, of_tables: Tensor) -> Tensor:
-        by_table = dict(zip(self.tables, of_tables.unbind(0), strict=True))
-        return _stack([by_table[router] for router in self.routers])
+            for tables in plan.tables:
+                for kind, weights_NUHS in zip(
+                    tables.kinds, tables.weights(forward, groups, config), strict=True
+                ):
+                    kind.mix(forward, groups, weights_NUHS)
 
 
 class Plan:
@@ -133,16 +84,89 @@ class Plan:
     def __init__(self, layers: list[MHRLinear], name: str) -> None:
         self.name = name
         self.places = [(layer, name) for layer in layers if name in layer.active_adapters]
-        kinds: dict[Any, list[tuple[MHRLinear, str]]] = {}
+        places: dict[tuple[Any, ...], list[tuple[MHRLinear, str]]] = {}
         for layer, _ in filter(lambda place: _can_be_mixed_together(*place), self.places):
-            shapes = layer.mhr_A[name].shape, layer.mhr_B[name].shape, layer.routers[name].logits.shape
-            key = (*shapes, layer.expected_dtype(), layer.scaling[name])
-            kinds.setdefault(key, []).append((layer, name))
-        self.kinds = [Kind(places, dtype, scale) for (*_, dtype, scale), places in kinds.items()]
+            A, B = layer.mhr_A[name], layer.mhr_B[name]
+            looked_up_with = layer.routers[name].logits.shape, A.device
+            key = looked_up_with, A.shape, B.shape, layer.expected_dtype(), layer.scaling[name]
+            places.setdefault(key, []).append((layer, name))
+        kinds: dict[Any, list[Kind]] = {}
+        for (looked_up_with, _, _, dtype, scale), alike in places.items():
+            kinds.setdefault(looked_up_with, []).append(Kind(alike, dtype, scale))
+        self.tables = [Tables(alike) for alike in kinds.values()]
 
     def is_current(self) -> bool:
         """Whether nothing that it was made from was replaced."""
-        return all(kind.is_current() for kind in self.kinds)
+        return all(tables.is_current() for tables in self.tables)
+
+
+class Kind:
+    """Places whose skills have the same shapes, and which are mixed in one go."""
+
+    def __init__(self, places: list[tuple[MHRLinear, str]], dtype: torch.dtype, scale: float) -> None:
+        self.places, self.dtype, self.scale = places, dtype, scale
+        self.A = [layer.mhr_A[name] for layer, name in places]
+        self.B = [layer.mhr_B[name] for layer, name in places]
+
+    def mix(self, forward: Forward, groups: Groups, weights_NUHS: Tensor) -> None:
+        """Leave the mixtures in `forward`."""
+        index = None if groups.index is None else groups.index.to(weights_NUHS.device)
+        mixed = mix_skills_of_many(weights_NUHS, self.A, self.B, index, self.dtype, self.scale)
+        n = len(self.places)
+        for place, A, B in zip(self.places, mixed[:n], mixed[n:], strict=True):
+            layer = place[0]
+            weight = layer._modules["base_layer"].__dict__["_parameters"].get("weight")
+            # A sharded weight (FSDP2's DTensor) is another tensor by the time its layer runs.
+            base = layer.frozen_base() if type(weight) is nn.Parameter else None
+            forward.mixtures[place] = Mixture(groups, A, B, weight, base)
+
+
+class Tables:
+    """Kinds whose routing tables have the same shape, and are looked up in one go, each once."""
+
+    def __init__(self, kinds: list[Kind]) -> None:
+        self.kinds = kinds
+        self.places = [place for kind in kinds for place in kind.places]
+        routers = [layer.routers[name] for layer, name in self.places]
+        tables = list(dict.fromkeys(routers))
+        self.logits = [table.logits for table in tables]
+        self.device = self.logits[0].device
+        self.of_place: Tensor | None = None
+        """Which table each place uses, where some share one."""
+        if len(tables) < len(routers):
+            at = {table: number for number, table in enumerate(tables)}
+            self.of_place = torch.tensor([at[router] for router in routers], device=self.device)
+        # What is_current looks at, past Module.__getattr__, which would cost as much as all else in Python.
+        self._parts: list[tuple[dict[str, Any], str, Any]] = [
+            (table._parameters, "logits", logits) for table, logits in zip(tables, self.logits, strict=True)
+        ]
+        for (layer, name), router in zip(self.places, routers, strict=True):
+            A, B = layer.mhr_A._parameters, layer.mhr_B._parameters
+            self._parts += [(A, name, A[name]), (B, name, B[name]), (layer.routers, name, router)]
+        self._scales = [(layer.scaling, name, layer.scaling[name]) for layer, name in self.places]
+
+    def is_current(self) -> bool:
+        """Whether parameters, scales, and the dtypes of the bases' outputs, are those of the beginning."""
+        for holder, name, part in self._parts:
+            if holder.get(name) is not part:
+                return False
+        for scaling, name, scale in self._scales:
+            if scaling.get(name) != scale:
+                return False
+        return all(kind.places[0][0].expected_dtype() is kind.dtype for kind in self.kinds)
+
+    def weights(self, forward: Forward, groups: Groups, config: MHRConfig) -> tuple[Tensor, ...]:
+        """Routing weights (N, U, H, S) for the N places of each kind."""
+        logits = _stack(self.logits).index_select(1, groups.rows.to(self.device))
+        if forward.noise:
+            noise = _stack([forward.noise[place] for place in self.places]).to(self.device)
+            weights = skill_weights(self._of_places(logits), noise, config.temperature, config.uniform_mix)
+        else:
+            weights = self._of_places(skill_weights(logits, None, 1.0, config.uniform_mix))
+        return weights.split([len(kind.places) for kind in self.kinds])
+
+    def _of_places(self, of_tables: Tensor) -> Tensor:
+        return of_tables if self.of_place is None else of_tables.index_select(0, self.of_place)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
