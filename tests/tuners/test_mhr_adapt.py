@@ -181,7 +181,7 @@ def test_taken_names_and_unknown_starts_raise_before_anything_changes() -> None:
         add_tasks(model, ["b"])
     with pytest.raises(RoutingError, match="Unknown task 'z'"):
         add_tasks(model, ["d"], start_from="z")
-    for nothing in ([], 0):
+    for nothing in ([], 0, -1):
         with pytest.raises(ConfigError, match="expected the names of the new tasks, or how many"):
             add_tasks(model, nothing)
     assert model.peft_config["default"].task_names == ["a", "b", "c"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import numpy as np
 import peft
@@ -28,11 +29,26 @@ NAMES = ["translate", "summarise", "rank"]
         torch.tensor([2, 0, 1]),
         torch.tensor([[2], [0], [1]], dtype=torch.int32),
         np.array([2, 0, 1]),
+        list(np.array([2, 0, 1])),
+        list(torch.tensor([2, 0, 1])),
+        list(torch.tensor([2, 0, 1])[:, None].expand(3, 7)),
         ["rank", "translate", "summarise"],
         ["rank", 0, "summarise"],
         torch.tensor([2, 0, 1])[:, None].expand(3, 7),
     ],
-    ids=["list", "tuple", "tensor", "column", "array", "names", "mixed", "per token"],
+    ids=[
+        "list",
+        "tuple",
+        "tensor",
+        "column",
+        "array",
+        "array's numbers",
+        "scalars",
+        "rows per token",
+        "names",
+        "mixed",
+        "per token",
+    ],
 )
 def test_ids_are_read_in_every_usual_form(ids) -> None:
     model = routed(n_tasks=None, task_names=NAMES)
@@ -63,6 +79,8 @@ def test_one_id_or_name_is_for_all_rows() -> None:
         ([0, 1, "sumarise"], "Did you mean 'summarise'"),
         ([0.0, 1.0, 2.0], "0.0 is a float"),
         ([0, 1, True], "True is a bool"),
+        ([np.float32(0), 1, 2], "0.0 is a float"),
+        ([torch.tensor(True), 1, 2], "True is a bool"),
         (torch.tensor([0.0, 1.0, 2.0]), "torch.float32"),
         (torch.tensor([True, False, True]), "torch.bool"),
         ([], "expected one per row"),
@@ -186,6 +204,176 @@ def test_ids_set_by_hand_serve_batches_without_any() -> None:
         model(input_ids=tokens())
     set_task_ids(model, 1)
     assert torch.equal(logits(model, tokens()), expected)
+
+
+class OfADict(nn.Module):
+    """Takes its batch as one argument, in which no tensor is seen from outside; or a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 12)
+
+    def forward(self, batch):
+        return self.linear(batch["x"] if isinstance(batch, dict) else batch)
+
+
+@pytest.mark.parametrize("noise", ["none", "example"])
+def test_a_forward_without_a_tensor_argument_is_a_forward_of_its_own(noise: str) -> None:
+    model = routed(OfADict(), target_modules=["linear"], noise=noise).train()
+    x = torch.randn(3, 5, 8)
+    set_task_ids(model, [0, 1, 2])
+    model(x).square().sum().backward()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    optimiser.step()  # what the first forward mixed is stale now
+    first, second = model({"x": x}), model({"x": x})
+    assert torch.equal(first, second) == (noise == "none")
+    second.square().sum().backward()
+    if noise == "none":
+        torch.testing.assert_close(second, model(x))
+    with pytest.raises(RoutingError, match="3 task ids for 2 rows of a layer's input"):
+        model({"x": x[:2]})
+
+
+# Names of several adapters.
+
+
+def test_names_of_one_adapter_are_not_read_as_rows_of_another() -> None:
+    model = routed(n_tasks=None, task_names=NAMES)
+    model.add_adapter("reversed", config(n_tasks=None, task_names=NAMES[::-1]))
+    model.add_adapter("numbered", config())
+    set_task_ids(model, "rank")
+    model.set_adapter("reversed")
+    with pytest.raises(RoutingError, match=r"of another list of tasks than adapter 'reversed' has"):
+        model(input_ids=tokens())
+    set_task_ids(model, "rank")
+    named = logits(model, tokens())
+    set_task_ids(model, 0)  # a number means that row of whichever is active
+    assert torch.equal(logits(model, tokens()), named)
+    model.base_model.set_adapter(["default", "reversed"])
+    with pytest.raises(RoutingError, match=r"\['default', 'reversed'\] have the same tasks in another order"):
+        set_task_ids(model, "rank")
+    model.base_model.set_adapter(["default", "numbered"])
+    set_task_ids(model, "rank")
+    expected = logits(model, tokens())
+    set_task_ids(model, 2)
+    assert torch.equal(logits(model, tokens()), expected)
+
+
+def test_ids_find_the_active_adapter_wherever_it_is() -> None:
+    model = routed(target_modules=["q_proj"])
+    model.add_adapter("second", config(target_modules=["down_proj"], n_tasks=4))
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    with pytest.raises(RoutingError, match="No task ids: the routing table has 4 rows"):
+        model(input_ids=tokens())
+    set_task_ids(model, [3, 0, 1])
+    assert not torch.allclose(logits(model, tokens()), logits(tiny_llama(), tokens()))
+
+
+# Forwards within forwards, and beside one another.
+
+
+@pytest.mark.parametrize("how", ["context", "batch"])
+def test_a_forward_within_a_forward_leaves_the_outer_ones_ids_alone(how: str) -> None:
+    model = routed(noise="task").train()
+    x = tokens()
+    if how == "batch":
+        route_by_batch(model)
+
+    def run(inner: bool) -> list[torch.Tensor]:
+        def call_again(*_) -> None:
+            handle.remove()
+            with torch.no_grad(), torch.random.fork_rng():
+                if how == "batch":
+                    model(input_ids=x[:2], task_ids=[2, 2])
+                else:
+                    with set_task_ids(model, [2, 2]):
+                        model(input_ids=x[:2])
+
+        if inner:
+            handle = model.get_base_model().model.layers[0].register_forward_hook(call_again)
+        torch.manual_seed(3)
+        if how == "context":
+            set_task_ids(model, [0, 1, 2])
+        loss = model(input_ids=x, labels=x, **({"task_ids": [0, 1, 2]} if how == "batch" else {})).loss
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+    for got, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_an_interrupted_forward_changes_none_that_come_later() -> None:
+    model, x = routed(), tokens()
+    set_task_ids(model, [2, 2, 2])
+    expected = logits(model, x)
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().model.layers[0].register_forward_hook(interrupt)
+    with set_task_ids(model, [0, 1, 2]), pytest.raises(KeyboardInterrupt):
+        model(input_ids=x)
+    handle.remove()
+    set_task_ids(model, [2, 2, 2])
+    for _ in range(2):
+        assert torch.equal(logits(model, x), expected)
+
+
+def test_two_threads_never_get_each_others_ids() -> None:
+    model, x = route_by_batch(routed()), tokens()
+    expected = {task: logits(model, x, task_ids=task) for task in (0, 2)}
+    outcomes: list[str] = []
+
+    def work(task: int) -> None:
+        for _ in range(20):
+            try:
+                got = logits(model, x, task_ids=task)
+                outcomes.append("right" if torch.equal(got, expected[task]) else "wrong")
+            except RoutingError as error:
+                outcomes.append("refused" if "Another thread" in str(error) else str(error))
+
+    threads = [threading.Thread(target=work, args=(task,)) for task in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(outcomes) <= {"right", "refused"}
+    logits(model, x, task_ids=0)
+
+
+def test_another_threads_ids_are_refused_while_a_forward_runs() -> None:
+    model, x = routed(), tokens()
+    set_task_ids(model, 1)
+    expected, errors = logits(model, x), []
+
+    def disturb(*_) -> None:
+        for call in (lambda: set_task_ids(model, 2), lambda: model(input_ids=x)):
+            thread = threading.Thread(target=lambda call=call: errors.append(refusal(call)))
+            thread.start()
+            thread.join()
+
+    def refusal(call) -> str:
+        with pytest.raises(RoutingError) as error:
+            call()
+        return str(error.value)
+
+    handle = model.get_base_model().model.layers[0].register_forward_hook(disturb)
+    assert torch.equal(logits(model, x), expected)
+    handle.remove()
+    assert all("Another thread is running this model" in error for error in errors)
+    assert len(errors) == 2
+    assert torch.equal(logits(model, x), expected)
+
+
+def test_copies_in_threads_of_data_parallel_are_refused_by_name() -> None:
+    model, x = routed(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"]), torch.randn(3, 5, 8)
+    set_task_ids(model, [0, 1, 2])
+    replica = (
+        model.get_base_model()._replicate_for_data_parallel()
+    )  # as nn.DataParallel makes one for each GPU
+    with pytest.raises(RoutingError, match="torchrun"):
+        replica(x)
+    model(x)
 
 
 # Rows.

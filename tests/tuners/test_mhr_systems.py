@@ -11,11 +11,12 @@ import torch.multiprocessing as mp
 from mhr_models import config, logits, routed, tiny_llama, tokens
 from mhr_workers import PROCESSES, TASKS, Rows, run
 from peft import PeftModel, get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from thawline import RoutingError, route_by_batch, set_task_ids, to_lora
+from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, to_lora
 from thawline.tuners.mhr.model import find_layers
 
 VIEWS = {
@@ -337,6 +338,88 @@ def test_a_quantised_base_trains_as_the_dense_one_with_its_weights_and_exports(t
         torch.testing.assert_close(one, other)
 
 
+def test_a_quantised_weight_is_merged_as_peft_knows_how_or_not_at_all() -> None:
+    class Int8Backend(QuantizationBackend):
+        supports_merge = True
+
+        def get_base_weight(self, base_layer: Int8Linear) -> Tensor:
+            return base_layer.dense()
+
+        def set_base_weight(self, peft_layer, weight_data: Tensor) -> None:
+            base = peft_layer.get_base_layer()
+            base.scale = weight_data.abs().amax(1, keepdim=True) / 127
+            base.weight.data = (weight_data / base.scale).round().to(torch.int8)
+
+    model = routed(nn.Sequential(Int8Linear(nn.Linear(8, 12))), target_modules=["0"])
+    layer = next(layer for _, layer in find_layers(model))
+    x = torch.randn(3, 5, 8)
+    set_task_ids(model, 1)
+    expected, before = model(x), layer.base_layer.weight.clone()
+    with pytest.raises(
+        ConfigError, match="'0' is a Int8Linear, whose quantised weight cannot be merged into"
+    ):
+        model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight, before)
+    layer.quantization_backend = ForwardOnlyQuantizationBackend("gptq")
+    with pytest.raises(ConfigError, match=r"Write the task as a LoRA with thawline.to_lora"):
+        model.merge_adapter()
+    layer.quantization_backend = Int8Backend()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, atol=0.1, rtol=0.1)
+    assert not torch.allclose(layer.base_layer(x), nn.functional.linear(x, before * layer.base_layer.scale))
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), expected, atol=0.1, rtol=0.1)
+
+
+def test_four_bit_bases_train_and_merge() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = bnb.nn.Linear4bit(64, 96, compute_dtype=torch.float32, quant_type="nf4")
+    base.load_state_dict(nn.Linear(64, 96).state_dict())
+    model = routed(nn.Sequential(base.to("cpu")), target_modules=["0"], alpha=30).train()
+    layer = next(layer for _, layer in find_layers(model))
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    set_task_ids(model, 1)
+    out = model(x)
+    torch.testing.assert_close(out, base(x) + x @ layer.get_delta_weight("default").T)
+    out.sum().backward()
+    assert x.grad.any()
+    assert layer.mhr_A["default"].grad.any()
+    distance = (out - base(x)).abs().mean()
+    model.merge_adapter()
+    assert (model(x) - out).abs().mean() < distance / 4  # as near as four bits come
+
+
+class Stored(Tensor):
+    """A weight that only a linear can use, as libraries of quantised weights make them within nn.Linear."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (Tensor.matmul, Tensor.__matmul__, Tensor.t, torch.bmm):
+            raise NotImplementedError(function)
+        if function is nn.functional.linear:
+            x, weight, *bias = args
+            return nn.functional.linear(x, weight.as_subclass(Tensor), *bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_of_a_class_of_its_own_is_left_to_its_linear() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 12)
+    stored = copy.deepcopy(linear)
+    stored.weight = nn.Parameter(stored.weight.detach().as_subclass(Stored), requires_grad=False)
+    x, found = torch.randn(3, 5, 8), []
+    for base in (linear, stored):
+        model = routed(nn.Sequential(base), target_modules=["0"]).train()
+        set_task_ids(model, [0, 2, 1])
+        inputs = x.clone().requires_grad_()
+        out = model(inputs)
+        out.square().sum().backward()
+        found.append([out, inputs.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one)
+
+
 # Compilation.
 
 
@@ -372,12 +455,15 @@ def test_a_compiled_llama_equals_the_eager_one() -> None:
     torch.testing.assert_close(model(input_ids=tokens()).logits, expected)
 
 
-def test_a_compiled_model_reads_ids_from_the_batch() -> None:
+@pytest.mark.parametrize("read_before_compiling", [False, True])
+def test_a_compiled_model_reads_ids_from_the_batch(read_before_compiling: bool) -> None:
     eager = routed(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"])
     x = torch.randn(3, 5, 8)
     set_task_ids(eager, [2, 0, 1])
     expected = eager(x)
     set_task_ids(eager, None)
+    if read_before_compiling:
+        route_by_batch(eager)
     model = route_by_batch(torch.compile(eager, backend="eager", fullgraph=True))
     torch.testing.assert_close(model(x, task_ids=torch.tensor([2, 0, 1])), expected)
     with pytest.raises(RoutingError, match="No task ids"):

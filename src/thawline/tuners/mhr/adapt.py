@@ -63,7 +63,7 @@ def add_tasks(
     Raises: ConfigError: for no names, or one that is taken. RoutingError: for an unknown task in
         `start_from`.
     """
-    if not names:
+    if not names or (isinstance(names, int) and names < 0):
         raise ConfigError(f"names={names!r}: expected the names of the new tasks, or how many.")
     shared, name = find_adapter(model, adapter_name)
     config = shared.configs[name]

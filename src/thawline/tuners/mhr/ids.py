@@ -48,12 +48,18 @@ class Ids:
         groups: distinct routing rows, each mixed once.
         examples: one routing row per example, for noise that is drawn per example.
         n_distinct: how many tasks there are.
+        names: of all tasks, where ids were given by name: a table of other names would mean others.
     """
 
     def __init__(
-        self, ids: Sequence[int], batch: int | None, tokens: int | None, device: torch.device
+        self,
+        ids: Sequence[int],
+        batch: int | None,
+        tokens: int | None,
+        device: torch.device,
+        names: Sequence[str] | None = None,
     ) -> None:
-        self.batch, self.tokens = batch, tokens
+        self.batch, self.tokens, self.names = batch, tokens, names
         self.key = (tuple(ids), tokens)
         self.highest = max(ids)
         # Tensors made in inference mode could never be saved for a backward.
@@ -124,9 +130,9 @@ def read_ids(ids: Any, config: MHRConfig, device: torch.device) -> Ids:
     """
     if isinstance(ids, str | int) and not isinstance(ids, bool):
         number = _number(ids, config)
-        found = Ids([number], None, None, device)
+        found = Ids([number], None, None, device, config.task_names if isinstance(ids, str) else None)
     else:
-        nested = ids.tolist() if hasattr(ids, "tolist") else ids
+        nested = _plain(ids)
         if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dtype is torch.bool):
             raise RoutingError(f"Task ids are {ids.dtype}; expected whole numbers, e.g. torch.int64.")
         if isinstance(nested, int) and not isinstance(nested, bool):
@@ -136,7 +142,8 @@ def read_ids(ids: Any, config: MHRConfig, device: torch.device) -> Ids:
                 f"Task ids {_brief(ids)}: expected one per row of the batch, or one per token of each row."
             )
         rows = [
-            list(row) if isinstance(row, Sequence) and not isinstance(row, str) else [row] for row in nested
+            list(row) if isinstance(row, Sequence) and not isinstance(row, str) else [row]
+            for row in map(_plain, nested)
         ]
         tokens = len(rows[0])
         if tokens == 0 or any(len(row) != tokens for row in rows):
@@ -145,10 +152,17 @@ def read_ids(ids: Any, config: MHRConfig, device: torch.device) -> Ids:
                 " per row,"
                 " or one per token of each row, all rows of a length."
             )
-        numbers = [_number(one, config) for row in rows for one in row]
-        found = Ids(numbers, len(rows), tokens if tokens > 1 else None, device)
+        each = [_plain(one) for row in rows for one in row]
+        names = config.task_names if any(isinstance(one, str) for one in each) else None
+        numbers = [_number(one, config) for one in each]
+        found = Ids(numbers, len(rows), tokens if tokens > 1 else None, device, names)
     found.check_table(config.n_tasks or 1)
     return found
+
+
+def _plain(ids: Any) -> Any:
+    """Python's own numbers and lists of what a tensor, an array, or an element of one holds."""
+    return ids.tolist() if hasattr(ids, "tolist") else ids
 
 
 def _number(one: Any, config: MHRConfig) -> int:

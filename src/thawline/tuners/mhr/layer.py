@@ -190,7 +190,12 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         ):
             return None
         weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
-        if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+        # A quantised weight is of a class of its own, which need not have a product with ∂y.
+        if (
+            type(weight) is not nn.Parameter
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ):
             return None
         return (weight if kind is nn.Linear else weight.t()), bias
 
@@ -344,7 +349,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             groups = AVERAGE
             if self.routers[name].needs_ids:
                 groups = self.task_ids.single(self.configs[name], self.mhr_A[name].device)
-            weight = self.get_base_weight()
+            weight = self._base_weight()
             merged = (weight + self._delta(name, groups).to(weight.device)).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ConfigError(
@@ -361,9 +366,23 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            weight = self.get_base_weight()
+            weight = self._base_weight()
             delta = self._delta(name, self._merged_groups.pop(name))
             self.set_base_weight((weight - delta.to(weight.device)).to(weight.dtype))
+
+    def _base_weight(self) -> Tensor:
+        """The base's weight, computed from its quantised one where PEFT knows how.
+
+        Raises: ConfigError: where it does not.
+        """
+        backend, weight = self.quantization_backend, getattr(self.get_base_layer(), "weight", None)
+        can_be_written = isinstance(weight, Tensor) and weight.is_floating_point()
+        if backend.supports_merge if backend is not None else can_be_written:
+            return self.get_base_weight()
+        raise ConfigError(
+            f"'{self.name}' is a {type(self.get_base_layer()).__name__}, whose quantised weight cannot be"
+            " merged into. Write the task as a LoRA with thawline.to_lora, or load the base unquantised."
+        )
 
     def check_merged(self, ids: Ids) -> None:
         """Raises: RoutingError: if the weights hold another task than `ids` mean."""

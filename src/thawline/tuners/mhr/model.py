@@ -11,6 +11,7 @@ __all__ = ["MHRModel", "find_layers", "find_task_ids", "route_by_batch", "set_ta
 
 import math
 from collections.abc import Iterator
+from threading import get_ident
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -20,7 +21,11 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from thawline.errors import ConfigError, RoutingError
 from thawline.tuners.mhr.checkpointing import Checkpoints
 from thawline.tuners.mhr.config import MHR, MHRConfig
-from thawline.tuners.mhr.ids import read_ids
+from thawline.tuners.mhr.ids import Ids, read_ids
 from thawline.tuners.mhr.layer import MHRLinear, layers_of, linear_sizes
 from thawline.tuners.mhr.routing import ROUTERS, Router
 from thawline.tuners.mhr.state import TaskIds
@@ -45,6 +50,11 @@ FIRST_INPUTS = (
 NO_HOOK = (
     "The model got task_ids but does not read them from the batch: PEFT would drop them. Call"
     " thawline.route_by_batch(model) once, or thawline.set_task_ids(model, ids) before the forward."
+)
+DATA_PARALLEL = (
+    "nn.DataParallel runs copies of the model in threads, which would share one batch's task ids. Start one"
+    " process per GPU (torchrun --nproc-per-node=N: DistributedDataParallel), or show one GPU"
+    " (CUDA_VISIBLE_DEVICES=0)."
 )
 
 
@@ -104,6 +114,9 @@ class MHRModel(BaseTuner):
     ) -> None:
         task_ids: TaskIds = self.model.mhr_task_ids
         layer = target if isinstance(target, MHRLinear) else MHRLinear(target, current_key, task_ids)
+        layer.quantization_backend = resolve_quantization_backend(
+            layer.get_base_layer(), **get_quantization_kwargs(self)
+        )
         key = adapter_name, bin_of(peft_config.granularity, current_key)
         owns_router = key not in task_ids.bins
         if owns_router:
@@ -180,7 +193,7 @@ class set_task_ids:  # noqa: N801 - used like a function, and like torch.no_grad
 
     def __init__(self, model: nn.Module, ids: Any) -> None:
         self._task_ids = find_task_ids(model)
-        self._before = self._task_ids.ids, self._task_ids.from_batch
+        self._before = self._task_ids.state()
         _set(self._task_ids, ids)
 
     def __enter__(self) -> None: ...
@@ -188,7 +201,7 @@ class set_task_ids:  # noqa: N801 - used like a function, and like torch.no_grad
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._task_ids.ids, self._task_ids.from_batch = self._before
+        self._task_ids.restore(self._before)
 
 
 def route_by_batch(model: nn.Module) -> nn.Module:
@@ -201,9 +214,10 @@ def route_by_batch(model: nn.Module) -> nn.Module:
     Returns: the model.
     """
     task_ids = find_task_ids(model)
-    if not task_ids.reads_batch:
-        task_ids.reads_batch = True
-        model.register_forward_pre_hook(_TakeIds(task_ids), with_kwargs=True)
+    for module in model.modules():  # called before it was wrapped: the hook moves outwards
+        _remove_hooks(module, _TakeIds)
+    task_ids.reads_batch = True
+    model.register_forward_pre_hook(_TakeIds(task_ids), with_kwargs=True)
     return model
 
 
@@ -228,19 +242,34 @@ def find_task_ids(model: nn.Module) -> TaskIds:
 @torch.compiler.disable
 def _set(task_ids: TaskIds, ids: Any, from_batch: bool = False) -> None:
     """Read ids and make them the current ones."""
-    task_ids.from_batch = from_batch
-    layer = layers_of(task_ids)[0]
-    active = [task_ids.configs[name] for name in layer.active_adapters if name in task_ids.configs]
-    routed = [config for config in active if config.router != "uniform"]
-    if ids is None or not routed:  # without routing no ids are needed, and none refused
-        task_ids.ids = None
-        return
-    named = next((config for config in routed if config.task_names), routed[0])
-    found = read_ids(ids, named, next(layer.mhr_A.parameters()).device)
-    for config in routed:
+    active = [name for name in layers_of(task_ids)[0].active_adapters if name in task_ids.configs]
+    routed = {name: task_ids.configs[name] for name in active if task_ids.configs[name].router != "uniform"}
+    found = (
+        _read(task_ids, ids, routed) if routed and ids is not None else None
+    )  # without routing, none refused
+    task_ids.check_thread()
+    if not from_batch:
+        task_ids.under_way.clear()
+    task_ids.ids, task_ids.from_batch = found, from_batch
+    task_ids.arrived = get_ident() if from_batch else None
+
+
+def _read(task_ids: TaskIds, ids: Any, routed: dict[str, MHRConfig]) -> Ids:
+    """Ids that mean the same in every adapter that routes."""
+    layer = next(layer for layer in layers_of(task_ids) if any(name in layer.mhr_A for name in routed))
+    device = next(layer.mhr_A.parameters()).device
+    named = [name for name, config in routed.items() if config.task_names] or list(routed)[:1]
+    readings = {name: read_ids(ids, routed[name], device) for name in named}
+    found = readings[named[0]]
+    if any(reading.key != found.key for reading in readings.values()):
+        raise RoutingError(
+            f"The active adapters {named} have the same tasks in another order, so a name means several rows."
+            " Give their configs the same task_names, or activate one adapter at a time."
+        )
+    for config in routed.values():
         found.check_table(config.n_tasks or 1)
     layer.check_merged(found)
-    task_ids.ids = found
+    return found
 
 
 class _TakeIds:
@@ -255,7 +284,6 @@ class _TakeIds:
         shared, ids = self.task_ids, kwargs.pop("task_ids", None)
         if ids is not None:
             _set(shared, ids, from_batch=True)
-            shared.arrived = True
         elif shared.from_batch:
             _set(shared, None)  # they were the last batch's
         if shared.is_routed():
@@ -273,21 +301,26 @@ class _BeforeForward:
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        shared = self.task_ids
+        shared, is_eager = self.task_ids, not torch.compiler.is_compiling()
+        if is_eager:
+            shared.enter()
+            if model.__dict__.get("_is_replica") and shared.is_routed():
+                raise RoutingError(DATA_PARALLEL)
         ids = kwargs.pop("task_ids", None)
         if ids is not None:
             if not shared.reads_batch:
                 raise RoutingError(NO_HOOK)
             _set(shared, ids, from_batch=True)
-        elif shared.from_batch and not shared.arrived:
+        elif shared.from_batch and shared.arrived is None:
             shared.ids = None  # they were the last batch's
-        shared.arrived = False
+        shared.arrived = None
         inputs = first_inputs(args, kwargs)
-        if inputs is not None and shared.is_routed():
+        if shared.is_routed():
             shared.begin(inputs)
-            if model.training and not torch.compiler.is_compiling():
+            if model.training and is_eager:
                 self.checkpoints.carry(model)
-                self.together.prepare(inputs)
+                if inputs is not None:
+                    self.together.prepare(inputs)
         shared.running = True
         return args, kwargs
 
@@ -299,7 +332,10 @@ class _AfterForward:
         self.task_ids = task_ids
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.task_ids.running = False
+        if torch.compiler.is_compiling():
+            self.task_ids.running = False
+        else:
+            self.task_ids.leave()
 
 
 def first_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -335,14 +371,17 @@ def _follow_forwards(model: nn.Module) -> None:
 
 
 def _stop_following(model: nn.Module) -> None:
-    hooks = (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs)
-    after = (model._forward_hooks, model._forward_hooks_always_called)
-    for kept, *others in (hooks, after):
-        for key in [
-            key for key, hook in kept.items() if isinstance(hook, _BeforeForward | _AfterForward | _TakeIds)
-        ]:
-            for registry in (kept, *others):
-                registry.pop(key, None)
+    for kind in (_BeforeForward, _AfterForward, _TakeIds):
+        _remove_hooks(model, kind)
     Checkpoints.release(model)
     for name in ("mhr_task_ids", "generate"):
         model.__dict__.pop(name, None)
+
+
+def _remove_hooks(module: nn.Module, kind: type) -> None:
+    before = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+    after = (module._forward_hooks, module._forward_hooks_always_called)
+    for hooks, options in (before, after):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            hooks.pop(key)
+            options.pop(key, None)

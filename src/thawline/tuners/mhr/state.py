@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Forward", "Mixture", "Place", "TaskIds"]
 
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,10 @@ from thawline.tuners.mhr.routing import Router
 Place = tuple[nn.Module, str]
 """A layer, and which of its adapters."""
 
+ONE_THREAD = (
+    "Another thread is running this model, and would get these task ids. Ids belong to the model: let one"
+    " thread at a time give ids and run it, or give each thread a copy (copy.deepcopy(model))."
+)
 MISSING = (
     "No task ids: the routing table has {n} rows. Call thawline.set_task_ids(model, ids) before the forward,"
     " or"
@@ -62,6 +67,9 @@ class Forward:
         return Forward, (self.ids, self.lengths)
 
 
+State = tuple[Forward, bool, tuple[tuple[int, Forward, bool], ...]]
+
+
 class TaskIds:
     """The current ids of a model, shared by all its MHR layers."""
 
@@ -74,14 +82,17 @@ class TaskIds:
         self.forward = Forward()
         self.running = False
         """Whether the model's forward is under way."""
+        self.under_way: list[tuple[int, Forward, bool]] = []
+        """Thread, ids and `from_batch` of each: several where the model is called within its own forward.
+        One that Ctrl-C ended stays until ids are set by hand, and changes none that come later."""
         self.generating = False
         """Whether `generate` is, which repeats rows."""
         self.reads_batch = False
         """Whether `route_by_batch` is on."""
         self.from_batch = False
         """Whether the ids came with a batch, and so are no one else's."""
-        self.arrived = False
-        """Whether they came with the batch whose forward begins now."""
+        self.arrived: int | None = None
+        """The thread with whose batch they came, until its forward begins."""
         self.n_changes = 0
         """How often adapters were chosen, changed or removed."""
 
@@ -104,21 +115,46 @@ class TaskIds:
         )
 
     def check_present(self) -> None:
-        """Raises: RoutingError: if an active adapter needs ids and there are none."""
+        """Raises: RoutingError: if an active adapter needs ids and has none, or those of another's names."""
+        ids = self.ids
         for name in self.layers[0].active_adapters:
             config = self.configs.get(name)
-            if self.ids is None and config is not None and config.router != "uniform" and config.n_tasks != 1:
+            if config is None or config.router == "uniform":
+                continue
+            if ids is None and config.n_tasks != 1:
                 raise RoutingError(MISSING.format(n=config.n_tasks))
+            if ids is not None and ids.names and config.task_names and config.task_names != ids.names:
+                raise RoutingError(
+                    f"The task ids were given by name, of another list of tasks than adapter {name!r} has."
+                    " Call thawline.set_task_ids again after set_adapter."
+                )
+
+    def check_thread(self) -> None:
+        """Raises: RoutingError: if a forward is under way in another thread."""
+        if self.under_way and self.under_way[0][0] != get_ident():
+            raise RoutingError(ONE_THREAD)
+
+    def state(self) -> State:
+        """What `restore` puts back."""
+        return self.forward, self.from_batch, tuple(self.under_way)
+
+    def restore(self, state: State) -> None:
+        """The ids of before, in the forwards that were under way."""
+        self.forward, self.from_batch, self.under_way[:] = state
+        self.running = bool(self.under_way)
 
     # A forward.
 
-    def begin(self, inputs: Tensor) -> None:
+    def begin(self, inputs: Tensor | None) -> None:
         """Start a forward, once the ids are those of its first inputs (rows, ...).
 
-        Raises: RoutingError: for other rows, or packed ids for other tokens, than the batch has.
+        Args:
+            inputs: `None` where no argument is a tensor: the layers check their own rows then.
+        Raises: RoutingError: for other rows, or packed ids for other tokens, than the batch has, or no ids.
         """
         ids = self.ids
-        if ids is not None:
+        self.check_present()
+        if ids is not None and inputs is not None:
             ids.check_rows(inputs.shape[0], self.generating, "the batch")
             if ids.tokens is not None and tuple(inputs.shape[1:2]) != (ids.tokens,):
                 raise RoutingError(
@@ -126,7 +162,28 @@ class TaskIds:
                     " Give one id"
                     " per token, or one per row."
                 )
-        self.forward = Forward(ids, frozenset(inputs.shape[1:2]))
+        self.forward = Forward(ids, frozenset(() if inputs is None else inputs.shape[1:2]))
+        if self.under_way:
+            self.under_way[-1] = self.under_way[-1][0], self.forward, self.from_batch
+
+    def enter(self) -> None:
+        """A forward of the model runs from now on.
+
+        Raises: RoutingError: if another thread runs one, or gave ids after this thread did.
+        """
+        mine = get_ident(), self.forward, self.from_batch
+        self.under_way.append(mine)
+        if self.under_way[0][0] != mine[0] or self.arrived not in (None, mine[0]):
+            self.under_way.remove(mine)
+            raise RoutingError(ONE_THREAD)
+
+    def leave(self) -> None:
+        """It has ended. A forward within which it ran goes on as it was."""
+        if self.under_way and self.under_way[-1][0] == get_ident():
+            self.under_way.pop()
+            if self.under_way:
+                _, self.forward, self.from_batch = self.under_way[-1]
+        self.running = bool(self.under_way)
 
     def take(self, place: Place, groups: Groups, dtype: torch.dtype) -> Mixture | None:
         """The mixture made for this place at the forward's beginning, if it is still good.
