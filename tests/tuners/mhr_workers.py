@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from thawline import route_by_batch, set_task_ids
+from thawline import RoutingError, route_by_batch, set_task_ids
 
 PROCESSES, TASKS = 2, 3
 
@@ -60,6 +60,39 @@ def step(model: nn.Module, wrapped: nn.Module, x: Tensor, y: Tensor, ids: list[i
                 p.grad = None
 
 
+def shard(model: nn.Module) -> nn.Module:
+    for block in model.get_base_model().blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+@torch.no_grad()
+def distances_to_a_plain_model(wrapped: nn.Module, rows: Rows) -> dict[str, float]:
+    """How far the outputs are from those of a model that nothing wraps, by how ids are given to the wrapper."""
+    plain = mhr()
+    set_task_ids(plain, rows.ids)
+    expected, found = plain(rows.x), {}
+
+    def compare(way: str, out: Tensor) -> None:
+        found[way] = (out - expected).abs().max().item()
+
+    set_task_ids(wrapped, rows.ids)
+    compare("set", wrapped(rows.x))
+    with set_task_ids(wrapped, 0):
+        wrapped(rows.x)
+    compare("after a context", wrapped(rows.x))
+    set_task_ids(wrapped, None)
+    route_by_batch(wrapped)
+    compare("tensor in the batch", wrapped(rows.x, task_ids=torch.tensor(rows.ids)))
+    compare("list in the batch", wrapped(rows.x, task_ids=rows.ids))
+    try:
+        wrapped(rows.x)
+        found["refused without ids"] = 1.0
+    except RoutingError:
+        found["refused without ids"] = 0.0
+    return found
+
+
 def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
@@ -81,10 +114,7 @@ def run(rank: int, folder: str) -> None:
         step(wrapped, wrapped, rows.x, rows.y, rows.ids)
     reports = {"ddp": report(ddp)}
 
-    sharded = mhr()
-    for block in sharded.get_base_model().blocks:
-        fully_shard(block)
-    fully_shard(sharded)
+    sharded = shard(mhr())
     route_by_batch(sharded)
     for _ in range(TASKS):
         (sharded(rows.x, task_ids=torch.tensor(rows.ids)) - rows.y).square().mean().backward()
@@ -94,5 +124,10 @@ def run(rank: int, folder: str) -> None:
                     p -= 0.5 * p.grad
                     p.grad = None
     reports["fsdp2"] = report(sharded)
+    reports["ways of giving ids"] = {
+        f"{kind}, {way}": error
+        for kind, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard))
+        for way, error in distances_to_a_plain_model(wrap(mhr()), rows).items()
+    }
     torch.save(reports, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

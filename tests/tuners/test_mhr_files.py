@@ -73,27 +73,36 @@ def test_every_router_loads_bit_equal(router: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
 
 
-def test_a_new_process_loads_it_bit_equal_once_it_has_imported_the_tuners(tmp_path: Path) -> None:
-    model = routed(n_tasks=None, task_names=["a", "b", "c"])
-    start_adaptation(model, "z", ["d"])
-    add_tasks(model, ["e"])
-    set_task_ids(model, ["e", "d", "e"])
-    model.save_pretrained(tmp_path)
-    torch.save(logits(model, tokens()), tmp_path / "expected.pt")
+def test_a_new_process_loads_every_state_bit_equal_once_it_has_imported_the_tuners(tmp_path: Path) -> None:
+    states = {}
+    for number, change in enumerate(STATES.values()):
+        model = routed(n_tasks=None, task_names=["a", "b", "c"])
+        change(model)
+        names = model.peft_config["default"].task_names
+        ids = [names[-1], names[0], names[-1]]
+        set_task_ids(model, ids)
+        model.save_pretrained(tmp_path / str(number))
+        states[str(number)] = model.peft_config["default"].mode, ids, logits(model, tokens())
+    torch.save(states, tmp_path / "states.pt")
     script = f"""
 import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}
 import torch; torch.set_num_threads(1)
 from peft import PeftConfig, PeftModel
 try:
-    PeftConfig.from_pretrained({str(tmp_path)!r})
+    PeftConfig.from_pretrained({str(tmp_path / "0")!r})
     raise SystemExit("loaded without the class that could")
 except KeyError as error:  # PEFT's way to say that it does not know a method
     assert "MHR" in str(error)
 import thawline.tuners
 from mhr_models import tiny_llama, tokens, logits
-model = PeftModel.from_pretrained(tiny_llama(), {str(tmp_path)!r})
-thawline.set_task_ids(model, ["e", "d", "e"])
-assert torch.equal(logits(model, tokens()), torch.load({str(tmp_path / "expected.pt")!r}))
+for folder, (mode, ids, expected) in torch.load({str(tmp_path / "states.pt")!r}).items():
+    model = PeftModel.from_pretrained(tiny_llama(), {str(tmp_path)!r} + "/" + folder)
+    if mode != "mu":
+        thawline.set_task_ids(model, ids)
+    assert torch.equal(logits(model, tokens()), expected), mode
+    for adapt in ("full", "z", "mu") if mode != "mu" else ("full", "mu"):
+        thawline.start_adaptation(model, mode=adapt, tasks=["f"])
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
 
@@ -388,6 +397,15 @@ def test_loras_that_cannot_share_an_inventory_raise(tmp_path: Path) -> None:
         from_loras(tiny_llama(), [tmp_path / "a", tmp_path / "b"])
     with pytest.raises(CheckpointError, match="holds no plain LoRA"):
         from_loras(tiny_llama(), [tmp_path / "c"])
+    for fields, what in (
+        ({"modules_to_save": ["lm_head"]}, r"lm_head.weight"),
+        ({"lora_bias": True}, r"lora_B.bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+        ({"trainable_token_indices": [3]}, "trainable_tokens"),
+    ):
+        save_lora(tmp_path / "more", 2, 0, **fields)
+        with pytest.raises(CheckpointError, match=f"more than LoRA factors of linears.*{what}"):
+            from_loras(tiny_llama(), [tmp_path / "more"])
     with pytest.raises(ConfigError, match="at least one LoRA"):
         from_loras(tiny_llama(), [])
     with pytest.raises(CheckpointError, match=r"nowhere' has no adapter_config.json"):

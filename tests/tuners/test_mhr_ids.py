@@ -424,6 +424,53 @@ def test_packed_rows_route_token_by_token() -> None:
     torch.testing.assert_close(layers_see_tokens.view(2, 6, 12), model.base_model.model[0](x))
 
 
+PACKED = torch.tensor([[0, 0, 2, 2, 2, 1], [1, 1, 1, 0, 0, 0]])
+
+
+def packed_documents() -> dict[str, torch.Tensor]:
+    """Two rows of documents, each of a task of its own, that do not see one another."""
+    own = (PACKED[:, None, :, None] == PACKED[:, None, None, :]) & torch.ones(6, 6).tril().bool()
+    positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 1, 2]])
+    return {"input_ids": tokens(2, 6), "position_ids": positions, "attention_mask": own}
+
+
+def test_packed_documents_of_a_whole_llama_equal_each_alone() -> None:
+    model, batch = routed().train(), packed_documents()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    set_task_ids(model, PACKED)
+    out = model(**batch).logits
+    alone = [torch.zeros_like(p) for p in parameters]
+    for row, tasks in enumerate(PACKED):
+        for task in tasks.unique():
+            set_task_ids(model, task)
+            one = model(input_ids=batch["input_ids"][row : row + 1, tasks == task]).logits
+            torch.testing.assert_close(one[0], out[row, tasks == task])
+            for total, part in zip(alone, torch.autograd.grad(one.square().sum(), parameters), strict=True):
+                total += part
+    for got, expected in zip(torch.autograd.grad(out.square().sum(), parameters), alone, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    set_task_ids(model, PACKED)
+    with pytest.raises(RoutingError, match="6 tokens per row, but the batch has"):
+        model.generate(input_ids=batch["input_ids"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("noise", ["none", "example"])
+def test_packed_documents_keep_noise_and_gradients_under_checkpointing(noise: str) -> None:
+    found = []
+    for use_reentrant in (None, True, False):
+        model = routed(noise=noise).train()
+        if use_reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        set_task_ids(model, PACKED)
+        torch.manual_seed(7)
+        model(**packed_documents()).logits.square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, *checkpointed in zip(*found, strict=True):
+        for got in checkpointed:
+            torch.testing.assert_close(got, plain)
+
+
 @pytest.mark.parametrize("shape", [(3, 8), (3, 5, 8), (3, 2, 5, 8)])
 def test_inputs_of_any_rank(shape: tuple[int, ...]) -> None:
     model = routed(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"])

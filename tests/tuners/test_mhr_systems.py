@@ -517,3 +517,11 @@ def test_two_processes_equal_one(from_two_processes: list[dict], kind: str) -> N
         if p.requires_grad:
             for report in from_two_processes:
                 torch.testing.assert_close(report[kind][name], p.detach(), msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_wrapper_takes_ids_in_every_way(from_two_processes: list[dict], kind: str) -> None:
+    for report in from_two_processes:
+        distances = {w: d for w, d in report["ways of giving ids"].items() if w.startswith(kind)}
+        assert len(distances) == 5
+        assert max(distances.values()) < 1e-6, distances

@@ -122,7 +122,7 @@ def from_loras(
         directories: as written by `PeftModel.save_pretrained` with a `LoraConfig`.
         config: tasks, heads and routing; its r, alpha, n_skills and targets are set here. `None`: one task,
             one head.
-    Raises: CheckpointError: if an adapter is no plain LoRA, or adapts other modules than the first.
+    Raises: CheckpointError: if an adapter is no plain LoRA of linears, or of other modules than the first.
     """
     if not directories:
         raise ConfigError("directories is empty: expected at least one LoRA.")
@@ -203,11 +203,16 @@ def _read_lora(directory: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
         )
     weights = load_peft_weights(str(directory), device="cpu")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for key, A in weights.items():
-        if key.endswith(".lora_A.weight"):
-            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            B = weights[key.replace(".lora_A.", ".lora_B.")]
-            factors[module] = A.float(), B.float() * lora_scale(config, module)
+    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
+        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        A, B = weights.pop(key), weights.pop(key.replace(".lora_A.", ".lora_B."))
+        factors[module] = A.float(), B.float() * lora_scale(config, module)
+    odd = [*weights, *(module for module, (A, _) in factors.items() if A.dim() != 2)]
+    if odd or not factors:
+        raise CheckpointError(
+            f"'{directory}' holds more than LoRA factors of linears, which no inventory of skills can hold:"
+            f" {', '.join(odd[:3]) or 'no factors at all'}."
+        )
     return factors
 
 
