@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -142,6 +143,7 @@ def test_adapting_moves_what_it_should_from_the_average_of_the_skills(recipe, pr
     shots = {"shots": 6, "sampling": "each"}
     result = run(recipe(f"adapted-{adapt}", ["least"], tuner, shots))
     assert set(result.start["parts"]) == set(result.parts) == {"least"}
+    assert result.start["name"] == "zero-shot"
     old, new = weights(before.folder), weights(result.folder)
     skills = [name for name in old if "mhr_A" in name or "mhr_B" in name]
     assert len(skills) == len([name for name in new if name in skills]) > 0
@@ -174,6 +176,31 @@ def test_an_unseen_task_is_evaluated_zero_shot_from_the_command_line(pretrained,
     data = dataclasses.replace(config.data, tasks=["least", "first"])
     average = evaluate(pretrained.folder, config=dataclasses.replace(config, tuner=tuner, data=data))
     assert found["metrics"] == pytest.approx(average.metrics)
+
+
+def test_the_table_of_an_adaptation_has_zero_shot_rows(
+    recipe, pretrained, capsys, caplog, monkeypatch
+) -> None:
+    config = recipe("pretrained", ["first", "last"])
+    # The command line keeps the package's log from pytest's own handler.
+    monkeypatch.setattr(logging.getLogger("thawline.tuners"), "handlers", [caplog.handler])
+    words = ["train", "--config", str(pretrained.folder / "config.yaml"), "--data.tasks", "[least, first]"]
+    words += ["--name", "rows", "--tuner.start_from", str(pretrained.folder), "--tuner.adapt", "z"]
+    assert main(words) == 0
+    told = capsys.readouterr().out.splitlines()
+    lines = [line.split("  ")[0] or line.strip().split("  ")[0] for line in told]
+    assert lines[:9] == [
+        "task", "first", "zero-shot", "least", "zero-shot", "mean over tasks", "zero-shot", "all rows",
+        "zero-shot",
+    ]  # fmt: skip
+    start = json.loads((config.run_folder.parent / "rows" / "start.json").read_text())
+    column = told[0].split().index("choice_accuracy")
+    assert float(told[6].split()[-1]) == round(start["metrics"]["macro_choice_accuracy"], 4)
+    assert float(told[4].split()[column - 1]) == round(start["parts"]["least"]["choice_accuracy"], 4)
+    page = (config.run_folder.parent / "rows" / "report.html").read_text()
+    assert page.count(">  zero-shot<") == 4
+    # One of the two is no new task.
+    assert "Trained on before: first. " in caplog.text
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(recipe, pretrained, monkeypatch) -> None:

@@ -9,7 +9,7 @@ A run's folder, every name stable:
     sample.txt        one training row as the model sees it; what is learned stands in ⟦ ⟧
     alignment.jsonl   how the tasks' gradients agree, where `training.align_every` asked
     metrics.jsonl     every logged value, one JSON object a line
-    start.json        metrics before the first step, where the run starts from a trained adapter
+    start.json        metrics before the first step, where the run starts from a trained adapter (zero-shot)
     checkpoint-<n>/   model, optimiser, schedule and random state after step n
     model/            what the run ends with: an adapter or a whole model, and its tokenizer
     result.json       metrics of the last evaluation, over all held-out rows and by part
@@ -59,6 +59,7 @@ from thawline.errors import CheckpointError, ConfigError, RoutingError, did_you_
 from thawline.recipe import Frozen, RunConfig, load_recipe
 from thawline.report.pictures import save_worst_images
 from thawline.report.run_report import PICTURES
+from thawline.tables import AT_START, ZERO_SHOT
 from thawline.training.build import (
     build_model,
     build_objective,
@@ -108,7 +109,8 @@ class RunResult:
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
     """The same by part (task)."""
     start: dict[str, Any] = field(default_factory=dict)
-    """`metrics` and `parts` before the first step (zero-shot), where `training.eval_at_start` asked."""
+    """`metrics` and `parts` before the first step, where `training.eval_at_start` asked; their `name`,
+    zero-shot where the run adapts to new tasks."""
     trainable: int = 0
     """Trainable parameters."""
     seconds: float = 0.0
@@ -164,7 +166,8 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         if checkpoint is None and _evaluates_at_start(config, objective):
             found = trainer.starting_evaluation()
             if trainer.is_world_process_zero():
-                write_text(folder / START, _to_json({"metrics": found.metrics, "parts": found.parts}))
+                start_as = {"name": _start_name(config), "metrics": found.metrics, "parts": found.parts}
+                write_text(folder / START, _to_json(start_as))
         with stop.listen():
             try:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -448,6 +451,10 @@ def _evaluates_at_start(config: RunConfig, objective: Objective) -> bool:
     if wanted is None:
         wanted = getattr(config.tuner, "start_from", None) is not None
     return bool(wanted and objective.held_out_rows)
+
+
+def _start_name(config: RunConfig) -> str:
+    return AT_START if getattr(config.tuner, "adapt", "none") == "none" else ZERO_SHOT
 
 
 def _describe(config: RunConfig, trainer: Trainer, plan: Mapping[str, Any]) -> None:

@@ -1,10 +1,14 @@
-"""Tables as plain text."""
+"""Tables as plain text, and the table of an evaluation."""
 
 from __future__ import annotations
 
-__all__ = ["aligned"]
+__all__ = ["AT_START", "ZERO_SHOT", "aligned", "evaluation_rows"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+AT_START, ZERO_SHOT = "at start", "zero-shot"
+"""What an evaluation before the first step is called; the second where the tasks are new to the model."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -16,3 +20,44 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         )
         for row in rows
     )
+
+
+def evaluation_rows(
+    metrics: Mapping[str, float],
+    parts: Mapping[str, Mapping[str, float]],
+    start: Mapping[str, Any] | None = None,
+) -> list[list[Any]]:
+    """A line a part (task, class), then their mean and that over all rows; the header comes first.
+
+    Args:
+        metrics: over all rows.
+        parts: the same by part, with the number of their rows.
+        start: `metrics` and `parts` before the first step, and what to call them; beneath each line one of
+            its own.
+    """
+    part_name, whole = ("class", "classes") if "AP" in metrics else ("task", "tasks")
+    # A class of objects may lack a metric that others have: small ones, say.
+    names = [name for name in metrics if not parts or any(name in part for part in parts.values())]
+
+    def line(title: str, rows: Any, values: Mapping[str, float]) -> list[Any]:
+        return [title, rows, *(values.get(name) for name in names)]
+
+    before: Mapping[str, Mapping[str, float]] = (start or {}).get("parts", {})
+    found: list[tuple[str, Any, Mapping[str, float], Mapping[str, float]]] = [
+        (part, values.get("rows"), values, before.get(part, {})) for part, values in parts.items()
+    ]
+    if len(parts) > 1:
+        found.append((f"mean over {whole}", None, _means(parts, names), _means(before, names)))
+        total = sum(int(part.get("rows", 0)) for part in parts.values())
+        found.append(("all rows", total, metrics, (start or {}).get("metrics", {})))
+    table = [[part_name, "rows", *names]]
+    for title, rows, values, earlier in found:
+        table.append(line(title, rows, values))
+        if start:
+            table.append(line(f"  {start.get('name', AT_START)}", None, earlier))
+    return table
+
+
+def _means(parts: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    found = {name: [part[name] for part in parts.values() if name in part] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}

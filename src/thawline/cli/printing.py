@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from thawline.recipe import RunConfig
-from thawline.tables import aligned
+from thawline.tables import aligned, evaluation_rows
 
 
 def say(text: str) -> int:
@@ -28,39 +28,14 @@ def say_evaluation(
     parts: Mapping[str, Mapping[str, float]],
     start: Mapping[str, Any] | None = None,
 ) -> int:
-    """A table of one line a part, with the mean over parts and over everything below it.
-
-    Args:
-        start: `metrics` and `parts` before the first step; the last columns.
-    """
+    """The table of an evaluation (`evaluation_rows`)."""
     if not metrics:
         return say("No held-out rows: nothing was evaluated.")
-    part_name, whole = ("class", "classes") if "AP" in metrics else ("task", "tasks")
-    # A class of objects may lack a metric that others have: small ones, say.
-    names = [name for name in metrics if not parts or any(name in part for part in parts.values())]
-    before: Mapping[str, Mapping[str, float]] = (start or {}).get("parts", {})
-    columns = [(name, parts, metrics) for name in names]
-    columns += [(name, before, start["metrics"]) for name in names if start]
-    rows = [
-        [name, str(part.get("rows", "")), *(_cell(found.get(name, {}), key) for key, found, _ in columns)]
-        for name, part in parts.items()
-    ]
-    if len(parts) > 1:
-        found = [[part[key] for part in of.values() if key in part] for key, of, _ in columns]
-        means = [_round(sum(values) / len(values)) if values else "" for values in found]
-        rows.append([f"mean over {whole}", "", *means])
-        total = sum(int(part.get("rows", 0)) for part in parts.values())
-        rows.append(["all rows", str(total), *(_cell(over_all, key) for key, _, over_all in columns)])
-    header = [part_name, "rows", *names, *(f"{name} at start" for name in names if start)]
-    return say(aligned([header, *rows]))
+    return say(aligned([[_cell(value) for value in row] for row in evaluation_rows(metrics, parts, start)]))
 
 
-def _cell(values: Mapping[str, float], key: str) -> str:
-    return _round(values[key]) if key in values else ""
-
-
-def _round(value: float) -> str:
-    return f"{value:.4f}"
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def choice_lines(table: Mapping[str, str]) -> list[str]:

@@ -53,7 +53,8 @@ class Training:
     keep_checkpoints: int = 2
     """Newest checkpoints kept; the best one is kept beside them."""
     eval_at_start: bool | None = None
-    """Evaluate before the first step too: zero-shot. None: where a trained adapter is started from."""
+    """Evaluate before the first step too, zero-shot where `tuner.adapt` turns to new tasks. None: where a
+    trained adapter is started from."""
     align_every: int | None = None
     """Steps between measurements of how the tasks' gradients agree (`thawline align`), each a forward and a
     backward pass over 64 rows of every task. None: not measured."""

@@ -23,6 +23,7 @@ from typing import Any
 from thawline.errors import DataError
 from thawline.metrics.detection import RECALLS, DetectionMetrics
 from thawline.report.page import MIME, Chart, Line, Matrix, Part, Picture, Section, Table, Text, write_page
+from thawline.tables import evaluation_rows
 
 DETECTION_METRICS = "detection_metrics.json"
 PICTURES = "pictures"
@@ -58,11 +59,10 @@ def _result(folder: Path) -> Iterator[Section]:
     if result is None:
         return
     parts: list[Part] = [Table(header=("metric", "value"), rows=list(result.get("metrics", {}).items()))]
-    by_part = result.get("parts") or {}
-    if len(by_part) > 1:
-        names = list(dict.fromkeys(name for part in by_part.values() for name in part))
-        rows = [[name, *(part.get(key) for key in names)] for name, part in by_part.items()]
-        parts.append(Table(header=("part", *names), rows=rows))
+    by_part, start = result.get("parts") or {}, result.get("start")
+    if len(by_part) > 1 or start:
+        header, *rows = evaluation_rows(result["metrics"], by_part, start)
+        parts.append(Table(header=header, rows=rows))
     told = [f"{key} {result[key]}" for key in ("status", "steps", "seconds") if key in result]
     yield Section(title="Result", parts=parts, note=", ".join(told))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["attach_tuner", "calibrate_tuner", "routed_tasks"]
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.model import route_by_batch
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
+
+logger = logging.getLogger(__name__)
 
 TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -91,6 +94,11 @@ def _adapted(model: nn.Module, settings: Mhr, tasks: Sequence[str], saved: bool)
     mode = shared.configs[name].mode
     if settings.adapt != "none" and not (saved and settings.adapt == mode):
         names: Any = list(tasks) or 1
+        if known := sorted(set(tasks) & set(shared.configs[name].task_names or ())) if not saved else []:
+            logger.warning(
+                "Trained on before: %s. The metrics that such a task starts from are not zero-shot.",
+                ", ".join(known),
+            )
         start_adaptation(model, mode=settings.adapt, tasks=names, start_from=settings.new_rows)
     return route_by_batch(model)
 
