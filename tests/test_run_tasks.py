@@ -117,6 +117,8 @@ def test_a_run_on_tasks_keeps_their_table_and_reads_back_equal(recipe, pretraine
     assert (found.metrics, found.parts) == (result.metrics, result.parts)
     plan = json.loads((result.folder / "plan.json").read_text())
     assert [group["lr"] for group in plan["parameter_groups"]] == [1e-2, 0.1]
+    # MHR trains all that it adds, and only that.
+    assert plan["base_parameters"] == plan["parameters"] - plan["trainable_parameters"]
     assert set(predict(result.folder, ["ab", "ba"], task="last")) <= set(LETTERS)
 
 

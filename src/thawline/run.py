@@ -65,6 +65,7 @@ from thawline.training.build import (
     build_objective,
     build_trainer,
     load_tuned,
+    n_base_parameters,
     n_parameters,
     saved_model_folder,
 )
@@ -435,6 +436,7 @@ def _plan(trainer: Trainer) -> dict[str, Any]:
     plan: dict[str, Any] = {
         "model": type(_base_of(trainer.model)).__name__,
         "parameters": total,
+        "base_parameters": n_base_parameters(trainer.model),
         "trainable_parameters": trainable,
         "device": str(trainer.args.device),
         "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
@@ -460,7 +462,9 @@ def _start_name(config: RunConfig) -> str:
 def _describe(config: RunConfig, trainer: Trainer, plan: Mapping[str, Any]) -> None:
     trainable, total = plan["trainable_parameters"], plan["parameters"]
     logger.info("run      %s", config.run_folder)
-    logger.info("base     %s: %s, %s parameters", config.base.label, plan["model"], f"{total:,}")
+    logger.info(
+        "base     %s: %s, %s parameters", config.base.label, plan["model"], f"{plan['base_parameters']:,}"
+    )
     logger.info(
         "tuner    %s: %s trainable (%.2f %%)", config.tuner.method, f"{trainable:,}", 100 * trainable / total
     )

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from thawline.errors import CheckpointError, ConfigError
-from thawline.recipe import PEFT_METHODS, TUNERS, Frozen, Full, Lora, Paca, PeftMethod
-from thawline.training.build import n_parameters
+from thawline.recipe import PEFT_METHODS, TUNERS, Frozen, Full, Lora, Mhr, Paca, PeftMethod
+from thawline.training.build import n_base_parameters, n_parameters
 from thawline.tuners.build import attach_tuner
 from thawline.tuners.paca.config import PacaConfig
 
@@ -86,6 +86,24 @@ def test_a_module_that_is_no_transformer_takes_an_adapter_too() -> None:
 def test_what_cannot_work_is_refused_with_what_would(model: nn.Module, settings, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         attach_tuner(model, settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Full(), Frozen(), Paca(r=3), Lora(r=3), Lora(method="dora", r=2), Mhr(r=2, n_skills=3),
+        Lora(r=2, modules_to_save=["embed_tokens"]),
+        PeftMethod(method="ia3"), PeftMethod(method="vera", args={"r": 4}), PeftMethod(method="oft"),
+        PeftMethod(method="prompt_tuning", args={"num_virtual_tokens": 3}),
+        PeftMethod(method="prefix_tuning", args={"num_virtual_tokens": 3}),
+    ],
+    ids=lambda settings: settings.method,
+)  # fmt: skip
+def test_a_bases_parameters_are_counted_without_the_tuners(tiny_llama: Path, settings) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    _, total = n_parameters(model)
+    tuned = attach_tuner(model, settings, tasks=["a", "b"])
+    assert n_base_parameters(tuned) == total
 
 
 @pytest.mark.parametrize("kind", [Paca, Lora])

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["build_model", "build_objective", "build_trainer", "load_tuned", "n_parameters"]
+__all__ = [
+    "build_model",
+    "build_objective",
+    "build_trainer",
+    "load_tuned",
+    "n_base_parameters",
+    "n_parameters",
+]
 
 import dataclasses
 import os
@@ -229,6 +236,17 @@ def n_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())
+
+
+def n_base_parameters(model: nn.Module) -> int:
+    """Parameters of the base alone, without those that a tuner has added."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    added: set[int] = set()
+    for module in base.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            holder = getattr(module, name)
+            added |= {id(p) for p in (holder.parameters() if isinstance(holder, nn.Module) else [holder])}
+    return sum(p.numel() for p in base.parameters() if id(p) not in added)
 
 
 class Annealing(TrainerCallback):
