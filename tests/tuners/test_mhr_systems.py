@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, to_lora
+from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, start_adaptation, to_lora
+from thawline.tuners.mhr.layer import MHRLinear
 from thawline.tuners.mhr.model import find_layers
 
 VIEWS = {
@@ -142,6 +144,103 @@ def test_a_kept_mixture_is_forgotten_when_anything_it_came_from_changes() -> Non
     assert changed()
     model.train().eval()
     assert not changed()
+
+
+def test_layers_are_asked_for_kept_mixtures_once_and_not_for_every_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    kept_mixture = MHRLinear.kept_mixture
+
+    def counted(layer: MHRLinear, *args: Any) -> tuple[Tensor, Tensor]:
+        asked.append(layer.name)
+        return kept_mixture(layer, *args)
+
+    monkeypatch.setattr(MHRLinear, "kept_mixture", counted)
+    model, x = routed(), tokens()
+    n_layers = len(list(find_layers(model)))
+    for ids in ([0, 1, 2], 1):
+        model.generate(input_ids=x, task_ids=ids, max_new_tokens=4, do_sample=False, num_beams=2)
+        assert len(asked) == n_layers
+        asked.clear()
+    start_adaptation(model, "mu", ["new"])  # needs no ids
+    logits(model, x)
+    logits(model, x)
+    assert len(asked) == n_layers
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "skills",
+        "logits",
+        "scale",
+        "mix",
+        "hook",
+        "base",
+        "adapter",
+        "disabled",
+        "merged",
+        "trained",
+        "double",
+    ],
+)
+def test_an_evaluating_model_sees_what_changed_since_its_last_forward(what: str) -> None:
+    x = tokens()
+    model = routed()
+    set_task_ids(model, 1)
+    before = logits(model, x)
+    layer = next(layer for _, layer in find_layers(model))
+    base = layer.get_base_layer()
+    undo: list[Any] = []
+    if what == "skills":
+        layer.mhr_A["default"] = nn.Parameter(layer.mhr_A["default"].detach() + 1)
+    elif what == "logits":
+        layer.routers["default"].logits.data = layer.routers["default"].logits.data.flip(-1)
+    elif what == "scale":
+        layer.scale_layer(3)
+    elif what == "mix":
+        layer.routers["default"].uniform_mix = 0.9
+    elif what == "hook":
+        base.register_forward_hook(lambda module, args, output: output + 1)
+    elif what == "base":
+        base.weight = nn.Parameter(base.weight.detach() + 1, requires_grad=False)
+    elif what == "adapter":
+        model.add_adapter("other", config(n_skills=2, init_weights=False))
+        model.set_adapter("other")
+        set_task_ids(model, 1)
+    elif what == "disabled":
+        undo.append(model.disable_adapter())
+        undo[0].__enter__()
+    elif what == "merged":
+        model.merge_adapter()
+        base.weight.data += 1
+    elif what == "trained":
+        model.train()
+        model(input_ids=x, labels=x).loss.backward()
+        torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1, fused=True).step()
+        model.eval()
+    else:
+        model.double()
+    after = logits(model, x)
+    assert not torch.equal(after.float(), before)
+    # With gradients, each layer looks for itself.
+    torch.testing.assert_close(after, model(input_ids=x).logits.detach())
+
+
+def test_training_right_after_evaluating_uses_no_kept_mixture() -> None:
+    x, gradients = tokens(), []
+    for evaluates in (False, True):
+        model = routed()
+        set_task_ids(model, [0, 1, 2])
+        if evaluates:
+            logits(model, x)
+        model.train()
+        model(input_ids=x, labels=x).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+    assert any(gradient.any() for gradient in gradients[0])
 
 
 def test_a_model_is_copied_after_a_training_forward() -> None:

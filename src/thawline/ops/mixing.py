@@ -79,12 +79,13 @@ def apply_low_rank(base: Tensor | FrozenLinear, x: Tensor, A_GIR: Tensor, B_GOR:
     Returns: (..., O).
     """
     y = F.linear(x, *base) if isinstance(base, tuple) else base
-    groups, in_features, _ = A_GIR.shape
-    xA = torch.bmm(x.reshape(groups, -1, in_features).to(y.dtype), A_GIR)
+    x_GMI = _grouped(x, A_GIR.shape[0])
+    xA = torch.bmm(x_GMI if x.dtype is y.dtype else x_GMI.to(y.dtype), A_GIR)
+    y_GMO = y.view(*xA.shape[:2], -1) if isinstance(base, tuple) else y.reshape(*xA.shape[:2], -1)
     if isinstance(base, tuple) and not torch.is_grad_enabled():
-        y.view(groups, xA.shape[1], -1).baddbmm_(xA, B_GOR.mT)
+        y_GMO.baddbmm_(xA, B_GOR.mT)
         return y
-    return torch.baddbmm(y.reshape(groups, xA.shape[1], -1), xA, B_GOR.mT).view(y.shape)
+    return torch.baddbmm(y_GMO, xA, B_GOR.mT).view(y.shape)
 
 
 def apply_low_rank_by_token(

@@ -123,9 +123,9 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _add_made_mixture(self, x: Tensor) -> Tensor | None:
-        """The common training forward; `None` where anything is out of the common.
+        """The common forward, whose mixture was there when the model's began; `None` for anything uncommon.
 
-        On small layers Python decides the time of a step, so this checks no more than it must, and past
+        On small layers Python decides the time, so this checks no more than it must, and past
         Module.__getattr__.
         """
         shared, active = self.task_ids, self._active_adapter
@@ -136,7 +136,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             made is None
             or made.base is None
             or not shared.running
-            or not torch.is_grad_enabled()
+            or torch.is_grad_enabled() is not forward.differentiates
             or self._disable_adapters
             or self.merged_adapters
             or (forward.rows is not None and x.shape[0] != forward.rows)
@@ -144,7 +144,9 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             or made.A.dtype is not output_dtype(made.base, x)
         ):
             return None
-        return low_rank_linear(x, made.base, made.A, made.B)
+        if forward.differentiates:
+            return low_rank_linear(x, made.base, made.A, made.B)
+        return apply_low_rank(made.base, x, made.A, made.B)
 
     def _add(self, name: str, x: Tensor, base: Tensor | FrozenLinear) -> Tensor:
         """Run the base, if that is still to do, and add what one adapter adds."""
@@ -159,7 +161,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             return low_rank_linear(x, base, made.A, made.B)
         if self._differentiates(name, x):
             return low_rank_linear(x, base, *self._mix(name, groups, dtype))
-        return apply_low_rank(base, x, *self._kept_mixture(name, groups, dtype))
+        return apply_low_rank(base, x, *self.kept_mixture(name, groups, dtype))
 
     @staticmethod
     def _apply_plainly(
@@ -259,7 +261,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         mixed_A, mixed_B = mix_skills_of_many(weights[None], [A], [B], index, dtype, scale)
         return mixed_A, mixed_B
 
-    def _kept_mixture(self, name: str, groups: Groups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def kept_mixture(self, name: str, groups: Groups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`_mix`, computed once for the same ids and parameters. Training mode keeps nothing."""
         if self.training:
             return self._mix(name, groups, dtype)

@@ -34,6 +34,7 @@ from thawline.errors import ConfigError, RoutingError
 from thawline.tuners.mhr.checkpointing import Checkpoints
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.ids import Ids, read_ids
+from thawline.tuners.mhr.kept import KeptMixtures
 from thawline.tuners.mhr.layer import MHRLinear, layers_of, linear_sizes
 from thawline.tuners.mhr.routing import ROUTERS, Router
 from thawline.tuners.mhr.state import TaskIds
@@ -297,6 +298,7 @@ class _BeforeForward:
     def __init__(self, task_ids: TaskIds) -> None:
         self.task_ids = task_ids
         self.checkpoints, self.together = Checkpoints(task_ids), Together(task_ids)
+        self.kept = KeptMixtures(task_ids)
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -315,14 +317,25 @@ class _BeforeForward:
             shared.ids = None  # they were the last batch's
         shared.arrived = None
         inputs = first_inputs(args, kwargs)
-        if shared.is_routed():
-            shared.begin(inputs)
-            if model.training and is_eager:
+        routed = shared.is_routed()
+        if routed:
+            shared.check(inputs)
+        shared.begin(inputs)
+        if is_eager:
+            self._prepare(model, inputs, routed)
+        shared.running = True
+        return args, kwargs
+
+    def _prepare(self, model: nn.Module, inputs: Tensor | None, routed: bool) -> None:
+        """What the layers would each do; under torch.compile they do, for the compiler to fuse."""
+        if model.training:
+            self.kept.clear()
+            if routed:
                 self.checkpoints.carry(model)
                 if inputs is not None:
                     self.together.prepare(inputs)
-        shared.running = True
-        return args, kwargs
+        elif inputs is not None and not torch.is_grad_enabled():
+            self.kept.recall(inputs)
 
 
 class _AfterForward:

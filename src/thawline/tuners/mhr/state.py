@@ -59,6 +59,8 @@ class Forward:
         """Tokens per row, for layers that see rows and tokens flattened into one axis."""
         self.noise: dict[Place, Tensor] = {}
         self.mixtures: dict[Place, Mixture] = {}
+        self.differentiates = True
+        """Whether the mixtures are part of a graph: made for training, or kept in evaluation."""
         self.rows: int | None = None
         """Rows that a layer's input must have for its mixture to fit; `None`: any number."""
         self.repeated: Ids | None = None
@@ -145,8 +147,8 @@ class TaskIds:
 
     # A forward.
 
-    def begin(self, inputs: Tensor | None) -> None:
-        """Start a forward, once the ids are those of its first inputs (rows, ...).
+    def check(self, inputs: Tensor | None) -> None:
+        """Check the ids against the first inputs (rows, ...) of the forward that begins.
 
         Args:
             inputs: `None` where no argument is a tensor: the layers check their own rows then.
@@ -162,7 +164,10 @@ class TaskIds:
                     " Give one id"
                     " per token, or one per row."
                 )
-        self.forward = Forward(ids, frozenset(() if inputs is None else inputs.shape[1:2]))
+
+    def begin(self, inputs: Tensor | None) -> None:
+        """Start a forward with the ids that there are, and nothing of the last one's."""
+        self.forward = Forward(self.ids, frozenset(() if inputs is None else inputs.shape[1:2]))
         if self.under_way:
             self.under_way[-1] = self.under_way[-1][0], self.forward, self.from_batch
 
