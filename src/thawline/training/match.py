@@ -17,20 +17,17 @@ __all__ = ["MatchObjective", "match_loss", "mean_pooled"]
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoModel
 
 from thawline.data.text import Example, collate_tokens, prompt_example
 from thawline.errors import ConfigError, DataError
 from thawline.recipe import MatchSettings, TextBase, TextData
-from thawline.training.objective import Evaluation
-from thawline.training.rows import judged, read_rows, route, train_sampler
+from thawline.training.rows import TaskRows
 from thawline.training.scoring import by_length, on_device
 from thawline.training.text import load_pretrained, load_processor
 
@@ -38,7 +35,7 @@ NO_CHOICE = -1
 """Fills up the rows of `choice_index`."""
 
 
-class MatchObjective:
+class MatchObjective(TaskRows):
     """Rows of text with choices, the encoder that compares them, and how often it is right.
 
     Args:
@@ -53,7 +50,7 @@ class MatchObjective:
         ConfigError: for an encoder-decoder, or another setting that cannot work.
     """
 
-    smaller_is_better: tuple[str, ...] = ("loss", "macro_loss")
+    metrics = ("choice_accuracy",)
 
     def __init__(
         self,
@@ -65,20 +62,16 @@ class MatchObjective:
         seed: int = 0,
         read: Literal["all", "held-out", "none"] = "all",
     ) -> None:
-        self.settings, self.base, self.data, self.dtype, self.seed = settings, base, data, dtype, seed
+        self.settings, self.base, self.dtype = settings, base, dtype
         if base.head != "auto":
             raise ConfigError(f"`objective: match` has no head, got `base.head: {base.head}`. Leave it out.")
         if load_pretrained(AutoConfig, base).is_encoder_decoder:
             raise ConfigError(f"`objective: match` needs an encoder; '{base.model}' is an encoder-decoder.")
         self.processor = load_processor(base)
-        rows = read_rows(data, seed=seed, read=read)
-        self.format = rows.format or data.format
-        self.tasks, self.task_choices = rows.tasks, rows.choices()
-        self.task_ids: dict[str, int] | None = None
-        self.train_examples, self.held_out_examples = rows.train, rows.held_out
+        super().__init__(data, seed=seed, read=read)
         self._tokens: dict[str, list[int]] = {}
-        self.train_rows = self._encode_all(rows.train)
-        self.held_out_rows = self._encode_all(rows.held_out)
+        self.train_rows = self._encode_all(self.train_examples)
+        self.held_out_rows = self._encode_all(self.held_out_examples)
 
     def load_base(self, source: str | None = None) -> nn.Module:
         """The pretrained encoder on the CPU, or one saved in `source`; without a pooler, which has no part in
@@ -90,14 +83,6 @@ class MatchObjective:
         if isinstance(getattr(model, "pooler", None), nn.Module):
             model.pooler = None
         return model
-
-    def route(self, tasks: Sequence[str] | None) -> None:
-        """Give batches the ids of their rows' tasks, by a routing table's names; None: no ids any more."""
-        self.task_ids = route(tasks, [*self.train_rows, *self.held_out_rows])
-
-    def train_sampler(self, batch_size: int) -> Sampler[int] | None:
-        """Which row comes when. None: every row once an epoch, by chance."""
-        return train_sampler(self.data, self.train_examples, seed=self.seed, batch_size=batch_size)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A padded batch: `input_ids`, `attention_mask` (B, T), `labels` (B,) the place of the right choice;
@@ -138,22 +123,18 @@ class MatchObjective:
         told = (f"⟦{c}⟧" if i == row["labels"] else c for i, c in enumerate(row["choices"]))
         return f"{text} → {' | '.join(told)}"
 
-    def save_pictures(self, folder: Path) -> None:
-        """Text has none."""
-
-    def describe(self) -> dict[str, Any]:
-        """How a text becomes a prompt; the tasks, and the choices of those whose rows share them."""
-        tasks = {task: list(self.task_choices.get(task, ())) for task in self.tasks}
-        return {"format": self.format, "template": self.data.template, "tasks": tasks}
-
-    def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
-        """Loss and accuracy on the held-out rows, over all of them and by task."""
-        model.eval()
-        rows = []
-        all_scores = self._scores(model, self.held_out_rows, batch_size)
-        for example, row, scores in zip(self.held_out_examples, self.held_out_rows, all_scores, strict=True):
+    def judge(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        rows: Sequence[Mapping[str, Any]],
+        batch_size: int,
+    ) -> list[dict[str, Any]]:
+        """One judged row an example: the nearest choice, and how likely the right one was."""
+        found = []
+        for example, row, scores in zip(examples, rows, self._scores(model, rows, batch_size), strict=True):
             choice = row["choices"][int(scores.argmax())]
-            rows.append(
+            found.append(
                 {
                     "task": example.task,
                     "where": example.where,
@@ -164,7 +145,7 @@ class MatchObjective:
                     "choice_accuracy": float(choice == example.answer),
                 }
             )
-        return judged(rows, ["choice_accuracy"])
+        return found
 
     def predict(
         self,

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -33,8 +32,7 @@ from thawline.data.text import (
 from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.metrics.text import METRICS, exact_match, most_likely, rouge_l
 from thawline.recipe import TextBase, TextData, TextSettings
-from thawline.training.objective import Evaluation
-from thawline.training.rows import judged, read_rows, route, train_sampler
+from thawline.training.rows import TaskRows
 from thawline.training.scoring import Score, generate_answers, score_answers, score_labels
 
 logger = logging.getLogger(__name__)
@@ -50,7 +48,7 @@ LONGEST_ANSWER = 256
 """Tokens generated at most in evaluation where the recipe does not say."""
 
 
-class TextObjective:
+class TextObjective(TaskRows):
     """Rows of text, the model that reads them, and how its answers are judged.
 
     Args:
@@ -65,7 +63,6 @@ class TextObjective:
     Raises: DataError: for rows that cannot be read as asked. ConfigError: for settings that do not fit them.
     """
 
-    smaller_is_better: tuple[str, ...] = ("loss", "macro_loss")
     loss = None
 
     def __init__(
@@ -79,7 +76,7 @@ class TextObjective:
         read: Literal["all", "held-out", "none"] = "all",
         labels: Sequence[str] = (),
     ) -> None:
-        self.settings, self.base, self.data, self.dtype = settings, base, data, dtype
+        self.settings, self.base, self.dtype = settings, base, dtype
         self.config = load_pretrained(AutoConfig, base)
         self.head = _head(base, self.config)
         self.processor = load_processor(base)
@@ -90,17 +87,13 @@ class TextObjective:
             seq2seq=self.head == "seq2seq-lm",
             chat_template=data.chat_template,
         )
-        self.seed = seed
-        rows = read_rows(data, seed=seed, read=read)
-        self.format = rows.format or data.format
-        self.tasks, self.task_choices = rows.tasks, rows.choices()
-        self.task_ids: dict[str, int] | None = None
-        self.train_examples, self.held_out_examples = rows.train, rows.held_out
-        examples = [*rows.train, *rows.held_out]
+        super().__init__(data, seed=seed, read=read)
+        examples = [*self.train_examples, *self.held_out_examples]
         self.labels = tuple(labels) or (_labels(examples) if self.head == "classifier" else ())
         self.train_rows = self._encode_all(self.train_examples)
         self.held_out_rows = self._encode_all(self.held_out_examples)
-        self.metrics = self._choose_metrics()
+        chosen = self._choose_metrics()
+        self.metrics = tuple(name for name in METRICS if name in chosen)
 
     def load_base(self, source: str | None = None) -> nn.Module:
         """The pretrained model on the CPU, or one saved in `source`; a classifier gets the data's labels."""
@@ -115,14 +108,6 @@ class TextObjective:
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.processor.pad_token_id
         return model
-
-    def route(self, tasks: Sequence[str] | None) -> None:
-        """Give batches the ids of their rows' tasks, by a routing table's names; None: no ids any more."""
-        self.task_ids = route(tasks, [*self.train_rows, *self.held_out_rows])
-
-    def train_sampler(self, batch_size: int) -> Sampler[int] | None:
-        """Which row comes when. None: every row once an epoch, by chance."""
-        return train_sampler(self.data, self.train_examples, seed=self.seed, batch_size=batch_size)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A padded batch: `input_ids`, `attention_mask` (B, T), `labels` (B, L), or (B,) of a classifier.
@@ -152,21 +137,20 @@ class TextObjective:
                 start = end
         return "".join(parts)
 
-    def save_pictures(self, folder: Path) -> None:
-        """Text has none."""
-
     def describe(self) -> dict[str, Any]:
-        """How a text becomes a prompt, a classifier's labels, and the tasks."""
-        tasks = {task: list(self.task_choices.get(task, ())) for task in self.tasks}
-        told = {"format": self.format, "template": self.data.template, "labels": list(self.labels)}
-        return {**told, "tasks": tasks}
+        """How a text becomes a prompt, the tasks, and a classifier's labels."""
+        return {**super().describe(), "labels": list(self.labels)}
 
-    def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
-        """Loss and metrics on the held-out rows, over all of them and by task."""
-        model.eval()
+    def judge(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        rows: Sequence[Mapping[str, Any]],
+        batch_size: int,
+    ) -> list[dict[str, Any]]:
+        """One judged row an example: of a classifier's labels, or a language model's answers."""
         judge = self._judge_labels if self.head == "classifier" else self._judge_answers
-        rows = judge(model, batch_size)
-        return judged(rows, [name for name in METRICS if name in self.metrics])
+        return judge(model, examples, rows, batch_size)
 
     def predict(
         self,
@@ -224,10 +208,14 @@ class TextObjective:
             max_new_tokens=longest, batch_size=batch_size, extras=extras, **sampling,
         )  # fmt: skip
 
-    def _judge_answers(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
-        """One judged row a held-out example: a language model's."""
-        examples = self.held_out_examples
-        scores = self._score(model, self.held_out_rows, batch_size)
+    def _judge_answers(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        encoded: Sequence[Mapping[str, Any]],
+        batch_size: int,
+    ) -> list[dict[str, Any]]:
+        scores = self._score(model, encoded, batch_size)
         rows: list[dict[str, Any]] = [
             {"task": example.task, "where": example.where, "answer": example.answer, **score._asdict()}
             for example, score in zip(examples, scores, strict=True)
@@ -252,11 +240,16 @@ class TextObjective:
                     row["rouge_l"] = rouge_l(text, row["answer"])
         return rows
 
-    def _judge_labels(self, model: nn.Module, batch_size: int) -> list[dict[str, Any]]:
-        """One judged row a held-out example: a classifier's."""
+    def _judge_labels(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        encoded: Sequence[Mapping[str, Any]],
+        batch_size: int,
+    ) -> list[dict[str, Any]]:
         rows = []
-        all_logits = score_labels(model, self.held_out_rows, self.collate, batch_size)
-        for example, row, logits in zip(self.held_out_examples, self.held_out_rows, all_logits, strict=True):
+        all_logits = score_labels(model, encoded, self.collate, batch_size)
+        for example, row, logits in zip(examples, encoded, all_logits, strict=True):
             label = self.labels[logits.argmax()]
             rows.append(
                 {
