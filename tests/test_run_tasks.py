@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from text_kit import LETTERS, save_tiny_bert, write_tasks
 from thawline.analysis.recorder import ALIGNMENT, read_trajectory
 from thawline.cli import main
 from thawline.errors import CheckpointError, ConfigError, DataError, RoutingError
@@ -22,45 +23,15 @@ from thawline.training.match import MatchObjective
 from thawline.training.text import TextObjective
 from thawline.tuners.mhr.adapt import find_adapter
 
-LETTERS = "abcd"
-TASKS = {"first": lambda a, b: a, "last": lambda a, b: b, "swap": lambda a, b: b + a, "least": min}
-"""What is asked of two letters; the third has no choices."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file for each task, and a manifest that knows the choices of two of them."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for task, answer in TASKS.items():
-        rows = [
-            {"input": a + b, "output": answer(a, b), "split": "test" if a == b else "train"}
-            for a in LETTERS
-            for b in LETTERS
-        ]
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest = [
-        {"task": task, "type": "choice", "choices": list(LETTERS)} for task in ("first", "last", "least")
-    ]
-    (folder / "manifest.json").write_text(json.dumps([*manifest, {"task": "swap", "type": "writing"}]))
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a BERT with random weights and a tokenizer of one token a byte."""
-    from transformers import BertConfig, BertModel
-
-    from text_kit import byte_tokenizer
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(byte_tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, hidden_dropout_prob=0.1,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
 @pytest.fixture(scope="module", params=["text", "match"])
@@ -241,6 +212,16 @@ def test_annealing_ends_at_the_average_whatever_the_task(recipe) -> None:
 def test_tasks_without_routing_are_still_judged_task_by_task(recipe, method: str) -> None:
     result = run(recipe(method, ["first", "least"], method))
     assert set(result.parts) == {"first", "least"}
+
+
+@pytest.mark.parametrize("metric", ["choice_accuracy", "macro_choice_accuracy", "macro_loss"])
+def test_the_best_checkpoint_is_chosen_by_any_metric_of_the_table(recipe, metric: str) -> None:
+    result = run(recipe(f"best-{metric}", ["first", "least"], "lora", best_metric=metric))
+    lines = [line[f"eval_{metric}"] for line in logged(result.folder) if f"eval_{metric}" in line]
+    best = (min if "loss" in metric else max)(lines)
+    assert result.metrics[metric] == pytest.approx(best)
+    with pytest.raises(ConfigError, match="`training.best_metric: macro_loss` is not evaluated"):
+        run(recipe("alone", ["first"], "lora", best_metric="macro_loss"))
 
 
 def test_private_gives_every_task_a_skill_of_its_own(recipe) -> None:

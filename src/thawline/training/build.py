@@ -197,7 +197,9 @@ def _fit_to_rows(settings: Training, objective: Objective) -> Training:
     Raises: ConfigError: if `best_metric` is none of what evaluation gives.
     """
     rows, wanted = objective.held_out_rows, settings.best_metric
-    known = ("loss", *getattr(objective, "metrics", ())) if rows else ()
+    known = ["loss", *getattr(objective, "metrics", ())] if rows else []
+    if len({row["task"] for row in rows}) > 1:
+        known += [f"macro_{name}" for name in known]
     if wanted is not None and wanted not in known:
         reason = f"is not evaluated. {did_you_mean(wanted, known)}" if rows else "needs held-out rows."
         raise ConfigError(f"`training.best_metric: {wanted}` {reason}")
