@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,99 @@ def test_a_dataset_is_read_by_its_columns(tmp_path: Path) -> None:
     assert {example.split for example in examples} == {"train", "validation"}
     with pytest.raises(DataError, match="`data.columns` asks for 'text', the row has"):
         load_examples(tmp_path / "reviews", columns={"input": "text"})
+
+
+@pytest.fixture
+def reviews():
+    """Splits with answers and tasks by class label; the test split has no answers, as GLUE's."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["bad", "good"]),
+            "source": datasets.ClassLabel(names=["books", "films"]),
+        }
+    )
+    rows = {"sentence": ["fine", "dull"], "label": [1, 0], "source": [1, 0]}
+    unlabelled = {**rows, "label": [-1, -1]}
+    splits = {"train": rows, "validation": rows, "test": unlabelled}
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict(values, features=features) for name, values in splits.items()}
+    )
+
+
+COLUMNS = {"input": "sentence", "output": "label", "task": "source"}
+REVIEWS = {("films", "fine\n", "good", ("bad", "good")), ("books", "dull\n", "bad", ("bad", "good"))}
+
+
+def told(examples) -> set[tuple]:
+    return {(e.task, e.prompt, e.completion, e.choices) for e in examples}
+
+
+def test_tasks_and_answers_may_be_class_labels_and_splits_without_any_are_left_out(
+    reviews, tmp_path: Path, caplog
+) -> None:
+    reviews.save_to_disk(tmp_path / "reviews")
+    with caplog.at_level(logging.WARNING, "thawline.data.datasets"):
+        examples = load_examples(tmp_path / "reviews", columns=COLUMNS)
+    assert "reviews[test]: no row has a label; left out." in caplog.text
+    assert told(examples) == REVIEWS
+    assert {example.split for example in examples} == {"train", "validation"}
+    # One that lacks some answers is not without labels: the row is named.
+    torn = reviews["train"].map(lambda row, i: {"label": -1 if i else row["label"]}, with_indices=True)
+    torn.save_to_disk(tmp_path / "torn")
+    with pytest.raises(DataError, match="torn:1: 'output' must be text, got int"):
+        load_examples(tmp_path / "torn", columns=COLUMNS)
+
+
+def test_parquet_files_are_read_as_the_library_does(reviews, tmp_path: Path) -> None:
+    import datasets
+
+    for name in ("train-00000-of-00001", "validation"):
+        reviews[name.split("-")[0]].to_parquet(tmp_path / f"{name}.parquet")
+    examples = load_examples(tmp_path, columns=COLUMNS)
+    assert told(examples) == REVIEWS
+    split = split_examples(examples)
+    assert told(split.train) == told(split.held_out) == REVIEWS
+    # The oracle: the library's own reading of the folder, its numbers looked up.
+    theirs = datasets.load_dataset(str(tmp_path))
+    names = {key: theirs["train"].features[key].names for key in ("label", "source")}
+    for name, ours in zip(("train", "validation"), split, strict=True):
+        found = {(names["source"][r["source"]], names["label"][r["label"]]) for r in theirs[name]}
+        assert found == {(example.task, example.completion) for example in ours}
+    # A file for each task, and the folder's manifest.
+    by_task = tmp_path / "tasks"
+    by_task.mkdir()
+    plain = reviews["train"].cast_column("label", datasets.Value("string")).remove_columns("source")
+    plain.rename_columns({"sentence": "input", "label": "output"}).to_parquet(by_task / "sky-2.parquet")
+    (by_task / "manifest.json").write_text(json.dumps([{"task": "sky-2", "choices": ["0", "1"]}]))
+    assert told(load_examples(by_task)) == {
+        ("sky-2", "fine\n", "1", ("0", "1")), ("sky-2", "dull\n", "0", ("0", "1")),
+    }  # fmt: skip
+
+
+def test_csv_files_have_tasks_by_column_and_an_empty_one_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    file = tmp_path / "reviews.csv"
+    file.write_text('sentence,label,source\n"fine, all in all",good,films\ndull,bad,books\n')
+    assert told(load_examples(file, columns=COLUMNS)) == {
+        ("films", "fine, all in all\n", "good", ()), ("books", "dull\n", "bad", ()),
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"reviews.csv:0: `data.columns` asks for 'topic', the row has"):
+        load_examples(file, columns={**COLUMNS, "task": "topic"})
+    file.write_text("sentence,label,source\nfine,good,films\ndull,bad,\n")
+    with pytest.raises(DataError, match=r"reviews.csv:1: the row's task is empty"):
+        load_examples(file, columns=COLUMNS)
+    file.write_text("sentence,label,source\nfine,good,0\n")
+    [example] = load_examples(file, columns=COLUMNS)
+    assert example.task == "0"
+    broken = tmp_path / "broken.parquet"
+    broken.write_text("no table")
+    with pytest.raises(DataError, match=r"Cannot load '.*broken.parquet': .*arquet"):
+        load_examples(broken)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty' holds no .jsonl, .json, .parquet or .csv file"):
+        load_examples(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,26 @@
-"""Rows of a `datasets` dataset: one on the disk, or one of the Hub. The only file that knows the library."""
+"""Rows of a `datasets` dataset: on the disk, of the Hub, or a Parquet or CSV file; only this file knows the
+library."""
 
 from __future__ import annotations
 
-__all__ = ["dataset_rows", "is_dataset"]
+__all__ = ["TABLES", "dataset_rows", "is_dataset", "table_rows"]
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from thawline.errors import DataError, MissingExtraError
 
+logger = logging.getLogger(__name__)
+
 HUB = "hf://"
+
+TABLES = ("parquet", "csv")
+"""Suffixes of files that the library reads for us; also its names for them."""
+
+UNLABELLED = -1
+"""What stands for a class that was not given, as in the test splits of GLUE."""
 
 
 def is_dataset(path: str | Path) -> bool:
@@ -19,40 +29,71 @@ def is_dataset(path: str | Path) -> bool:
     return str(path).startswith(HUB) or any((Path(path) / name).is_file() for name in names)
 
 
-def dataset_rows(path: str) -> Iterator[tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]]:
-    """The splits of a dataset, each with its rows and their place. Class labels become their names, and, as
-    `choices`, all of them.
+def dataset_rows(
+    path: str, answers: Collection[str] = ()
+) -> Iterator[tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]]:
+    """The splits of a dataset, each with its rows and their place.
+
+    Class labels become their names, and those of the answers' column, all together, `choices` of rows that have
+    none. A split without any label is left out.
 
     Args:
         path: a folder, or "hf://OWNER/NAME", with "/CONFIG" behind it where the dataset has several.
+        answers: what the column of the answers may be called.
     """
     found = _load(path)
     splits = found.items() if isinstance(found, dict) else [(str(found.split or ""), found)]
     for name, rows in splits:
-        yield name, _rows(rows, f"{path}[{name}]" if name else path)
+        where = f"{path}[{name}]" if name else path
+        given = next((key for key in _classes(rows) if key in answers), None)
+        if given is not None and all(label == UNLABELLED for label in rows[given]):
+            logger.warning("%s: no row has a label; left out.", where)
+            continue
+        yield name, _rows(rows, where, answers)
 
 
-def _rows(rows: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    names = {key: feature.names for key, feature in rows.features.items() if hasattr(feature, "names")}
-    only = {"choices": next(iter(names.values()))} if len(names) == 1 else {}
+def table_rows(file: Path, answers: Collection[str] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Place and content of every row of a Parquet or CSV file; class labels as in `dataset_rows`."""
+    rows = _checked(
+        str(file),
+        lambda library: library.load_dataset(
+            file.suffix.removeprefix("."), data_files=str(file), split="train"
+        ),
+    )
+    return _rows(rows, str(file), answers)
+
+
+def _classes(rows: Any) -> dict[str, list[str]]:
+    """The names of classes, by column."""
+    return {key: feature.names for key, feature in rows.features.items() if hasattr(feature, "names")}
+
+
+def _rows(rows: Any, where: str, answers: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    classes = _classes(rows)
+    own = next((names for key, names in classes.items() if key in answers), None)
+    choices = {} if own is None else {"choices": own}
     for i, row in enumerate(rows):
-        # −1 stands for an unlabelled row, which is no text and so is refused by its reader.
-        named = {
-            key: known[row[key]] for key, known in names.items() if row[key] is not None and row[key] >= 0
-        }
-        yield f"{where}:{i}", {**only, **row, **named}
+        # A class that was not given is no text, and so is refused by its reader.
+        named = {key: names[row[key]] for key, names in classes.items() if row[key] not in (None, UNLABELLED)}
+        yield f"{where}:{i}", {**choices, **row, **named}
 
 
 def _load(path: str) -> Any:
+    if not path.startswith(HUB):
+        return _checked(path, lambda library: library.load_from_disk(path))
+    parts = path.removeprefix(HUB).split("/")
+    name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    return _checked(path, lambda library: library.load_dataset(name, config))
+
+
+def _checked(path: str, load: Callable[[Any], Any]) -> Any:
+    """What `load` makes of the library. Raises: DataError: in one line."""
     try:
         import datasets
     except ImportError as error:
         raise MissingExtraError("A dataset", "datasets", "text") from error
     try:
-        if not path.startswith(HUB):
-            return datasets.load_from_disk(path)
-        parts = path.removeprefix(HUB).split("/")
-        name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
-        return datasets.load_dataset(name, config)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot load '{path}': {str(error).strip().splitlines()[0]}") from error
+        return load(datasets)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = error.__cause__ or error  # of a broken file the library only says that it failed
+        raise DataError(f"Cannot load '{path}': {str(reason).strip().splitlines()[0]}") from error

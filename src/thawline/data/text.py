@@ -26,7 +26,8 @@ __all__ = [
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
@@ -37,7 +38,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from thawline.data.datasets import dataset_rows, is_dataset
+from thawline.data.datasets import TABLES, dataset_rows, is_dataset, table_rows
 from thawline.errors import ConfigError, DataError, did_you_mean
 
 IGNORED = -100
@@ -108,7 +109,8 @@ def load_examples(
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> list[Example]:
-    """Read every row of a JSONL or JSON file, of several, of all such files below a folder, or of a dataset.
+    """Read every row of a JSONL, JSON, Parquet or CSV file, of several, of all such files below a folder, or of
+    a dataset. Of a folder that holds both, JSONL and JSON are read.
 
     A folder's manifest.json, where there is one, is a list of `{task, choices?, instruction?, type?}`: what
     rows of a task lack is taken from there, and `{instruction}` may stand in the template.
@@ -125,18 +127,21 @@ def load_examples(
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"Unknown format '{format}'. {did_you_mean(format, FORMATS)}")
     examples: list[Example] = []
+    answers = {(columns or {}).get(key, key) for key in ("output", "completion")}
     for root in [path] if isinstance(path, (str, Path)) else path:
         if is_dataset(root):
             stem = Path(root).name
-            for split, rows in dataset_rows(str(root)):
+            for split, rows in dataset_rows(str(root), answers):
                 examples += _read_rows(rows, format, template, columns or {}, {}, stem, split)
             continue
         manifest = {str(entry["task"]): entry for entry in read_manifest(root)}
         for file in _files(root):
-            # train.jsonl and its like are splits, and their folder is the task.
-            split = file.stem if file.stem in ("train", *HELD_OUT) else ""
-            name = file.parent.name if split else file.stem
-            found = _read_rows(_rows(file), format, template, columns or {}, manifest, name, split)
+            # train.jsonl and its like are splits, and their folder is the task; numbered parts are one file.
+            stem = re.sub(r"-\d+-of-\d+$", "", file.stem)
+            split = stem if stem in ("train", *HELD_OUT) else ""
+            name = file.parent.name if split else stem
+            content = table_rows(file, answers) if file.suffix[1:] in TABLES else _rows(file)
+            found = _read_rows(content, format, template, columns or {}, manifest, name, split)
             if not found:
                 raise DataError(f"{file}: no rows.")
             examples += found
@@ -398,11 +403,12 @@ def _files(path: str | Path) -> Iterable[Path]:
         return [root]
     if not root.is_dir():
         raise DataError(f"No such file or folder: '{root}'.")
-    found = sorted(file for suffix in ("jsonl", "json") for file in root.rglob(f"*.{suffix}"))
-    found = [file for file in found if file.name != "manifest.json"]
-    if not found:
-        raise DataError(f"'{root}' holds no .jsonl or .json file.")
-    return found
+    for suffixes in (("jsonl", "json"), TABLES):
+        found = sorted(file for suffix in suffixes for file in root.rglob(f"*.{suffix}"))
+        found = [file for file in found if file.name != "manifest.json"]
+        if found:
+            return found
+    raise DataError(f"'{root}' holds no .jsonl, .json, .parquet or .csv file.")
 
 
 def _read_rows(
@@ -421,7 +427,9 @@ def _read_rows(
             row = _renamed(row, columns, where)
         if format == "auto":
             format = _format_of(row, where)
-        name = str(row.get("task") or task)
+        if row.get("task", task) in (None, ""):
+            raise DataError(f"{where}: the row's task is empty. Name it, or leave the key out.")
+        name = str(row.get("task", task))
         shared = {"task": name, "split": str(row.get("split") or split), "format": format, "where": where}
         examples.append(_example(row, format, template, shared, manifest.get(name, {})))
     return examples
@@ -434,7 +442,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
     return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
-def _rows(file: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Place and content of every row of a JSONL file, or of a JSON file holding a list."""
     try:
         text = file.read_text(encoding="utf-8-sig")  # Windows' editors put a mark in front

@@ -48,7 +48,7 @@ class TextBase:
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Rows of text: JSONL (or JSON) files, or a dataset of the `datasets` library."""
+    """Rows of text: JSONL, JSON, Parquet or CSV files, or a dataset of the `datasets` library."""
 
     path: str | list[str] = ""
     """File or folder, or several; or a dataset: save_to_disk's, "hf://OWNER/NAME". Rows with a `split`
