@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -30,6 +33,22 @@ def test_pefts_one_question_about_poly_is_answered_yes_and_no_other() -> None:
     assert [other for other in PeftType if asked == other] == [PeftType.POLY]
     assert asked == "MHR"
     assert len({asked, PeftType.POLY, "MHR"}) == 2
+
+
+def test_peft_asks_about_poly_only_where_it_hands_task_ids_on() -> None:
+    """What `RoutedType` says of PEFT: a place that is new wants to be looked at."""
+    asking = []
+    for path in sorted(Path(peft.__file__).parent.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text if "PeftType.POLY" in text else "")
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.If) and "PeftType.POLY" in ast.unparse(node.test):
+                    assert ast.unparse(node.test) == "peft_config.peft_type == PeftType.POLY"
+                    assert re.fullmatch(r"\w*kwargs\['task_ids'\] = task_ids", ast.unparse(node.body))
+                    asking.append((path.name, function.name))
+    places = {"forward": 6, "prepare_inputs_for_generation": 2}
+    assert Counter(asking) == {("peft_model.py", name): n for name, n in places.items()}
 
 
 def test_pefts_tables_hold_both() -> None:

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from mhr_models import config, logits, routed, tiny_llama, tokens
+from mhr_models import VOCAB, config, logits, routed, tiny_llama, tokens
 from mhr_workers import PROCESSES, TASKS, Rows, run
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, start_adaptation, to_lora
-from thawline.tuners.mhr.layer import MHRLinear
+from thawline.tuners.mhr import MHRLinear, parameter_groups
 from thawline.tuners.mhr.model import find_layers
 
 VIEWS = {
@@ -355,6 +357,36 @@ def test_autocast_and_low_precision_bases_stay_close_to_fp32() -> None:
             model.eval()(input_ids=x)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_routing_stays_in_fp32_beside_skills_in_bf16(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    base, x = lambda: tiny_llama().to(torch.bfloat16), tokens()
+    model = get_peft_model(base(), config(), autocast_adapter_dtype=False)
+    how = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": low_cpu_mem_usage}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True, **how)
+    for one in (model, loaded):
+        for _, layer in find_layers(one):
+            assert layer.mhr_A["default"].dtype is torch.bfloat16
+            assert layer.routers["default"].logits.dtype is torch.float32
+        set_task_ids(one, [0, 1, 2])
+    assert torch.equal(logits(loaded, x), logits(model, x))
+    loaded.train()(input_ids=x, labels=x).loss.backward()
+    assert all(
+        p.grad.dtype is p.dtype and p.grad.isfinite().all() for p in loaded.parameters() if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_turned_to_sixteen_bits_whole_still_weighs_its_skills_in_fp32(dtype: torch.dtype) -> None:
+    model, x = routed(noise="example").to(dtype).train(), tokens()
+    set_task_ids(model, [0, 1, 2])
+    layer = next(layer for _, layer in find_layers(model))
+    assert layer.routers["default"](torch.tensor([0])).dtype is torch.float32
+    model(input_ids=x, labels=x).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert logits(model.eval(), x).dtype is dtype
+
+
 def test_one_task_in_bf16_is_its_merged_weights_within_rounding() -> None:
     x = tokens()
     model = routed(tiny_llama().to(torch.bfloat16))
@@ -517,6 +549,9 @@ def test_a_weight_of_a_class_of_its_own_is_left_to_its_linear() -> None:
         found.append([out, inputs.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one)
+    set_task_ids(model, 1)
+    with pytest.raises(ConfigError, match="whose quantised weight cannot be merged into"):
+        model.merge_adapter()
 
 
 # Compilation.
@@ -584,11 +619,57 @@ def test_a_plain_trainer_trains_it_from_the_column_of_the_batch(tmp_path: Path) 
         tmp_path, max_steps=6, per_device_train_batch_size=4, learning_rate=0.02, remove_unused_columns=False,
         gradient_checkpointing=True, report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, seed=0,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=rows)
+    optimiser = torch.optim.AdamW(parameter_groups(model, lr=0.02, routing_lr=0.1, weight_decay=0.1))
+    trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimiser, None))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert any(p.any() for name, p in model.named_parameters() if "mhr_B" in name)
+    skills, routing = trainer.optimizer.param_groups
+    assert routing["initial_lr"] == 5 * skills["initial_lr"]
+    assert (skills["weight_decay"], routing["weight_decay"]) == (0.1, 0.0)
+
+
+def test_trl_sft_trainer_takes_the_config_as_peft_config(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_dict({"input_ids": tokens(6).tolist(), "task_ids": [0, 1, 2, 0, 1, 2]})
+
+    def trainer(n_tasks: int) -> SFTTrainer:
+        settings = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.05, "report_to": []}
+        return SFTTrainer(
+            model=tiny_llama(),
+            args=SFTConfig(str(tmp_path), **settings, use_cpu=True, bf16=False, save_strategy="no"),
+            train_dataset=rows,
+            processing_class=tokenizer(),
+            peft_config=config(n_tasks=n_tasks, noise="example"),
+        )
+
+    trainer(1).train()
+    of_three = trainer(3)
+    with pytest.raises(RoutingError, match="No task ids"):
+        of_three.train()
+    route_by_batch(of_three.model)
+    with pytest.raises(RoutingError, match=r"No task ids came with the batch.*a data collator that keeps it"):
+        of_three.train()
+    collate, of_three.args.remove_unused_columns = of_three.data_collator, False
+    of_three.data_collator = lambda rows: collate(rows) | {"task_ids": [row["task_ids"] for row in rows]}
+    of_three.train()
+    of_three.save_model(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    for model in (loaded, of_three.model.eval()):
+        set_task_ids(model, [0, 1, 2])
+    assert torch.equal(logits(loaded, tokens()), logits(of_three.model, tokens()))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{number}": number for number in range(VOCAB)}
+    made = Tokenizer(WordLevel(words, unk_token="w3"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3"
+    )
 
 
 # Processes.

@@ -378,7 +378,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         Raises: ConfigError: where it does not.
         """
         backend, weight = self.quantization_backend, getattr(self.get_base_layer(), "weight", None)
-        can_be_written = isinstance(weight, Tensor) and weight.is_floating_point()
+        can_be_written = type(weight) is nn.Parameter and weight.is_floating_point()
         if backend.supports_merge if backend is not None else can_be_written:
             return self.get_base_weight()
         raise ConfigError(

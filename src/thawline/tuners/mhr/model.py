@@ -27,6 +27,7 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -115,9 +116,7 @@ class MHRModel(BaseTuner):
     ) -> None:
         task_ids: TaskIds = self.model.mhr_task_ids
         layer = target if isinstance(target, MHRLinear) else MHRLinear(target, current_key, task_ids)
-        layer.quantization_backend = resolve_quantization_backend(
-            layer.get_base_layer(), **get_quantization_kwargs(self)
-        )
+        layer.quantization_backend = self._quantization_backend(layer.get_base_layer())
         key = adapter_name, bin_of(peft_config.granularity, current_key)
         owns_router = key not in task_ids.bins
         if owns_router:
@@ -132,6 +131,13 @@ class MHRModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _quantization_backend(self, base: nn.Module) -> QuantizationBackend | None:
+        """What reads and writes a quantised weight; `None` for one that is not."""
+        try:
+            return resolve_quantization_backend(base, **get_quantization_kwargs(self))
+        except ValueError:  # torchao by hand: nothing says how a merged weight is to be quantised again
+            return ForwardOnlyQuantizationBackend("torchao")
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

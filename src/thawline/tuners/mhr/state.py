@@ -34,6 +34,10 @@ MISSING = (
     " or"
     " thawline.route_by_batch(model) once and pass task_ids with every batch."
 )
+DROPPED = (
+    "No task ids came with the batch: the routing table has {n} rows. A Trainer keeps the column task_ids"
+    " with TrainingArguments(remove_unused_columns=False), and with a data collator that keeps it."
+)
 
 
 class Mixture(NamedTuple):
@@ -124,7 +128,7 @@ class TaskIds:
             if config is None or config.router == "uniform":
                 continue
             if ids is None and config.n_tasks != 1:
-                raise RoutingError(MISSING.format(n=config.n_tasks))
+                raise RoutingError((DROPPED if self.reads_batch else MISSING).format(n=config.n_tasks))
             if ids is not None and ids.names and config.task_names and config.task_names != ids.names:
                 raise RoutingError(
                     f"The task ids were given by name, of another list of tasks than adapter {name!r} has."
