@@ -378,8 +378,8 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         Raises: ConfigError: where it does not.
         """
         backend, weight = self.quantization_backend, getattr(self.get_base_layer(), "weight", None)
-        can_be_written = type(weight) is nn.Parameter and weight.is_floating_point()
-        if backend.supports_merge if backend is not None else can_be_written:
+        is_plain = weight is not None and type(weight) is nn.Parameter and weight.is_floating_point()
+        if backend.supports_merge if backend is not None else is_plain:
             return self.get_base_weight()
         raise ConfigError(
             f"'{self.name}' is a {type(self.get_base_layer()).__name__}, whose quantised weight cannot be"
