@@ -441,6 +441,14 @@ def test_a_task_is_a_stock_lora(task: str | int, granularity: str, tmp_path: Pat
     torch.testing.assert_close(logits(lora, x), logits(model, x), atol=1e-5, rtol=1e-5)
 
 
+def test_a_compiled_model_is_written_under_the_names_of_its_own_modules(tmp_path: Path) -> None:
+    model = routed()
+    to_lora(torch.compile(model, backend="eager"), tmp_path, task=1)
+    set_task_ids(model, 1)
+    lora = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    torch.testing.assert_close(logits(lora, tokens()), logits(model, tokens()), atol=1e-5, rtol=1e-5)
+
+
 def test_one_lora_cannot_say_several_tasks_or_unknown_ones(tmp_path: Path) -> None:
     model = routed()
     with pytest.raises(RoutingError, match="give task=an id, a name, 'mean' or 'usage'"):

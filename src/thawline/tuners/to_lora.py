@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from thawline.errors import ConfigError, did_you_mean
 
@@ -39,13 +40,15 @@ def to_lora(
     Modules trained whole (`modules_to_save`), trained tokens and biases come along. The model is not changed.
 
     Args:
-        model: carries the adapter: a `PeftModel`, or any model adapters were injected into.
+        model: carries the adapter: a `PeftModel`, or any model adapters were injected into; DDP or torch.compile
+            may have wrapped it.
         save_directory: folder to write adapter_config.json and adapter_model.safetensors to; made if missing.
         task: of a tuner that serves several tasks, the one to write. None for tuners that serve one.
         adapter_name: None: the only one, or else the active one.
     Raises: ConfigError: an unknown adapter, one that is no tuner's of thawline, or a layer that no LoRA can
         equal.
     """
+    model = _unwrapped(model)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     name = adapter_name or _active(model, configs)
     if name not in configs:
@@ -127,6 +130,17 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
     names = {_plain(name) for name, _ in model.named_modules()}
     return sorted(n for n in names - targets if any(n.endswith(f".{target}") for target in targets))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model whose modules have the names that LoRA's readers know."""
+    while True:
+        inner = (
+            model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
+        )
+        if inner is model:
+            return model
+        model = inner
 
 
 def _plain(path: str) -> str:
