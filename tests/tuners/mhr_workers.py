@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mhr_models import config
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from thawline import RoutingError, route_by_batch, set_task_ids
+from thawline import RoutingError, route_by_batch, set_task_ids, to_lora
 
 PROCESSES, TASKS = 2, 3
 
@@ -113,6 +113,7 @@ def run(rank: int, folder: str) -> None:
     for _ in range(TASKS):
         step(wrapped, wrapped, rows.x, rows.y, rows.ids)
     reports = {"ddp": report(ddp)}
+    to_lora(wrapped, Path(folder) / f"lora of {rank}", task=1)
 
     sharded = shard(mhr())
     route_by_batch(sharded)
@@ -129,5 +130,8 @@ def run(rank: int, folder: str) -> None:
         for kind, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard))
         for way, error in distances_to_a_plain_model(wrap(mhr()), rows).items()
     }
+    lora = PeftModel.from_pretrained(Stack(), Path(folder) / f"lora of {rank}")
+    set_task_ids(ddp, 1)
+    reports["lora"] = (lora(rows.x) - ddp(rows.x)).abs().max().item()
     torch.save(reports, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -705,3 +705,7 @@ def test_a_wrapper_takes_ids_in_every_way(from_two_processes: list[dict], kind: 
         distances = {w: d for w, d in report["ways of giving ids"].items() if w.startswith(kind)}
         assert len(distances) == 5
         assert max(distances.values()) < 1e-6, distances
+
+
+def test_a_task_of_a_wrapped_model_is_written_as_a_lora(from_two_processes: list[dict]) -> None:
+    assert max(report["lora"] for report in from_two_processes) < 1e-6
