@@ -52,6 +52,11 @@ def step(model: nn.Module, x, lr: float = 0.05) -> None:
         ({"n_tasks": 2, "task_names": ["a", "b", "c"]}, "n_tasks=2 but 3 task_names"),
         ({"n_tasks": None, "task_names": ["a", "b", "a"]}, r"repeats \['a'\]"),
         ({"n_tasks": None, "task_names": ["a", "mean"]}, r"\['mean'\]"),
+        ({"n_tasks": None, "task_names": "translate"}, r"expected a list, \['translate'\]"),
+        ({"n_tasks": None, "task_names": ["a", 2, ""]}, r"task_names has \[2, ''\]: expected names"),
+        ({"dropout": "0.1"}, "dropout='0.1'"),
+        ({"routing_init": None}, "routing_init=None"),
+        ({"uniform_mix": True}, "uniform_mix=True"),
         ({"router": "private"}, "n_skills=5 and n_tasks=3"),
         ({"router": "random", "noise": "task"}, "needs router='learned'"),
         ({"heads_pattern": {"q_proj": 4}, "granularity": "block"}, "needs granularity='linear'"),
@@ -179,6 +184,8 @@ def test_taken_names_and_unknown_starts_raise_before_anything_changes() -> None:
     model = routed(n_tasks=None, task_names=["a", "b", "c"])
     with pytest.raises(ConfigError, match=r"repeats \['b'\]"):
         add_tasks(model, ["b"])
+    with pytest.raises(ConfigError, match=r"task_names has \[4\]"):
+        add_tasks(model, [4])
     with pytest.raises(RoutingError, match="Unknown task 'z'"):
         add_tasks(model, ["d"], start_from="z")
     for nothing in ([], 0, -1):

@@ -40,7 +40,7 @@ def to_lora(
     Modules trained whole (`modules_to_save`), trained tokens and biases come along. The model is not changed.
 
     Args:
-        model: carries the adapter: a `PeftModel`, or any model adapters were injected into; also within DDP or
+        model: carries the adapter: a `PeftModel`, or any model adapters were injected into; within DDP or
             torch.compile.
         save_directory: folder to write adapter_config.json and adapter_model.safetensors to; made if missing.
         task: of a tuner that serves several tasks, the one to write. None for tuners that serve one.

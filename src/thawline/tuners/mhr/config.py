@@ -170,6 +170,8 @@ class MHRConfig(PeftConfig):
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
         self.heads_pattern = dict(self.heads_pattern or {})
+        if isinstance(self.task_names, str):
+            raise ConfigError(f"task_names={self.task_names!r}: expected a list, [{self.task_names!r}].")
         if self.task_names is not None:
             self.task_names = list(self.task_names)
         if self.n_tasks is None:
@@ -194,13 +196,13 @@ class MHRConfig(PeftConfig):
         }
         scales |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()}
         for name, scale in scales.items():
-            if not isinstance(scale, int | float) or not scale > 0:
+            if not _is_number(scale) or not scale > 0:
                 raise ConfigError(f"{name}={scale!r}: expected a number above 0.")
-        if not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout!r}: expected a share from 0 to below 1.")
-        if not 0 <= self.uniform_mix <= 1:
+        if not _is_number(self.uniform_mix) or not 0 <= self.uniform_mix <= 1:
             raise ConfigError(f"uniform_mix={self.uniform_mix!r}: expected a share from 0 to 1.")
-        if not self.routing_init >= 0:
+        if not _is_number(self.routing_init) or not self.routing_init >= 0:
             raise ConfigError(f"routing_init={self.routing_init!r}: expected a number of at least 0.")
         for name, known in CHOICES.items():
             value = getattr(self, name)
@@ -210,6 +212,11 @@ class MHRConfig(PeftConfig):
 
     def _check_tasks(self) -> None:
         names = self.task_names
+        odd = [name for name in names or () if not isinstance(name, str) or not name]
+        if odd:
+            raise ConfigError(
+                f"task_names has {odd}: expected names, or n_tasks for tasks that go by number."
+            )
         if names is not None and len(names) != self.n_tasks:
             raise ConfigError(
                 f"n_tasks={self.n_tasks} but {len(names)} task_names. Give one of them, or as many names as"
@@ -238,6 +245,10 @@ class MHRConfig(PeftConfig):
                 f"heads_pattern needs granularity='linear', not {self.granularity!r}: who shares a table"
                 " shares heads."
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
