@@ -222,10 +222,11 @@ class TaskIds:
         ids = self.ids
         if ids is None:
             self.check_present()
-            ids = self.ids = Ids([0], None, None, x.device)
+            ids = self.forward.ids = Ids([0], None, None, x.device)
         ids.check_table(config.n_tasks or 1)
         if ids.tokens is not None:
-            ids.check_packed(x.shape)
+            if x.is_floating_point():  # the model's own inputs may be token numbers, without features
+                ids.check_packed(x.shape)
             return ids.groups
         per_example = training and config.noise == "example"
         rows = x.shape[0]

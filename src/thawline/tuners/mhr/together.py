@@ -61,13 +61,7 @@ class Together:
     def _prepare(self, plan: Plan, config: MHRConfig, inputs: Tensor) -> None:
         """Noise in one draw, before any block that may be checkpointed; then mixtures."""
         forward = self.shared.forward
-        ids = self.shared.ids
-        if (
-            ids is not None and ids.tokens is not None
-        ):  # checked already; token numbers have no features' axis
-            groups = ids.groups
-        else:
-            groups = self.shared.groups(inputs, config, training=True)
+        groups = self.shared.groups(inputs, config, training=True)
         if config.noise != "none":
             sizes = [
                 layer.routers[name].n_heads * layer.routers[name].n_skills for layer, name in plan.places
