@@ -230,6 +230,16 @@ def test_noise_is_logistic_and_opens_an_undecided_skill_half_of_the_time() -> No
     assert torch.sigmoid(noise).mean() == pytest.approx(0.5, abs=0.003)
 
 
+def test_temperature_divides_the_noisy_logits_and_opens_skills_all_or_not_at_all() -> None:
+    Z, noise = torch.randn(4, 3, 5), logistic_noise(4, 3, 5)
+    noise[..., 0] = 9  # one skill at least is open
+    open_ = torch.sigmoid((Z + noise) / 0.5)
+    torch.testing.assert_close(skill_weights(Z, noise, 0.5), open_ / open_.sum(-1, keepdim=True))
+    switched = ((Z + noise) > 0).float()
+    torch.testing.assert_close(skill_weights(Z, noise, 1e-6), switched / switched.sum(-1, keepdim=True))
+    torch.testing.assert_close(skill_weights(Z, None, 0.5), skill_weights(Z))  # of the noise alone
+
+
 def test_evaluation_is_deterministic_and_equals_training_without_noise() -> None:
     model = routed()
     x = tokens()

@@ -140,6 +140,46 @@ def test_several_adapters_each_with_its_own_table() -> None:
     assert not torch.allclose(both, first)
 
 
+def test_an_adapter_of_another_table_is_loaded_beside_the_first(tmp_path: Path) -> None:
+    model, other = routed(), routed(seed=9, n_tasks=5, n_skills=2, n_heads=4)
+    other.save_pretrained(tmp_path)
+    expected = {}
+    for one, ids in ((model, [0, 1, 2]), (other, [4, 0, 3])):
+        set_task_ids(one, ids)
+        expected[tuple(ids)] = logits(one, tokens())
+    model.load_adapter(tmp_path, "other")
+    for name, ids in (("default", [0, 1, 2]), ("other", [4, 0, 3])):
+        model.set_adapter(name)
+        set_task_ids(model, ids)
+        assert torch.equal(logits(model, tokens()), expected[tuple(ids)])
+    with pytest.raises(ConfigError, match="n_heads=5 does not divide"):
+        model.add_adapter("bad", config(n_heads=5))
+    assert torch.equal(logits(model, tokens()), expected[4, 0, 3])
+    model.add_adapter("bad", config(n_heads=4))  # the name is free
+
+
+@pytest.mark.parametrize(
+    ("fields", "adapted"),
+    [
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 1),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, 1),
+        ({"target_modules": "all-linear", "exclude_modules": ["q_proj", "k_proj"]}, 10),
+        ({"target_modules": r".*\.1\..*(q|v)_proj"}, 2),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}, 2),
+    ],
+)
+def test_pefts_ways_to_choose_modules_and_tokens(fields: dict, adapted: int, tmp_path: Path) -> None:
+    model, x = routed(**fields), tokens()
+    assert sum(1 for _ in find_layers(model)) == adapted
+    set_task_ids(model, [0, 1, 2])
+    model.train()(input_ids=x, labels=x).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    set_task_ids(loaded, [0, 1, 2])
+    assert torch.equal(logits(loaded, x), logits(model.eval(), x))
+
+
 def test_disabled_adapters_are_the_base_and_need_no_ids() -> None:
     model, x = routed(), tokens()
     with model.disable_adapter():

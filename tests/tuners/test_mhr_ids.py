@@ -9,11 +9,14 @@ import numpy as np
 import peft
 import pytest
 import torch
-from mhr_models import config, logits, routed, tiny_llama, tiny_t5, tokens
+from mhr_models import VOCAB, config, logits, routed, tiny_llama, tiny_t5, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel
 
 from thawline import RoutingError, route_by_batch, set_task_ids, start_adaptation
+from thawline.tuners.mhr.ids import read_ids
+from thawline.tuners.mhr.model import find_layers
 
 NAMES = ["translate", "summarise", "rank"]
 
@@ -377,6 +380,38 @@ def test_copies_in_threads_of_data_parallel_are_refused_by_name() -> None:
 
 
 # Rows.
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "index", "groups"),
+    [
+        ([2, 2, 2, 2], [2], None, 1),
+        ([2, 2, 0, 0], [2, 0], None, 2),  # groups of rows that follow one another
+        ([2, 0, 1, 3], [2, 0, 1, 3], None, 4),
+        ([2, 0, 2, 1], [2, 0, 1], [0, 1, 0, 2], 4),
+        ([2, 2, 0, 0, 2, 2], [2, 0], [0, 1, 0], 3),
+        ([[2, 0, 2]], [2, 0], [0, 1, 0], 3),  # by token
+    ],
+)
+def test_each_task_of_a_batch_is_looked_up_and_mixed_once(ids, rows, index, groups) -> None:
+    found = read_ids(ids, config(n_tasks=4), torch.device("cpu")).groups
+    assert found.rows.tolist() == rows
+    assert (None if found.index is None else found.index.tolist()) == index
+    assert found.n == groups
+
+
+def test_the_pooled_rows_of_an_encoder_are_routed_like_its_tokens() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = routed(BertModel(BertConfig(vocab_size=VOCAB, **sizes)))
+    assert any("pooler" in name for name, _ in find_layers(model))
+    x, ids = tokens(), [2, 0, 1]
+    set_task_ids(model, ids)
+    with torch.no_grad():
+        pooled = model(input_ids=x).pooler_output
+        for row, task in enumerate(ids):
+            set_task_ids(model, task)
+            torch.testing.assert_close(model(input_ids=x[row : row + 1]).pooler_output[0], pooled[row])
 
 
 def test_a_mixed_batch_equals_its_rows_alone_in_any_order() -> None:

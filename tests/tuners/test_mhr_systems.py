@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from mhr_models import VOCAB, config, logits, routed, tiny_llama, tokens
+from mhr_models import VOCAB, config, logits, routed, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from mhr_workers import PROCESSES, TASKS, Rows, run
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
@@ -17,7 +17,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, start_adaptation, to_lora
 from thawline.tuners.mhr import MHRLinear, parameter_groups
@@ -258,7 +264,7 @@ def test_mixing_together_equals_mixing_layer_by_layer(monkeypatch: pytest.Monkey
     x, ids = tokens(5), [2, 0, 0, 1, 2]
 
     def run_once(noise: str, granularity: str) -> tuple[Tensor, dict[str, Tensor]]:
-        model = routed(noise=noise, granularity=granularity).train()
+        model = routed(noise=noise, granularity=granularity, temperature=0.4, uniform_mix=0.1).train()
         set_task_ids(model, ids)
         torch.manual_seed(6)
         loss = model(input_ids=x, labels=x).loss
@@ -322,6 +328,36 @@ def test_two_forwards_before_one_backward_keep_their_own_ids() -> None:
         expected.append(torch.autograd.grad(loss, parameters, retain_graph=True))
     for got, one, other in zip(torch.autograd.grad(sum(losses), parameters), *expected, strict=True):
         torch.testing.assert_close(got, one + other)
+
+
+def test_a_model_that_was_pickled_whole_goes_on_as_it_was(tmp_path: Path) -> None:
+    model, x = route_by_batch(routed(granularity="block", task_type="CAUSAL_LM")).train(), tokens()
+    model(input_ids=x, labels=x, task_ids=[0, 1, 2]).loss.backward()
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert len({id(layer.routers["default"]) for _, layer in find_layers(again)}) == 2
+    assert again.peft_config["default"].peft_type == "MHR"
+    losses = [one(input_ids=x, labels=x, task_ids=[2, 0, 0]).loss for one in (model, again)]
+    losses[1].backward()
+    torch.testing.assert_close(*losses)
+    set_task_ids(again, 1)
+    with pytest.raises(RoutingError):  # the other's are its own
+        model(input_ids=x)
+
+
+def test_what_inference_mode_left_is_trained_on() -> None:
+    for n_tasks, ids in ((3, [0, 1, 2]), (1, None)):
+        model, x = routed(n_tasks=n_tasks), tokens()
+        with torch.inference_mode():
+            set_task_ids(model, ids)
+            kept = model(input_ids=x).logits
+        torch.testing.assert_close(model(input_ids=x).logits, kept.clone())
+        for training in (False, True):
+            model.train(training)(input_ids=x, labels=x).loss.backward()
+        model.requires_grad_(False)
+        embedded = model.get_input_embeddings()(x).requires_grad_()
+        model.eval()(inputs_embeds=embedded).logits.sum().backward()
+        assert embedded.grad.any()
 
 
 def test_a_layer_called_by_itself_trains_too() -> None:
@@ -409,6 +445,20 @@ def test_dropout_acts_on_the_skills_alone_and_only_in_training() -> None:
 
 
 # Bases that are more than a frozen linear.
+
+
+def test_conv1d_written_in_place_trains_as_one_that_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for written in (True, False):
+        if not written:
+            monkeypatch.setattr(MHRLinear, "frozen_base", lambda layer: None)
+        model, x = routed(tiny_gpt2(), target_modules=["c_attn", "c_fc", "c_proj"]).train(), tokens(4)
+        set_task_ids(model, [0, 2, 0, 1])
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["hook", "trainable", "replaced forward"])
@@ -628,6 +678,22 @@ def test_a_plain_trainer_trains_it_from_the_column_of_the_batch(tmp_path: Path) 
     skills, routing = trainer.optimizer.param_groups
     assert routing["initial_lr"] == 5 * skills["initial_lr"]
     assert (skills["weight_decay"], routing["weight_decay"]) == (0.1, 0.0)
+
+
+def test_a_seq2seq_trainer_generates_for_the_tasks_of_its_batches(tmp_path: Path) -> None:
+    model = route_by_batch(routed(tiny_t5(), task_type="SEQ_2_SEQ_LM"))
+    rows = [
+        {"input_ids": x, "labels": x[:4], "task_ids": torch.tensor(n % 3)} for n, x in enumerate(tokens(4))
+    ]
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path, predict_with_generate=True, per_device_eval_batch_size=2, remove_unused_columns=False,
+        generation_max_length=5, generation_num_beams=2, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    written = Seq2SeqTrainer(model, arguments).predict(rows).predictions
+    for row, tokens_written in zip(rows, written, strict=True):
+        set_task_ids(model, row["task_ids"])
+        alone = model.generate(input_ids=row["input_ids"][None], max_length=5, num_beams=2)[0].tolist()
+        assert tokens_written.tolist()[: len(alone)] == alone
 
 
 def test_trl_sft_trainer_takes_the_config_as_peft_config(tmp_path: Path) -> None:
