@@ -11,8 +11,9 @@ __all__ = ["MHRModel", "find_layers", "find_task_ids", "route_by_batch", "set_ta
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from threading import get_ident
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -386,7 +387,7 @@ def _follow_forwards(model: nn.Module) -> None:
     model.register_forward_pre_hook(_BeforeForward(model.mhr_task_ids), with_kwargs=True)
     model.register_forward_hook(_AfterForward(model.mhr_task_ids), always_call=True)
     if hasattr(type(model), "generate"):
-        model.generate = MethodType(_generate, model)
+        model.generate = partial(_generate, model)  # a bound method would not be found again when unpickled
 
 
 def _stop_following(model: nn.Module) -> None:
