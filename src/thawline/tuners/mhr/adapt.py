@@ -228,7 +228,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[Tas
     Raises: ConfigError: if there is no such adapter, or several are active and none is named.
     """
     shared = find_task_ids(model)
-    active = [name for name in layers_of(shared)[0].active_adapters if name in shared.configs]
+    active = shared.active()
     if adapter_name is None and len(active) == 1:
         return shared, active[0]
     if adapter_name in shared.configs:

@@ -250,8 +250,8 @@ def find_task_ids(model: nn.Module) -> TaskIds:
 @torch.compiler.disable
 def _set(task_ids: TaskIds, ids: Any, from_batch: bool = False) -> None:
     """Read ids and make them the current ones."""
-    active = [name for name in layers_of(task_ids)[0].active_adapters if name in task_ids.configs]
-    routed = {name: task_ids.configs[name] for name in active if task_ids.configs[name].router != "uniform"}
+    active = {name: task_ids.configs[name] for name in task_ids.active()}
+    routed = {name: config for name, config in active.items() if config.router != "uniform"}
     found = (
         _read(task_ids, ids, routed) if routed and ids is not None else None
     )  # without routing, none refused

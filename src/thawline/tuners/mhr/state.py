@@ -101,6 +101,7 @@ class TaskIds:
         """The thread with whose batch they came, until its forward begins."""
         self.n_changes = 0
         """How often adapters were chosen, changed or removed."""
+        self._active: tuple[int, list[str]] = -1, []
 
     @property
     def ids(self) -> Ids | None:
@@ -111,21 +112,26 @@ class TaskIds:
     def ids(self, ids: Ids | None) -> None:
         self.forward = Forward(ids)
 
+    def active(self) -> list[str]:
+        """The adapters that layers use; after one was deleted, layers may differ in what is left to them."""
+        if self._active[0] != self.n_changes:
+            used = [name for layer in self.layers for name in layer.active_adapters if name in layer.mhr_A]
+            self._active = self.n_changes, [name for name in dict.fromkeys(used) if name in self.configs]
+        return self._active[1]
+
     def is_routed(self) -> bool:
         """Whether any layer is going to look at ids."""
         first = self.layers[0]
         if first.disable_adapters or first.merged:
             return False
-        return any(
-            self.configs[name].router != "uniform" for name in first.active_adapters if name in self.configs
-        )
+        return any(self.configs[name].router != "uniform" for name in self.active())
 
     def check_present(self) -> None:
         """Raises: RoutingError: if an active adapter needs ids and has none, or those of another's names."""
         ids = self.ids
-        for name in self.layers[0].active_adapters:
-            config = self.configs.get(name)
-            if config is None or config.router == "uniform":
+        for name in self.active():
+            config = self.configs[name]
+            if config.router == "uniform":
                 continue
             if ids is None and config.n_tasks != 1:
                 raise RoutingError((DROPPED if self.reads_batch else MISSING).format(n=config.n_tasks))
