@@ -267,7 +267,7 @@ def test_ids_find_the_active_adapter_wherever_it_is() -> None:
     model.add_adapter("second", config(target_modules=["down_proj"], n_tasks=4))
     with pytest.warns(UserWarning, match="Setting active adapter to second"):
         model.delete_adapter("default")  # the first layers have none now, and the last ones the second
-    inner = model.get_base_model()
+    inner = model.base_model.model  # PEFT's wrapper wants set_adapter first
     with pytest.raises(RoutingError, match="No task ids: the routing table has 4 rows"):
         inner(input_ids=tokens())
     set_task_ids(inner, [3, 0, 1])

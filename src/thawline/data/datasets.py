@@ -34,8 +34,8 @@ def dataset_rows(
 ) -> Iterator[tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]]:
     """The splits of a dataset, each with its rows and their place.
 
-    Class labels become their names, and those of the answers' column, all together, `choices` of rows that have
-    none. A split without any label is left out.
+    Class labels become their names, and those of the answers' column, all together, `choices` of rows that
+    have none. A split without any label is left out.
 
     Args:
         path: a folder, or "hf://OWNER/NAME", with "/CONFIG" behind it where the dataset has several.

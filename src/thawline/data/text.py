@@ -109,8 +109,8 @@ def load_examples(
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> list[Example]:
-    """Read every row of a JSONL, JSON, Parquet or CSV file, of several, of all such files below a folder, or of
-    a dataset. Of a folder that holds both, JSONL and JSON are read.
+    """Read every row of a JSONL, JSON, Parquet or CSV file, of several, of all such files below a folder, or
+    of a dataset. Of a folder that holds both, JSONL and JSON are read.
 
     A folder's manifest.json, where there is one, is a list of `{task, choices?, instruction?, type?}`: what
     rows of a task lack is taken from there, and `{instruction}` may stand in the template.
