@@ -72,7 +72,7 @@ def logged(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def pretrained(recipe) -> RunResult:
-    return run(recipe("pretrained", ["first", "last"]))
+    return run(recipe("pretrained", ["first", "last"], weight_decay=0.01))
 
 
 def test_a_run_on_tasks_keeps_their_table_and_reads_back_equal(recipe, pretrained) -> None:
@@ -87,7 +87,9 @@ def test_a_run_on_tasks_keeps_their_table_and_reads_back_equal(recipe, pretraine
     found = evaluate(result.folder)
     assert (found.metrics, found.parts) == (result.metrics, result.parts)
     plan = json.loads((result.folder / "plan.json").read_text())
-    assert [group["lr"] for group in plan["parameter_groups"]] == [1e-2, 0.1]
+    skills, routing = plan["parameter_groups"]
+    assert (skills["lr"], skills["weight_decay"]) == (1e-2, 0.01)
+    assert (routing["lr"], routing["weight_decay"]) == (0.1, 0)
     # MHR trains all that it adds, and only that.
     assert plan["base_parameters"] == plan["parameters"] - plan["trainable_parameters"]
     assert set(predict(result.folder, ["ab", "ba"], task="last")) <= set(LETTERS)
