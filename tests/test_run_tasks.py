@@ -255,7 +255,7 @@ def test_what_would_be_a_guess_is_refused(recipe, pretrained, folder: Path) -> N
 
 
 def test_alignment_is_recorded_without_a_trace_and_measured_alike_at_checkpoints(recipe, pretrained) -> None:
-    recorded = run(recipe("aligned", ["first", "last"], align_every=4))
+    recorded = run(recipe("aligned", ["first", "last"], align_every=4, weight_decay=0.01))
     for name, tensor in weights(recorded.folder).items():
         assert torch.equal(tensor, weights(pretrained.folder)[name])
     rows = read_trajectory(recorded.folder / ALIGNMENT)
