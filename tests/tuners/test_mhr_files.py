@@ -21,6 +21,7 @@ from thawline import (
     add_tasks,
     from_poly,
     load_routing,
+    route_by_batch,
     save_routing,
     set_task_ids,
     start_adaptation,
@@ -140,6 +141,27 @@ def test_several_adapters_each_with_its_own_table() -> None:
     assert not torch.allclose(both, first)
 
 
+def test_two_active_adapters_add_up_in_training_evaluation_and_merging() -> None:
+    model, x = routed(), tokens()
+    model.add_adapter("second", config(n_tasks=4, n_skills=2, n_heads=4))
+    model.base_model.set_adapter(["default", "second"])
+    set_task_ids(model, 1)
+    deltas = {
+        name: sum(layer.get_delta_weight(adapter) for adapter in ("default", "second"))
+        for name, layer in find_layers(model.get_base_model())
+    }
+    summed = tiny_llama()
+    for name, delta in deltas.items():
+        summed.get_submodule(name).weight.data += delta
+    expected = logits(summed, x)
+    for training in (False, True):
+        torch.testing.assert_close(logits(model.train(training), x), expected, atol=1e-5, rtol=1e-4)
+    model(input_ids=x, labels=x).loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    model.merge_adapter(["default", "second"])
+    torch.testing.assert_close(logits(model, x), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_an_adapter_of_another_table_is_loaded_beside_the_first(tmp_path: Path) -> None:
     model, other = routed(), routed(seed=9, n_tasks=5, n_skills=2, n_heads=4)
     other.save_pretrained(tmp_path)
@@ -229,7 +251,9 @@ def test_a_broken_adapter_is_not_merged_safely() -> None:
 
 def test_unloading_gives_the_base_back() -> None:
     model, x = routed(), tokens()
-    base = model.unload()
+    base = route_by_batch(model).unload()
+    assert not base._forward_pre_hooks
+    assert not base._forward_hooks
     assert torch.equal(logits(base, x), logits(tiny_llama(), x))
     assert type(base) is type(tiny_llama())
     base.generate(input_ids=x, max_new_tokens=2)
@@ -274,6 +298,16 @@ def test_transformers_own_adapter_methods_work(tmp_path: Path) -> None:
     set_task_ids(fresh, [2, 0, 1])
     assert torch.equal(logits(fresh, tokens()), expected)
     assert model.generate(input_ids=tokens(), num_beams=2, max_new_tokens=2).shape[0] == 3
+    base = logits(tiny_llama(), tokens())
+    model.disable_adapters()
+    assert torch.equal(logits(model, tokens()), base)
+    model.enable_adapters()
+    assert torch.equal(logits(model, tokens()), expected)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, tokens()), base)
+    model.add_adapter(config(target_modules=["q_proj"], n_tasks=2))
+    with pytest.raises(RoutingError, match="has 2 rows"):
+        model(input_ids=tokens())
 
 
 # Routing alone.

@@ -681,6 +681,24 @@ def test_checkpointing_by_hand_works_too(use_reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
+def test_the_whole_model_can_be_one_checkpoint(use_reentrant: bool) -> None:
+    model = route_by_batch(routed(noise="example")).train()
+    embedded = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=inputs, task_ids=[0, 1, 2]).logits.square()
+
+    found = []
+    for run in (forward, lambda x: checkpoint(forward, x, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        torch.manual_seed(5)
+        run(embedded).sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
 def test_two_forwards_under_checkpointing_keep_their_own_ids_for_one_backward(use_reentrant: bool) -> None:
     def run(checkpointed: bool):
         model = routed(noise="example").train()

@@ -93,7 +93,10 @@ INVARIANTS: dict[int, tuple[str, list[tuple[str, str]]]] = {
     ),
     21: (
         "noise is logistic; an undecided skill is open half of the time",
-        [(ALGEBRA, "test_noise_is_logistic_and_opens_an_undecided_skill_half_of_the_time")],
+        [
+            (ALGEBRA, "test_noise_is_logistic_and_opens_an_undecided_skill_half_of_the_time"),
+            (ALGEBRA, "test_temperature_divides_the_noisy_logits_and_opens_skills_all_or_not_at_all"),
+        ],
     ),
     22: (
         "same noise, loss and gradients under both kinds of checkpointing",

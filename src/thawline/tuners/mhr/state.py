@@ -263,4 +263,6 @@ class TaskIds:
     def forget(self, adapter_name: str) -> None:
         """An adapter is gone."""
         self.n_changes += 1
+        if not self.active():
+            self.ids = None  # they are not those of an adapter to come
         self.bins = {key: router for key, router in self.bins.items() if key[0] != adapter_name}
