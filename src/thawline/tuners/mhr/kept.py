@@ -25,7 +25,7 @@ class KeptMixtures:
 
     def __init__(self, shared: TaskIds) -> None:
         self.shared = shared
-        self._n_changes = -1
+        self._n_changes = self._n_evals = -1
         self._layers: list[MHRLinear] = []
         self._name = ""
         self.clear()
@@ -60,8 +60,11 @@ class KeptMixtures:
             groups = shared.groups(inputs, config, training=False)
         if any(layer.training for layer in self._layers):
             return
-        if groups is not self._groups or not self._is_current():
+        # Writing into `parameter.data` leaves no trace, but who does so turns to evaluating afterwards.
+        is_kept = groups is self._groups and self._n_evals == shared.n_evals
+        if not is_kept or not self._is_current():
             self._make(groups)
+            self._n_evals = shared.n_evals
         forward = shared.forward
         forward.mixtures, forward.differentiates = self._mixtures, False
         forward.rows = None if groups.n == 1 else inputs.shape[0]

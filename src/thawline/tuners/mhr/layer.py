@@ -282,6 +282,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> MHRLinear:
         """Switch mode and forget kept mixtures."""
         self.mixed.clear()
+        self.task_ids.n_evals += not mode
         return super().train(mode)
 
     # Merging: one task at a time.

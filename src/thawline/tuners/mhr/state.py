@@ -101,6 +101,8 @@ class TaskIds:
         """The thread with whose batch they came, until its forward begins."""
         self.n_changes = 0
         """How often adapters were chosen, changed or removed."""
+        self.n_evals = 0
+        """How often layers were told to evaluate: what was kept before may be stale."""
         self._active: tuple[int, list[str]] = -1, []
 
     @property
