@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 import thawline
 from analysis.nets import batches, mhr, mse, net
 from thawline import MissingExtraError
+from thawline.analysis import plots
 from thawline.analysis.align import align
 from thawline.analysis.plots import _spread, _telling_heads, draw_routes, order_tasks
 from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
@@ -123,6 +124,24 @@ def test_of_many_parts_and_heads_some_are_drawn(tmp_path):
     table = RoutingTable(("a", "b", "c"), {}, dict.fromkeys(names, weights))
     width, height = picture_size(draw_routes(table, tmp_path / "routes.png"))
     assert max(width, height) < 2000
+
+
+def test_pictures_name_what_tells_parts_apart_and_count_whole_steps(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure) or file)
+    names = [
+        f"encoder.layer.{i}.attention.{part}.dense_of_a_long_name"
+        for i in (4, 5)
+        for part in ("self", "output")
+    ]
+    weights = torch.full((3, 1, 4), 1 / 4)
+    draw_routes(RoutingTable(("a", "b", "c"), {}, dict.fromkeys(names, weights)), tmp_path / "routes.png")
+    titles = [axes.get_title() for axes in figures[0].axes if axes.get_title()]
+    assert len(set(titles)) == len(names)
+    assert titles[0].startswith("4.attention")
+    row = {"coherence_if_orthogonal": 0.1} | {space: {"coherence": 0.2} for space in ("skill", "effective")}
+    plots.draw_alignment({"run": [row | {"step": step} for step in (1, 2)]}, tmp_path / "alignment.png")
+    assert all(tick == int(tick) for tick in figures[1].axes[0].get_xticks())
 
 
 def test_parts_stand_in_the_order_of_blocks():

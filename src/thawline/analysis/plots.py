@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["draw_alignment", "draw_routes", "draw_tasks", "order_tasks"]
 
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ def draw_routes(table: RoutingTable, file: Path) -> Path:
     """
     order, _ = order_tasks(task_similarity(table)[0])
     parts = _spread(list(table.weights), MOST_PANELS)
+    # What all names begin with, up to a dot, tells no part from another.
+    n_shared = commonprefix(parts).rfind(".") + 1 if len(parts) > 1 else 0  # noqa: RUF071
     n_columns = min(len(parts), 4)
     n_rows = -(-len(parts) // n_columns)
     figure = _figure(2.6 * n_columns + 1.8, n_rows * (_height(len(order)) + 0.7))
@@ -71,7 +74,7 @@ def draw_routes(table: RoutingTable, file: Path) -> Path:
             axes.axvline(head * n_skills - 0.5, color="white", linewidth=1.5)
         n_all = table.weights[part].shape[1]
         heads = f"{n_heads} heads" if n_heads == n_all else f"{n_heads} of {n_all} heads"
-        axes.set_title(_short(part or "all layers"), fontsize=8)
+        axes.set_title(_short(part[n_shared:] or "all layers"), fontsize=8)
         axes.set_xlabel(f"{n_skills} skills" if n_all == 1 else f"{heads} × {n_skills} skills", fontsize=7)
         axes.set_xticks([])
         _name_rows(axes, [table.tasks[i] for i in order] if axes in grid[:, 0] else [])
@@ -134,6 +137,7 @@ def draw_alignment(trajectories: Mapping[str, Sequence[Mapping[str, Any]]], file
             axes.annotate("orthogonal", (1, level), fontsize=7, color="0.4", **place)
         axes.set_title(f"{space} space", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("coherence of the tasks' gradients", fontsize=8)
