@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from thawline.data.fewshot import few_shot
 from thawline.data.multitask import SAMPLING, TaskSampler, mixture_weights
 from thawline.data.text import Example
 from thawline.errors import ConfigError, DataError
+from thawline.recipe.text import TextData
+from thawline.training.rows import read_rows
 
 SIZES = (40, 300, 1000)
 TASKS = [task for task, size in enumerate(SIZES) for _ in range(size)]
@@ -116,3 +120,21 @@ def test_too_few_examples_are_named() -> None:
         few_shot(EXAMPLES, 31)
     with pytest.raises(DataError, match="task 'one', class 'a', has 10 examples to draw 11"):
         few_shot(EXAMPLES, 11, per="class")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("per", ["task", "class"])
+def test_shots_are_never_held_out_rows(tmp_path, per, seed) -> None:
+    lines = [
+        json.dumps({"input": f"{task} {i}", "output": "ab"[i % 2], "task": task})
+        for task in ("one", "two")
+        for i in range(30)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    data = TextData(path=str(tmp_path), shots=4, shots_per=per, eval_fraction=0.4)
+    rows = read_rows(data, seed=seed)
+    assert len(rows.train) == (8 if per == "task" else 16)
+    assert len(rows.held_out) == 24
+    assert not {row.prompt for row in rows.train} & {row.prompt for row in rows.held_out}
+    # An evaluation on its own sees the rows that the run held out.
+    assert read_rows(data, seed=seed, read="held-out").held_out == rows.held_out
