@@ -45,6 +45,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from thawline.errors import ConfigError
 from thawline.tuners.mhr.layer import MHRLinear
@@ -135,11 +136,15 @@ def gradient_alignment(
     with _evaluation_mode(model):
         for group in _groups(parts, keep_bytes // (4 * len(batches))):
             kept: list[list[Tensor]] = [[] for _ in group]
-            for task, batch in batches.items():
-                with set_task_ids(model, task) if routed else nullcontext():
-                    gradients = _gradients(model, group, batch, loss)
-                for part, rows, gradient in zip(group, kept, gradients, strict=True):
-                    rows.append(part.own_gradient(gradient, task))
+            # disable=None: no bar where stderr is not a terminal.
+            bar = tqdm(total=len(batches), desc="alignment", unit="task", leave=False, delay=2, disable=None)
+            with bar:
+                for task, batch in batches.items():
+                    with set_task_ids(model, task) if routed else nullcontext():
+                        gradients = _gradients(model, group, batch, loss)
+                    for part, rows, gradient in zip(group, kept, gradients, strict=True):
+                        rows.append(part.own_gradient(gradient, task))
+                    bar.update()
             for part, rows in zip(group, kept, strict=True):
                 gram_HTT = _gram(torch.stack(rows, 1))
                 effective = effective + gram_HTT.sum(0)
