@@ -145,9 +145,14 @@ class _Run:
     def write(self) -> None:
         """Tokens after the batch, greedily; never fewer than asked for."""
         n = self.case.new_tokens
-        mask = torch.ones_like(self.batch["input_ids"])
-        lengths = {"max_new_tokens": n, "min_new_tokens": n}
-        self.model.generate(**self.batch, attention_mask=mask, pad_token_id=0, do_sample=False, **lengths)
+        self.model.generate(
+            **self.batch,
+            attention_mask=torch.ones_like(self.batch["input_ids"]),
+            pad_token_id=0,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+        )
 
     def update(self) -> None:
         if self.optimizer is not None:
