@@ -120,7 +120,7 @@ def recipe(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
 
 def summarise(done: dict[Job, dict[str, Any]]) -> dict[str, Any]:
     """Every tuner: AP over seeds, what trained, curves."""
-    from thawline.bench.measure import machine_stamp
+    from thawline.measure import machine_stamp
 
     found: dict[str, Any] = {}
     for method in (START, *TUNERS):

@@ -278,7 +278,7 @@ class PortRows:
     """Images as the port's Trainer takes them: resized, flipped at random, 0 to 1."""
 
     def __init__(self, records: Any, size: int) -> None:
-        from thawline.data.detection import DetectionDataset
+        from thawline.data.detection.dataset import DetectionDataset
 
         self.images, self.size = DetectionDataset(records), size
 
@@ -288,7 +288,7 @@ class PortRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         import torch
 
-        from thawline.data.geometry import resize
+        from thawline.data.detection.geometry import resize
 
         sample = self.images.sample(index)
         height, width = sample.image.shape[:2]
@@ -348,7 +348,7 @@ def join_sets(shared: Path, folder: Path) -> Path:
 
 def summarise(done: dict[Job, dict[str, Any]]) -> dict[str, Any]:
     """Every run by part, set and method: mean over seeds, spread, curves."""
-    from thawline.bench.measure import machine_stamp
+    from thawline.measure import machine_stamp
 
     found: dict[str, Any] = {}
     for job in [*FIRST, *PEERS, *ABLATED, JOINT, *LAST]:

@@ -164,7 +164,7 @@ def best_lr(done: dict[Job, dict[str, Any]], task: str, method: str) -> float:
 
 def summarise(rows: list[tuple[Job, dict[str, Any]]], tasks: list[str]) -> dict[str, Any]:
     """Accuracy by task and method, and paired differences with a bootstrap over tasks and seeds."""
-    from thawline.bench.measure import machine_stamp
+    from thawline.measure import machine_stamp
 
     accuracy = {(job.task, job.method, job.seed): row["accuracy"] for job, row in rows}
     by_task = {

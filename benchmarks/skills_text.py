@@ -53,12 +53,12 @@ from rows import read_rows
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from thawline.bench.measure import machine_stamp
-from thawline.data.fewshot import few_shot
-from thawline.data.multitask import TaskSampler
-from thawline.data.text import Example, load_examples, read_manifest
+from thawline.data.text.fewshot import few_shot
+from thawline.data.text.multitask import TaskSampler
+from thawline.data.text.rows import Example, load_examples, read_manifest
+from thawline.measure import machine_stamp
 from thawline.recipe import Lora, Mhr
-from thawline.training.match import match_loss
+from thawline.training.text.match import match_loss
 from thawline.tuners.build import attach_tuner
 from thawline.tuners.mhr import parameter_groups, start_adaptation
 

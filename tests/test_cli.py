@@ -15,7 +15,7 @@ import yaml
 import thawline
 from thawline.choices import CHOICES, literal_dict
 from thawline.cli import VERBS, main
-from thawline.data.text import FORMATS
+from thawline.data.text.rows import FORMATS
 from thawline.metrics.text import METRICS
 
 

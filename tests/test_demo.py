@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from thawline.cli import main
-from thawline.data.toy import REWRITES, make_rewrites
 from thawline.demo import PARTS, run_demo, shapes, skills
+from thawline.demo.toy_tasks import REWRITES, make_rewrites
 from thawline.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ from thawline.errors import CheckpointError, ConfigError, DataError
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, predict, run
 from thawline.training.build import build_model, build_objective
-from thawline.training.text import TextObjective
+from thawline.training.text.objective import TextObjective
 from thawline.training.trainer import newest_checkpoint, remove_torn_checkpoints
 
 FILES = {

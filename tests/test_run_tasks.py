@@ -19,8 +19,8 @@ from thawline.errors import CheckpointError, ConfigError, DataError, RoutingErro
 from thawline.recipe import RunConfig, load_recipe
 from thawline.run import RunResult, evaluate, measure_alignment, predict, run
 from thawline.training.build import build_model, build_objective
-from thawline.training.match import MatchObjective
-from thawline.training.text import TextObjective
+from thawline.training.text.match import MatchObjective
+from thawline.training.text.objective import TextObjective
 from thawline.tuners.mhr.adapt import find_adapter
 
 

@@ -20,7 +20,7 @@ def literal_dict(file: str, name: str) -> dict[str, str]:
     """The keys of a module's literal dict, each with one line about its value.
 
     Args:
-        file: the module, below the package ("data/text.py").
+        file: the module, below the package ("data/text/rows.py").
         name: the dict.
 
     Returns: key → the value where it is text, its parts where it is a tuple of texts, and the first line of
@@ -49,9 +49,9 @@ CHOICES: dict[str, Callable[[], dict[str, str]]] = {
     "objectives": lambda: {
         name: _first_line(kinds["objective"].__doc__) for name, kinds in OBJECTIVES.items()
     },
-    "formats": partial(literal_dict, "data/text.py", "FORMATS"),
+    "formats": partial(literal_dict, "data/text/rows.py", "FORMATS"),
     "metrics": partial(literal_dict, "metrics/text.py", "METRICS"),
-    "sampling": partial(literal_dict, "data/multitask.py", "SAMPLING"),
+    "sampling": partial(literal_dict, "data/text/multitask.py", "SAMPLING"),
     "routers": partial(literal_dict, "tuners/mhr/routing.py", "ROUTERS"),
 }
 """Topic → its choices, name by name, with one line about each."""

@@ -70,7 +70,7 @@ from thawline.training.build import (
     saved_model_folder,
 )
 from thawline.training.objective import Evaluation, Objective, RowObjective
-from thawline.training.rows import task_batches
+from thawline.training.text.rows import task_batches
 from thawline.training.trainer import (
     StopOnSignal,
     Trainer,

@@ -11,12 +11,12 @@ import pytest
 
 from thawline.bench import loader
 from thawline.bench.loader import PillowFiles, PillowImages, generated_images
-from thawline.data import geometry, mosaic
-from thawline.data.augment import TrainingImages
-from thawline.data.detection import DetectionDataset
+from thawline.data.detection import geometry, mosaic
+from thawline.data.detection.augment import TrainingImages
+from thawline.data.detection.dataset import DetectionDataset
+from thawline.data.detection.records import ImageRecord
 from thawline.data.draws import Draw
-from thawline.data.records import ImageRecord
-from thawline.training.schedule import published_schedule
+from thawline.training.detection.schedule import published_schedule
 
 WITH_MOSAIC, WITHOUT = 4, 250
 

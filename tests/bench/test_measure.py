@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from thawline.bench.measure import (
+from thawline.measure import (
     Sample,
     count_ops,
     live_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from thawline.data.detection import DetectionDataset, Sample
+from thawline.data.detection.dataset import DetectionDataset, Sample
 
 COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)])
 GROUND = 60

@@ -11,11 +11,11 @@ import pytest
 from tests.data.painted import Painted, assert_boxes_follow_pixels
 from torch.utils.data import DataLoader
 
-from thawline.data import augment, mosaic
-from thawline.data.augment import AugmentPolicy, TrainingImages
+from thawline.data.detection import augment, mosaic
+from thawline.data.detection.augment import AugmentPolicy, TrainingImages
+from thawline.data.detection.geometry import View
+from thawline.data.detection.photometric import Colour
 from thawline.data.draws import Draw
-from thawline.data.geometry import View
-from thawline.data.photometric import Colour
 from thawline.errors import ConfigError
 
 STRONG = AugmentPolicy(size=160, strong=(0, 20), mosaic=(0, 10), colour_prob=0)

@@ -12,9 +12,9 @@ import torch
 from tests.data.painted import Painted
 from torch.nn import functional as F
 
-from thawline.data import collate
-from thawline.data.augment import AugmentPolicy, TrainingImages, TrainingSample
-from thawline.data.collate import BatchPolicy, Collate, build_loader, multi_scale_sizes, to_float
+from thawline.data.detection import collate
+from thawline.data.detection.augment import AugmentPolicy, TrainingImages, TrainingSample
+from thawline.data.detection.collate import BatchPolicy, Collate, build_loader, multi_scale_sizes, to_float
 from thawline.data.draws import Draw
 from thawline.errors import ConfigError
 

@@ -13,12 +13,12 @@ from PIL import Image
 from tests.data.detection_sets import NAMES, SETS, coco_content, save_json, save_yaml, write_coco, write_yolo
 
 from thawline.cli import main
-from thawline.data.check import check_detection, save_samples
-from thawline.data.detection import DetectionDataset, load_detection
-from thawline.data.drawing import class_colours
-from thawline.data.duplicates import look_at, pairs_alike
-from thawline.data.mending import write_mended
-from thawline.data.records import DetectionSet
+from thawline.data.detection.check import check_detection, save_samples
+from thawline.data.detection.dataset import DetectionDataset, load_detection
+from thawline.data.detection.drawing import class_colours
+from thawline.data.detection.duplicates import look_at, pairs_alike
+from thawline.data.detection.mending import write_mended
+from thawline.data.detection.records import DetectionSet
 from thawline.errors import DataError
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from tests.data.detection_sets import write_coco, write_yolo
 from torch.utils.data import DataLoader
 
-from thawline.data.detection import DetectionDataset, Sample, load_detection
-from thawline.data.images import probe_image, read_image
+from thawline.data.detection.dataset import DetectionDataset, Sample, load_detection
+from thawline.data.detection.images import probe_image, read_image
 from thawline.errors import DataError, MissingExtraError
 
 

@@ -21,9 +21,9 @@ from tests.data.detection_sets import (
     write_yolo,
 )
 
-from thawline.data.detection import load_detection, read_detection
-from thawline.data.formats import FORMATS
-from thawline.data.records import DetectionSet
+from thawline.data.detection.dataset import load_detection, read_detection
+from thawline.data.detection.formats import FORMATS
+from thawline.data.detection.records import DetectionSet
 from thawline.errors import ConfigError, DataError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from thawline.data.detection import DetectionDataset, load_detection, read_detection
-from thawline.data.records import DetectionSet, clip_boxes
+from thawline.data.detection.dataset import DetectionDataset, load_detection, read_detection
+from thawline.data.detection.records import DetectionSet, clip_boxes
 
 SETS = {
     "aerial_cars": ({"train": 45, "val": 20}, 2593),

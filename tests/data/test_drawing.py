@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from thawline.data.drawing import Panel, class_colours, draw_panel
+from thawline.data.detection.drawing import Panel, class_colours, draw_panel
 
 
 def test_any_two_classes_are_easy_to_tell_apart_and_their_names_to_read() -> None:

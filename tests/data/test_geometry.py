@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thawline.data.geometry import View, affine_boxes, random_affine, resize, shrink
+from thawline.data.detection.geometry import View, affine_boxes, random_affine, resize, shrink
 
 
 def slow_crop(

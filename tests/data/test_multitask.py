@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from thawline.data.fewshot import few_shot
-from thawline.data.multitask import SAMPLING, TaskSampler, mixture_weights
-from thawline.data.text import Example
+from thawline.data.text.fewshot import few_shot
+from thawline.data.text.multitask import SAMPLING, TaskSampler, mixture_weights
+from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
 from thawline.recipe.text import TextData
-from thawline.training.rows import read_rows
+from thawline.training.text.rows import read_rows
 
 SIZES = (40, 300, 1000)
 TASKS = [task for task, size in enumerate(SIZES) for _ in range(size)]

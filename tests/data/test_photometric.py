@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from thawline.data.photometric import Colour
+from thawline.data.detection.photometric import Colour
 
 
 def gentle(shape: tuple[int, int] = (40, 56)) -> np.ndarray:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from thawline.data.detection import load_detection
-from thawline.data.shapes import CLASSES, SIDE, draw_shapes, write_shapes
+from thawline.data.detection.dataset import load_detection
+from thawline.demo.toy_images import CLASSES, SIDE, draw_shapes, write_shapes
 
 
 def test_boxes_hold_their_shape_tightly_and_touch_no_other() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from text_kit import byte_tokenizer
-from thawline.data.text import (
+from thawline.data.text.rows import (
     IGNORED,
     Example,
     TextEncoder,
@@ -366,7 +366,7 @@ def test_tasks_and_answers_may_be_class_labels_and_splits_without_any_are_left_o
     reviews, tmp_path: Path, caplog
 ) -> None:
     reviews.save_to_disk(tmp_path / "reviews")
-    with caplog.at_level(logging.WARNING, "thawline.data.datasets"):
+    with caplog.at_level(logging.WARNING, "thawline.data.text.datasets"):
         examples = load_examples(tmp_path / "reviews", columns=COLUMNS)
     assert "reviews[test]: no row has a label; left out." in caplog.text
     assert told(examples) == REVIEWS

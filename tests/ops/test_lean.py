@@ -30,7 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from thawline.bench.measure import count_ops, saved_bytes
+from thawline.measure import count_ops, saved_bytes
 from thawline.ops.lean import apply_lean, lean_geglu, lean_rms_norm, lean_swiglu, undo_lean
 
 FAMILIES = {

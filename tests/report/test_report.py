@@ -18,7 +18,7 @@ from tests.data.detection_sets import write_coco
 from tests.metrics.test_detection_metrics import NAMES, detected, measure, random_set
 
 from thawline.cli import main
-from thawline.data.detection import DetectionDataset, load_detection
+from thawline.data.detection.dataset import DetectionDataset, load_detection
 from thawline.errors import DataError, MissingExtraError
 from thawline.metrics.detection import DetectionEvaluator
 from thawline.report.page import Chart, Line, Section, Table, Text, write_page

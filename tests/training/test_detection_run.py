@@ -26,9 +26,9 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, run, saved_config
-from thawline.training import schedule as schedules
-from thawline.training.backbone import merged_detector
 from thawline.training.build import build_model, build_objective, build_trainer
+from thawline.training.detection import schedule as schedules
+from thawline.training.detection.backbone import merged_detector
 
 NAMES = ("red", "green", "blue")
 # Atto with little to do: the run is what is tested.
@@ -454,7 +454,7 @@ def test_losses_that_are_not_finite_end_the_run(recipe, monkeypatch: pytest.Monk
 
 
 def test_the_published_scores_of_s_start_again_where_its_log_does(shared: Path) -> None:
-    from thawline.training.detection_trainer import Scores
+    from thawline.training.detection.trainer import Scores
 
     logs = json.loads((shared / "fixtures/deimv2/published_runs.json").read_text())["dinov3_s"]
     scores, losses = Scores(), logs["epoch_mean_loss"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from thawline.errors import CheckpointError, ConfigError
-from thawline.training.ema import EMA
+from thawline.training.detection.ema import EMA
 
 
 class Shared(nn.Module):

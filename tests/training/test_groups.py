@@ -9,8 +9,8 @@ from torch import nn
 from thawline.errors import ConfigError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.training.groups import build_groups
-from thawline.training.schedule import derive_settings, published_schedule
+from thawline.training.detection.groups import build_groups
+from thawline.training.detection.schedule import derive_settings, published_schedule
 
 
 class Tiny(nn.Module):

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from text_kit import byte_tokenizer
 from thawline.errors import ConfigError, DataError
 from thawline.recipe import MatchSettings, TextBase, TextData
-from thawline.training.match import MatchObjective, match_loss, mean_pooled
+from thawline.training.text.match import MatchObjective, match_loss, mean_pooled
 
 SETS = {"colour": ["red", "green", "blue"], "size": ["large", "small"], "either": ["red", "small", "a", "b"]}
 

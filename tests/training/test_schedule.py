@@ -12,7 +12,12 @@ import pytest
 
 from thawline.errors import ConfigError
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.training.schedule import derive_schedule, derive_settings, flat_cosine, published_schedule
+from thawline.training.detection.schedule import (
+    derive_schedule,
+    derive_settings,
+    flat_cosine,
+    published_schedule,
+)
 
 VARIANTS = list(PUBLISHED)
 COCO_IMAGES = 118_287

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from text_kit import byte_tokenizer
-from thawline.data.text import IGNORED, collate_tokens
-from thawline.training.scoring import generate_answers, score_answers, score_labels
+from thawline.data.text.rows import IGNORED, collate_tokens
+from thawline.training.text.scoring import generate_answers, score_answers, score_labels
 
 ROWS = [
     {"input_ids": [1, 9, 17, 33, 40], "labels": [IGNORED, IGNORED, IGNORED, 33, 40]},

@@ -17,9 +17,9 @@ from text_kit import save_tiny_bert, write_tasks
 from thawline.analysis.recorder import ALIGNMENT, read_trajectory
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, run
-from thawline.training.match import MatchObjective
-from thawline.training.rows import TaskRows
-from thawline.training.text import TextObjective
+from thawline.training.text.match import MatchObjective
+from thawline.training.text.objective import TextObjective
+from thawline.training.text.rows import TaskRows
 
 KINDS: dict[str, type[TaskRows]] = {"text": TextObjective, "match": MatchObjective}
 

@@ -7,7 +7,7 @@ import torch
 from paca_kit import tiny_llama, tokens, trainable, wrap
 from torch import nn
 
-from thawline.bench.measure import count_ops, saved_bytes
+from thawline.measure import count_ops, saved_bytes
 
 LINEARS = 7  # of one Llama block
 

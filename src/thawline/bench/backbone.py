@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thawline.bench.measure import (
+from thawline.bench.train_step import OurStep, generated_batch
+from thawline.data.detection.collate import to_float
+from thawline.measure import (
     count_ops,
     live_bytes,
     machine_stamp,
@@ -31,8 +33,6 @@ from thawline.bench.measure import (
     paired_rounds,
     saved_bytes,
 )
-from thawline.bench.train_step import OurStep, generated_batch
-from thawline.data.collate import to_float
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.models.deimv2.targets import Target

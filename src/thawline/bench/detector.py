@@ -2,7 +2,7 @@
 
     python -m thawline.bench.detector --size atto s --profile --out benchmarks/results/detector.json
 
-Measured in paired rounds (`thawline.bench.measure`), from normalised pixels to boxes in the image's pixels:
+Measured in paired rounds (`thawline.measure`), from normalised pixels to boxes in the image's pixels:
 
     port        `Deimv2ForObjectDetection`, eager, with transformers' post-processing: the yardstick
     eager       `DEIMv2`                              compiled         the same under torch.compile
@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from thawline.bench.measure import Sample, machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.bench.port import build_port
 from thawline.errors import ConfigError
+from thawline.measure import Sample, machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 
 FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")

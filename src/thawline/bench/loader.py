@@ -27,18 +27,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from thawline.bench.measure import machine_stamp, median_ratio, paired_rounds, write_results
-from thawline.data.augment import TrainingImages, TrainingSample
-from thawline.data.collate import Collate
-from thawline.data.detection import DetectionDataset, Sample, load_detection
+from thawline.data.detection.augment import TrainingImages, TrainingSample
+from thawline.data.detection.collate import Collate
+from thawline.data.detection.dataset import DetectionDataset, Sample, load_detection
+from thawline.data.detection.geometry import View, affine_boxes, large_enough, random_affine
+from thawline.data.detection.images import opencv
+from thawline.data.detection.mosaic import Tile
+from thawline.data.detection.photometric import Colour
+from thawline.data.detection.records import ImageRecord
 from thawline.data.draws import Draw
-from thawline.data.geometry import View, affine_boxes, large_enough, random_affine
-from thawline.data.images import opencv
-from thawline.data.mosaic import Tile
-from thawline.data.photometric import Colour
-from thawline.data.records import ImageRecord
+from thawline.measure import machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.training.schedule import Window, published_schedule
+from thawline.training.detection.schedule import Window, published_schedule
 
 PHASES: dict[str, Callable[[dict[str, Window]], int]] = {
     "with Mosaic": lambda windows: windows["mosaic"].start,

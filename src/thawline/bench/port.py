@@ -8,9 +8,9 @@ import transformers
 from torch import nn
 
 from thawline.errors import ConfigError
-from thawline.models.deimv2.convert import to_transformers
+from thawline.models.deimv2.checkpoints.names import to_transformers
+from thawline.models.deimv2.checkpoints.write import port_settings
 from thawline.models.deimv2.model import DEIMv2
-from thawline.models.deimv2.save import port_settings
 
 
 def build_port(detector: DEIMv2) -> nn.Module:

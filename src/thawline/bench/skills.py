@@ -49,8 +49,8 @@ from tqdm import tqdm
 from thawline.analysis.recorder import AlignmentRecorder, average
 from thawline.analysis.routing import read_routing
 from thawline.bench.bootstrap import interval
-from thawline.bench.measure import machine_stamp, write_results
 from thawline.bench.skill_worlds import FAMILIES, LAYERS, Size, World, mean_squared_error
+from thawline.measure import machine_stamp, write_results
 from thawline.tuners.mhr import MHRConfig, MHRLinear, parameter_groups, set_task_ids, start_adaptation
 from thawline.tuners.mhr.routing import LearnedRouter
 

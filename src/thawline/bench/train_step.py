@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from thawline.bench.host_reads import HostReads
-from thawline.bench.measure import machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.bench.port import build_port
+from thawline.measure import machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.models.deimv2.targets import Target
 from thawline.recipe import Full, TunerSettings
-from thawline.training.backbone import fast_parameters, tune_backbone
-from thawline.training.detection_trainer import HostTargets, Learner
-from thawline.training.groups import build_groups
+from thawline.training.detection.backbone import fast_parameters, tune_backbone
+from thawline.training.detection.groups import build_groups
+from thawline.training.detection.trainer import HostTargets, Learner
 
 GOALS = {"atto": 0.85, "pico": 0.78, "n": 0.78, "s": 0.92}
 """Wanted of our time over the port's, on two threads, batch 4."""

@@ -4,7 +4,7 @@ side.
     python -m thawline.bench.tuners --case reference --out benchmarks/results/reference.json
 
 Each variant is a model of its own, built from the same seed. Memory and operations are read from one step of
-each, then all are timed in paired rounds (`thawline.bench.measure`). The table goes to standard output.
+each, then all are timed in paired rounds (`thawline.measure`). The table goes to standard output.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from thawline.bench.cases import CASES, Batch, Case
 from thawline.bench.host_reads import HostReads
-from thawline.bench.measure import (
+from thawline.bench.variants import ROUTED, VARIANTS, attach
+from thawline.errors import ConfigError
+from thawline.measure import (
     Sample,
     count_ops,
     live_bytes,
@@ -35,8 +37,6 @@ from thawline.bench.measure import (
     saved_bytes,
     write_results,
 )
-from thawline.bench.variants import ROUTED, VARIANTS, attach
-from thawline.errors import ConfigError
 
 LR = 1e-4
 

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from thawline.bench.cases import CASES
 from thawline.bench.images import draw_flowers
-from thawline.bench.measure import machine_stamp, write_results
 from thawline.bench.variants import attach
+from thawline.measure import machine_stamp, write_results
 
 NETWORKS = ("vit", "convnet")
 METHODS = {"head": "floor", "full": "full", "lora": "lora", "paca": "paca"}

@@ -244,7 +244,7 @@ def convert(argv: list[str]) -> int:
     parser.add_argument("--variant", help="Size of the detector, where the weights do not tell.")
     options = parse(parser, argv)
     _prepare()
-    from thawline.models.deimv2.save import convert_checkpoint
+    from thawline.models.deimv2.checkpoints.write import convert_checkpoint
 
     difference = convert_checkpoint(options.source, options.out, options.to, options.variant)
     if options.json:
@@ -286,8 +286,8 @@ def data(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     options = parser.parse_args(argv)
     _prepare()
-    from thawline.data.check import check_detection, save_augmented, save_samples
-    from thawline.data.mending import write_mended
+    from thawline.data.detection.check import check_detection, save_augmented, save_samples
+    from thawline.data.detection.mending import write_mended
 
     check = check_detection(options.path, options.format, options.images)
     out = Path(options.out or f"runs/check-{Path(options.path).resolve().name}")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from thawline.bench.measure import median_ratio, paired_rounds, saved_bytes
 from thawline.bench.variants import Adapt, attach
-from thawline.data.toy import TASKS, make_rows, save_rows
+from thawline.demo.toy_tasks import TASKS, make_rows, save_rows
 from thawline.demo.words import save_base
+from thawline.measure import median_ratio, paired_rounds, saved_bytes
 from thawline.recipe import RunConfig
 from thawline.run import RunResult
 from thawline.run import run as run_recipe

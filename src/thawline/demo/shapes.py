@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from thawline.data.detection import load_detection
-from thawline.data.drawing import Panel, panel_grid, save_picture
-from thawline.data.images import read_image
-from thawline.data.shapes import CLASSES, write_shapes
+from thawline.data.detection.dataset import load_detection
+from thawline.data.detection.drawing import Panel, panel_grid, save_picture
+from thawline.data.detection.images import read_image
+from thawline.demo.toy_images import CLASSES, write_shapes
 from thawline.inference.detector import Detector
 from thawline.metrics.detection import DetectionMetrics
 from thawline.recipe import RunConfig

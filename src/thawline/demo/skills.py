@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from thawline.data.toy import REWRITES, make_rewrites, save_rows
+from thawline.demo.toy_tasks import REWRITES, make_rewrites, save_rows
 from thawline.demo.words import save_base
 from thawline.recipe import RunConfig
 from thawline.run import RunResult

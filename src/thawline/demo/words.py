@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from thawline.data.toy import ALPHABET, make_word
+from thawline.demo.toy_tasks import ALPHABET, make_word
 
 
 def save_base(folder: Path, steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

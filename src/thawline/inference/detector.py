@@ -25,7 +25,7 @@ from torch import Tensor
 from thawline.errors import CheckpointError, ConfigError, DataError, MissingExtraError, did_you_mean
 from thawline.inference.sources import Frame, is_single, is_video, open_source
 from thawline.models.deimv2 import VARIANTS, DEIMv2
-from thawline.models.deimv2.load import read_checkpoint
+from thawline.models.deimv2.checkpoints.read import read_checkpoint
 
 if TYPE_CHECKING:
     import supervision

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from thawline.data.drawing import class_colours, save_picture
-from thawline.data.images import IMAGE_SUFFIXES, opencv
+from thawline.data.detection.drawing import class_colours, save_picture
+from thawline.data.detection.images import IMAGE_SUFFIXES, opencv
 from thawline.errors import DataError
 from thawline.inference.detector import Detector, Prediction
 from thawline.inference.sources import Source, is_single, is_video, open_source

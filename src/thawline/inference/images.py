@@ -1,7 +1,7 @@
 """Whatever holds a picture, as RGB bytes.
 
-Files go through `thawline.data.images`, which turns them upright and knows cut ones. In memory a picture may
-be Pillow's, NumPy's or torch's; grey, with alpha (dropped), CMYK, 16 bits (upper byte), or floats in 0–1.
+Files go through `data/detection/images.py`, which turns them upright and knows cut ones. In memory an image
+may be Pillow's, NumPy's or torch's; grey, with alpha (dropped), CMYK, 16 bits (upper byte), or floats in 0–1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from thawline.data.images import read_image
+from thawline.data.detection.images import read_image
 from thawline.errors import DataError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from thawline.data.images import IMAGE_SUFFIXES, is_image, opencv
+from thawline.data.detection.images import IMAGE_SUFFIXES, is_image, opencv
 from thawline.errors import DataError
 from thawline.inference.images import to_rgb
 

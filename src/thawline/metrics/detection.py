@@ -42,7 +42,7 @@ IOU_50, IOU_75 = 0, 5
 
 
 class AnnotatedImage(Protocol):
-    """What an evaluation needs of an image; `thawline.data.records.ImageRecord` has it."""
+    """What an evaluation needs of an image; `thawline.data.detection.records.ImageRecord` has it."""
 
     @property
     def boxes_xyxy(self) -> np.ndarray:

@@ -6,8 +6,8 @@ __all__ = ["save_worst_images"]
 
 from pathlib import Path
 
-from thawline.data.detection import DetectionDataset
-from thawline.data.drawing import Panel, panel_grid, save_picture
+from thawline.data.detection.dataset import DetectionDataset
+from thawline.data.detection.drawing import Panel, panel_grid, save_picture
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
 
 

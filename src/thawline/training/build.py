@@ -67,7 +67,7 @@ def build_objective(
         assert isinstance(config.base, DetectionBase)
         assert isinstance(config.data, DetectionData)
         assert isinstance(config.training, DetectionTraining)
-        from thawline.training.detection import DetectionObjective
+        from thawline.training.detection.objective import DetectionObjective
 
         return DetectionObjective(
             config.objective,
@@ -82,12 +82,12 @@ def build_objective(
     assert isinstance(config.data, TextData)
     of_text: dict[str, Any] = {"dtype": _dtype(config, config.base), "seed": config.seed, "read": read}
     if isinstance(config.objective, TextSettings):
-        from thawline.training.text import TextObjective
+        from thawline.training.text.objective import TextObjective
 
         labels = (described or {}).get("labels", ())
         return TextObjective(config.objective, config.base, config.data, labels=labels, **of_text)
     if isinstance(config.objective, MatchSettings):
-        from thawline.training.match import MatchObjective
+        from thawline.training.text.match import MatchObjective
 
         return MatchObjective(config.objective, config.base, config.data, **of_text)
     raise AssertionError(config.objective.kind)
@@ -106,7 +106,7 @@ def build_model(config: RunConfig, objective: Objective, *, saved: bool = False)
 
         model = apply_lean(model)
     if isinstance(config.objective, DetectionSettings):
-        from thawline.training.backbone import tune_backbone
+        from thawline.training.detection.backbone import tune_backbone
 
         detection: Any = objective
         if isinstance(config.tuner, Mhr):
@@ -151,7 +151,7 @@ def build_trainer(
 ) -> Trainer:
     """The objective's trainer, with the arguments its recipe says."""
     if isinstance(config.training, DetectionTraining):
-        from thawline.training.detection_trainer import DetectionTrainer, detection_arguments
+        from thawline.training.detection.trainer import DetectionTrainer, detection_arguments
 
         detection: Any = objective
         return DetectionTrainer(

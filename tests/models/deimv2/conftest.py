@@ -14,15 +14,15 @@ from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
 from thawline.models.deimv2.config import DEIMv2Config, with_overrides
-from thawline.models.deimv2.criterion import CriterionConfig
-from thawline.models.deimv2.decoder import DecoderConfig
-from thawline.models.deimv2.hgnetv2 import HGNetV2Config, StageConfig
-from thawline.models.deimv2.hybrid_encoder import HybridEncoderConfig
-from thawline.models.deimv2.lite_encoder import LiteEncoderConfig
+from thawline.models.deimv2.loss.criterion import CriterionConfig
 from thawline.models.deimv2.model import DEIMv2
+from thawline.models.deimv2.network.decoder import DecoderConfig
+from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config, StageConfig
+from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
+from thawline.models.deimv2.network.lite_encoder import LiteEncoderConfig
+from thawline.models.deimv2.network.sta import AdaptedViTConfig
+from thawline.models.deimv2.network.vit import ViTConfig
 from thawline.models.deimv2.outputs import DetectionOutput
-from thawline.models.deimv2.sta import AdaptedViTConfig
-from thawline.models.deimv2.vit import ViTConfig
 
 STAGES = (
     StageConfig(in_channels=4, mid_channels=4, out_channels=6, downsample=False, n_layers=2),

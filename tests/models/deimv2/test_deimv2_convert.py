@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from thawline.errors import CheckpointError, ConfigError
 from thawline.models.deimv2 import VARIANTS, DEIMv2
-from thawline.models.deimv2.convert import from_transformers, to_transformers, transformers_names
-from thawline.models.deimv2.save import WRITERS, convert_checkpoint, port_settings, save_as
+from thawline.models.deimv2.checkpoints.names import from_transformers, to_transformers, transformers_names
+from thawline.models.deimv2.checkpoints.write import WRITERS, convert_checkpoint, port_settings, save_as
 
 theirs = pytest.importorskip(
     "transformers.models.deimv2.modeling_deimv2", reason="older transformers lack it"

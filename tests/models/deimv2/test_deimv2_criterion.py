@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from thawline.errors import ConfigError, DataError
-from thawline.models.deimv2.criterion import Criterion, CriterionConfig
 from thawline.models.deimv2.denoising import build_denoising_queries
-from thawline.models.deimv2.matcher import match_queries, matching_cost, union_of_matches
+from thawline.models.deimv2.loss.criterion import Criterion, CriterionConfig
+from thawline.models.deimv2.loss.matcher import match_queries, matching_cost, union_of_matches
 from thawline.models.deimv2.outputs import (
     DenoisingOutput,
     DetectionOutput,

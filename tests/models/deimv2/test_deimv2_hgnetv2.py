@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from thawline.bench.host_reads import HostReads
-from thawline.bench.measure import saved_bytes
-from thawline.models.deimv2.hgnetv2 import Unit
+from thawline.measure import saved_bytes
+from thawline.models.deimv2.network.hgnetv2 import Unit
 
 
 def _unit(scale: float, dtype: torch.dtype = torch.float64) -> Unit:

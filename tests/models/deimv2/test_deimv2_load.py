@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from thawline.errors import CheckpointError, ConfigError
-from thawline.models.deimv2 import DEIMv2, load
+from thawline.models.deimv2 import DEIMv2
+from thawline.models.deimv2.checkpoints import read as load
+from thawline.models.deimv2.checkpoints.names import StateDict, read_backbone
+from thawline.models.deimv2.checkpoints.read import load_backbone
+from thawline.models.deimv2.checkpoints.write import save_as
 from thawline.models.deimv2.coco import COCO_NAMES
-from thawline.models.deimv2.convert import StateDict, read_backbone
-from thawline.models.deimv2.load import load_backbone
-from thawline.models.deimv2.save import save_as
-from thawline.models.deimv2.vit import VisionTransformer, ViTConfig
+from thawline.models.deimv2.network.vit import VisionTransformer, ViTConfig
 
-LOGGER = "thawline.models.deimv2.load"
+LOGGER = "thawline.models.deimv2.checkpoints.read"
 
 
 def shuffled(model: DEIMv2) -> DEIMv2:

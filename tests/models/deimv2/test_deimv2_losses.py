@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from thawline.models.deimv2.losses import (
+from thawline.models.deimv2.loss.losses import (
     CLASS_LOSSES,
     box_losses,
     ddf_balance,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from thawline.errors import DataError, MissingExtraError
-from thawline.models.deimv2.matcher import Matches, match_queries, matching_cost, union_of_matches
+from thawline.models.deimv2.loss.matcher import Matches, match_queries, matching_cost, union_of_matches
 from thawline.models.deimv2.targets import Target, pack_targets
 
 S, C = 3, 7

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from thawline.models.deimv2.vit import Attention, RotaryEmbedding, VisionTransformer, ViTConfig, rotate
+from thawline.models.deimv2.network.vit import (
+    Attention,
+    RotaryEmbedding,
+    VisionTransformer,
+    ViTConfig,
+    rotate,
+)
 
 CONFIG = ViTConfig(
     family="dinov3",

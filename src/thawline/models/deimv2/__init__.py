@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 from thawline.models.deimv2.config import DEIMv2Config
-from thawline.models.deimv2.criterion import Criterion, CriterionConfig
+from thawline.models.deimv2.loss.criterion import Criterion, CriterionConfig
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.models.deimv2.targets import Target

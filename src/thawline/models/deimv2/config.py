@@ -12,12 +12,12 @@ from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 from thawline.errors import ConfigError, did_you_mean
-from thawline.models.deimv2.criterion import CriterionConfig
-from thawline.models.deimv2.decoder import DecoderConfig
-from thawline.models.deimv2.hgnetv2 import HGNetV2Config
-from thawline.models.deimv2.hybrid_encoder import HybridEncoderConfig
-from thawline.models.deimv2.lite_encoder import LiteEncoderConfig
-from thawline.models.deimv2.sta import AdaptedViTConfig
+from thawline.models.deimv2.loss.criterion import CriterionConfig
+from thawline.models.deimv2.network.decoder import DecoderConfig
+from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config
+from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
+from thawline.models.deimv2.network.lite_encoder import LiteEncoderConfig
+from thawline.models.deimv2.network.sta import AdaptedViTConfig
 
 BackboneConfig: TypeAlias = HGNetV2Config | AdaptedViTConfig
 EncoderConfig: TypeAlias = HybridEncoderConfig | LiteEncoderConfig

@@ -19,18 +19,18 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError
+from thawline.models.deimv2.checkpoints.read import load_pretrained
 from thawline.models.deimv2.config import DEIMv2Config, with_overrides
-from thawline.models.deimv2.decoder import Decoder
 from thawline.models.deimv2.denoising import build_denoising_queries
-from thawline.models.deimv2.fused import fuse_children
-from thawline.models.deimv2.fused_decoder import FusedDecoder
-from thawline.models.deimv2.hgnetv2 import HGNetV2, HGNetV2Config
-from thawline.models.deimv2.hybrid_encoder import HybridEncoder
-from thawline.models.deimv2.lite_encoder import LiteEncoder, LiteEncoderConfig
-from thawline.models.deimv2.load import load_pretrained
+from thawline.models.deimv2.fused.decoder import FusedDecoder
+from thawline.models.deimv2.fused.forms import fuse_children
+from thawline.models.deimv2.network.decoder import Decoder
+from thawline.models.deimv2.network.hgnetv2 import HGNetV2, HGNetV2Config
+from thawline.models.deimv2.network.hybrid_encoder import HybridEncoder
+from thawline.models.deimv2.network.lite_encoder import LiteEncoder, LiteEncoderConfig
+from thawline.models.deimv2.network.sta import AdaptedViT
 from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.models.deimv2.postprocess import Detected, postprocess
-from thawline.models.deimv2.sta import AdaptedViT
 from thawline.models.deimv2.targets import Target, pack_targets
 from thawline.models.deimv2.variants import get_variant
 

@@ -3,8 +3,8 @@
 Facts only, nothing computes. Epochs count from 0 and a window `(start, stop)` holds the epochs start … stop
 - 1. The numbers are what really ran, which is not always what was meant: N's flat epoch lies beyond its
 end, and the first rule of the HGNetv2 sizes catches their normalisation layers as well (`|` binds weaker
-than the lookahead around it suggests). `thawline.training.schedule` turns them into rates,
-`thawline.training.groups` into groups.
+than the lookahead around it suggests). `thawline.training.detection.schedule` turns them into rates,
+`thawline.training.detection.groups` into groups.
 
 Source: the authors' recipe files, with includes resolved (Huang et al., arXiv 2509.20787).
 """

@@ -15,14 +15,14 @@ from typing import Literal
 
 from thawline.errors import ConfigError, did_you_mean
 from thawline.models.deimv2.config import DEIMv2Config
-from thawline.models.deimv2.criterion import CriterionConfig
-from thawline.models.deimv2.decoder import DecoderConfig
-from thawline.models.deimv2.hgnetv2 import HGNetV2Config, StageConfig
-from thawline.models.deimv2.hybrid_encoder import HybridEncoderConfig
-from thawline.models.deimv2.lite_encoder import LiteEncoderConfig
+from thawline.models.deimv2.loss.criterion import CriterionConfig
+from thawline.models.deimv2.network.decoder import DecoderConfig
+from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config, StageConfig
+from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
+from thawline.models.deimv2.network.lite_encoder import LiteEncoderConfig
+from thawline.models.deimv2.network.sta import AdaptedViTConfig
+from thawline.models.deimv2.network.vit import ViTConfig
 from thawline.models.deimv2.published import PUBLISHED, TrainingSettings
-from thawline.models.deimv2.sta import AdaptedViTConfig
-from thawline.models.deimv2.vit import ViTConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

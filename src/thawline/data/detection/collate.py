@@ -1,0 +1,254 @@
+"""From training pictures to a batch: MixUp or CopyBlend, then one of several sizes.
+
+Both belong to DEIM's Dense O2O: more boxes per picture, so that one-to-one matching learns from more of
+them. A batch gets MixUp, or, failing that, CopyBlend, or neither. Pixels stay uint8 with the channels last
+in memory, which is how convolutions like them best; `to_float` turns them into the network's input on its
+device.
+
+Source: Huang et al., DEIM, CVPR 2025, and the recipe files of DEIMv2.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BatchPolicy", "Collate", "build_loader", "multi_scale_sizes", "to_float"]
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from thawline.data.detection.augment import TrainingImages, TrainingSample
+from thawline.data.detection.images import opencv
+from thawline.data.draws import BATCH, EpochSampler, chance
+from thawline.errors import ConfigError
+
+# Share of its own pixels that an image keeps in MixUp, and the picture below in CopyBlend.
+_BLEND = (0.45, 0.55)
+_COPIES = 3
+_MIN_COPY_AREA = 100.0
+_COPY_BORDER = (0.1, 0.25)
+_SIZE_STEP = 32
+_SIZE_RANGE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPolicy:
+    """What happens to a batch, how often, and when: (start, stop) is the epochs start … stop - 1."""
+
+    mixup: tuple[int, int] = (0, 0)
+    mixup_prob: float = 0.5
+    copyblend: tuple[int, int] = (0, 0)
+    copyblend_prob: float = 0.5
+    """Of the batches that do not get MixUp."""
+    multi_scale: tuple[int, int] = (0, 0)
+    sizes: tuple[int, ...] = ()
+    """Sides of the square a batch may get, each as likely as it is listed. Empty: as the pictures are."""
+    nearest: bool = False
+    """Change the size with the nearest pixel, as published, instead of bilinearly."""
+
+    def __post_init__(self) -> None:
+        for name in ("mixup_prob", "copyblend_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"`{name}={getattr(self, name)}`: expected a probability, 0 to 1.")
+
+
+class Collate:
+    """Makes a batch of samples; what it draws follows from the first sample's draw.
+
+    Args:
+        policy: what happens.
+        seed: of everything random.
+    """
+
+    def __init__(self, policy: BatchPolicy | None = None, *, seed: int = 0) -> None:
+        self.policy = policy or BatchPolicy()
+        self.seed = seed
+
+    def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
+        """A batch for the network.
+
+        Returns: `pixel_values`, (B, 3, S, S) uint8, channels last in memory; `targets`, for each image
+            `labels` (N,) int64 and `boxes` (N, 4) float32, cxcywh in 0–1.
+        """
+        policy, epoch = self.policy, samples[0].draw.epoch
+        rng = chance(self.seed, samples[0].draw, BATCH)
+        images = np.stack([sample.image for sample in samples])
+        boxes = [sample.boxes_xyxy for sample in samples]
+        labels = [sample.labels for sample in samples]
+        mixes, copies = rng.random(2) < (policy.mixup_prob, policy.copyblend_prob)
+        if _covers(policy.mixup, epoch) and mixes:
+            images, boxes, labels = mix_up(images, boxes, labels, rng)
+        elif _covers(policy.copyblend, epoch) and copies:
+            boxes, labels = copy_blend(images, boxes, labels, rng)
+        scale = 1 / images.shape[1]
+        if policy.sizes and _covers(policy.multi_scale, epoch):
+            images = _resize_all(images, int(rng.choice(policy.sizes)), nearest=policy.nearest)
+        return {
+            "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
+            "targets": [_target(*of_image, scale) for of_image in zip(labels, boxes, strict=True)],
+        }
+
+
+def to_float(
+    pixel_values: Tensor,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Bytes to the network's input, where they are: / 255, and normalised for the networks that want it.
+
+    Args:
+        pixel_values: (B, 3, H, W) uint8, any memory format, which is kept.
+        mean, std: of each channel in 0–1, or both `None`.
+    """
+    pixels = pixel_values.to(torch.float32)
+    if mean is None or std is None:
+        return pixels.mul_(1 / 255).to(dtype)
+    # One multiplication and one addition: (x / 255 - mean) / std.
+    factors = [1 / (255 * s) for s in std]
+    offsets = [-m / s for m, s in zip(mean, std, strict=True)]
+    table = torch.tensor([factors, offsets])
+    if pixels.is_cuda:
+        table = table.pin_memory().to(pixels.device, non_blocking=True)
+    factor, offset = table[:, :, None, None]
+    return pixels.mul_(factor).add_(offset).to(dtype)
+
+
+def multi_scale_sizes(base_size: int, repeat: int) -> tuple[int, ...]:
+    """The sizes a batch may get: multiples of 32 up to a quarter off `base_size`, and often itself.
+
+    Args:
+        base_size: side of the picture, pixels.
+        repeat: how often `base_size` is in the list.
+    """
+    low, high = (
+        int(base_size * (1 + share) / _SIZE_STEP) * _SIZE_STEP for share in (-_SIZE_RANGE, _SIZE_RANGE)
+    )
+    return (*range(low, base_size, _SIZE_STEP), *[base_size] * repeat, *range(high, base_size, -_SIZE_STEP))
+
+
+def mix_up(
+    images: np.ndarray, boxes: list[np.ndarray], labels: list[np.ndarray], rng: np.random.Generator
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Blend each image with the one before it, the first with the last; both sets of boxes count in full.
+
+    Args:
+        images: (B, S, S, 3) uint8.
+        boxes: of each image, (N, 4).
+        labels: of each image, (N,).
+    """
+    own = rng.uniform(*_BLEND)
+    cv2, before = opencv(), np.roll(np.arange(len(images)), 1)
+    mixed = np.stack([cv2.addWeighted(images[i], own, images[j], 1 - own, 0) for i, j in enumerate(before)])
+    return (
+        mixed,
+        [np.concatenate([boxes[i], boxes[j]]) for i, j in enumerate(before)],
+        [np.concatenate([labels[i], labels[j]]) for i, j in enumerate(before)],
+    )
+
+
+def copy_blend(
+    images: np.ndarray, boxes: list[np.ndarray], labels: list[np.ndarray], rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Blend up to three of the batch's objects into each image, anywhere, as large as they are.
+
+    Writes to `images`.
+    A copied object brings a border of its surroundings along, as far as both images allow. Objects below 100
+    pixels² are not copied. They are all cut out first, so none is a copy of a copy.
+
+    Args: as of `mix_up`.
+    Returns: boxes and labels with those of the copies behind each image's own.
+    """
+    size = images.shape[1]
+    owner = np.repeat(np.arange(len(boxes)), [len(of_image) for of_image in boxes])
+    edges = np.concatenate(boxes)
+    # Whole pixels inside the picture; the copy's box is exactly these.
+    low = np.clip(np.floor(edges[:, :2]), 0, size).astype(int)
+    high = np.clip(np.ceil(edges[:, 2:]), 0, size).astype(int)
+    pool = np.flatnonzero(((edges[:, 2:] - edges[:, :2]).prod(1) >= _MIN_COPY_AREA) & (high > low).all(1))
+    if not len(pool):
+        return boxes, labels
+    classes = np.concatenate(labels)
+    below = rng.uniform(*_BLEND)
+    pastes = []
+    for i in range(len(images)):
+        for k in rng.choice(pool, min(_COPIES, len(pool)), replace=False):
+            extent = high[k] - low[k]
+            to = rng.integers(size - extent + 1)
+            border = (extent * rng.uniform(*_COPY_BORDER)).astype(int)
+            before = np.minimum(border, np.minimum(low[k], to))
+            after = np.minimum(border, size - np.maximum(high[k], to + extent))
+            (x0, y0), (x1, y1) = low[k] - before, high[k] + after
+            pastes.append((i, k, to, to - before, images[owner[k], y0:y1, x0:x1].copy()))
+    cv2 = opencv()
+    new_boxes, new_labels = [[of_image] for of_image in boxes], [[of_image] for of_image in labels]
+    for i, k, to, (x, y), patch in pastes:
+        place = images[i, y : y + patch.shape[0], x : x + patch.shape[1]]
+        place[...] = cv2.addWeighted(place, below, patch, 1 - below, 0)
+        new_boxes[i].append(np.concatenate([to, to + high[k] - low[k]])[None].astype(np.float32))
+        new_labels[i].append(classes[k : k + 1])
+    return [np.concatenate(parts) for parts in new_boxes], [np.concatenate(parts) for parts in new_labels]
+
+
+def build_loader(
+    images: TrainingImages,
+    collate: Callable[[Sequence[TrainingSample]], Any],
+    *,
+    batch_size: int,
+    sampler: EpochSampler | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """A loader of training batches. Call its sampler's `set_epoch` before each epoch.
+
+    The last, smaller batch of an epoch is left out, unless it is the only one.
+
+    Args:
+        images: built with the same batch size.
+        collate: as above.
+        batch_size: images per device.
+        sampler: of draws; `None` makes one.
+        workers: processes; 0 works in this one.
+        pin_memory: for copies to a GPU that nobody waits for.
+    """
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=sampler or images.sampler(),
+        collate_fn=collate,
+        drop_last=len(images) >= batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread if workers else None,
+        # Without one of its own, each start of the workers would draw from the run's random state.
+        generator=torch.Generator(),
+    )
+
+
+def _one_thread(worker: int) -> None:
+    """OpenCV would start as many threads as there are cores, in each worker."""
+    opencv().setNumThreads(1)
+
+
+def _covers(window: tuple[int, int], epoch: int) -> bool:
+    return window[0] <= epoch < window[1]
+
+
+def _resize_all(images: np.ndarray, size: int, *, nearest: bool) -> np.ndarray:
+    if size == images.shape[1]:
+        return images
+    cv2 = opencv()
+    how = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
+    return np.stack([cv2.resize(image, (size, size), interpolation=how) for image in images])
+
+
+def _target(labels: np.ndarray, boxes: np.ndarray, scale: float) -> dict[str, Tensor]:
+    low, high = boxes[:, :2], boxes[:, 2:]
+    cxcywh = np.concatenate([(low + high) / 2, high - low], axis=1) * scale
+    return {"labels": torch.from_numpy(labels), "boxes": torch.from_numpy(cxcywh.astype(np.float32))}

@@ -1,0 +1,154 @@
+"""Detection data: a folder of labelled images, whatever its format, as a torch data set.
+
+    load_detection(path) ──► DetectionSet ──► DetectionDataset(records) ──► image (3, H, W) uint8, target
+
+Everything wrong with the files is named at the start, all together; training never meets a bad image in its
+third hour.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DetectionDataset", "Sample", "load_detection", "read_detection", "to_tensors"]
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from thawline.data.detection.formats import read_raw
+from thawline.data.detection.formats.raw import assemble
+from thawline.data.detection.images import read_image
+from thawline.data.detection.records import DetectionSet, ImageRecord, clip_boxes, describe
+from thawline.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def load_detection(
+    path: str | Path, format: str | None = None, images: str | Path | None = None, decode: bool = False
+) -> DetectionSet:
+    """Read a detection data set and refuse it if anything in it is wrong.
+
+    Args:
+        path: a folder, a COCO JSON or a data.yaml.
+        format: "coco", "yolo" or "voc". None or "auto": by looking.
+        images: the folder image names start from (COCO, VOC). None: looked for around the annotations.
+        decode: decode every image now, instead of looking at its header and its end.
+    Raises: DataError: naming all errors, by kind, with what to do. Degenerate boxes and the like are logged.
+    """
+    data = read_detection(path, format, images, decode)
+    if data.errors:
+        lines = describe(data.errors)
+        raise DataError(
+            "\n".join([f"'{path}' ({data.format}) cannot be trained on:", *lines])
+            + f"\n`thawline data check {path} --fix NEW_FOLDER` writes a mended copy."
+        )
+    if not any(data.splits.values()):
+        raise DataError(
+            f"'{path}' ({data.format}) holds no image. Check its paths, or name another `format`."
+        )
+    for line in describe(data.warnings, shown=1):
+        logger.warning("'%s': %s", path, line)
+    return data
+
+
+def read_detection(
+    path: str | Path, format: str | None = None, images: str | Path | None = None, decode: bool = False
+) -> DetectionSet:
+    """`load_detection` that refuses nothing: what cannot be used is left out and listed in `problems`."""
+    return assemble(read_raw(path, format, images), decode)
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One image on its way into a batch: what augmentations take and give."""
+
+    image: np.ndarray
+    """(H, W, 3) uint8, RGB."""
+    boxes_xyxy: np.ndarray
+    """(N, 4) float32, pixels of `image`."""
+    labels: np.ndarray
+    """(N,) int64."""
+    area: np.ndarray
+    """(N,) float32, pixels² of `image`."""
+    iscrowd: np.ndarray
+    """(N,) bool."""
+    index: int
+    """Place in the data set."""
+    orig_size: tuple[int, int]
+    """(width, height) of the image file, pixels."""
+
+
+class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Images and boxes, decoded when asked for.
+
+    Boxes are clipped to the image, and those without area are left out; so are crowds, unless asked for.
+    Images without boxes stay: they are negatives.
+
+    Args:
+        records: the images, e.g. `load_detection(path).records("train")`.
+        transform: applied to every sample; may change image and boxes in place.
+        keep_crowd: keep boxes around crowds, marked by `iscrowd`.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        transform: Callable[[Sample], Sample] | None = None,
+        keep_crowd: bool = False,
+    ) -> None:
+        self.records = tuple(records)
+        self.transform = transform
+        self.keep_crowd = keep_crowd
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The image, (3, H, W) uint8, and its target as `to_tensors` makes it."""
+        sample = self.sample(index)
+        return to_tensors(sample if self.transform is None else self.transform(sample))
+
+    def sample(self, index: int) -> Sample:
+        """The image as it is in its file, with its boxes. Raises: DataError: if the file has gone bad."""
+        record = self.records[index]
+        image = read_image(record.path, record.oriented)
+        if image.shape[:2] != (record.height, record.width):
+            raise DataError(
+                f"'{record.path}' was {record.width}×{record.height} when the data set was read, now "
+                f"{image.shape[1]}×{image.shape[0]}. Leave the files alone while they are trained on."
+            )
+        boxes = clip_boxes(record.boxes_xyxy, record.width, record.height)
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1) & (self.keep_crowd | ~record.iscrowd)
+        return Sample(
+            image=image,
+            boxes_xyxy=boxes[keep].astype(np.float32),
+            labels=record.labels[keep],
+            area=record.area[keep].astype(np.float32),
+            iscrowd=record.iscrowd[keep],
+            index=index,
+            orig_size=(record.width, record.height),
+        )
+
+
+def to_tensors(sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+    """The end of every pipeline.
+
+    Returns: the image, (3, H, W) uint8, and its target: boxes_xyxy (N, 4) float32 in pixels, labels (N,)
+    int64,
+        area (N,) float32, iscrowd (N,) bool, index () int64, orig_size (2,) int64 as (width, height).
+    """
+    image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
+    return image, {
+        "boxes_xyxy": torch.from_numpy(np.ascontiguousarray(sample.boxes_xyxy, np.float32)),
+        "labels": torch.from_numpy(np.ascontiguousarray(sample.labels, np.int64)),
+        "area": torch.from_numpy(np.ascontiguousarray(sample.area, np.float32)),
+        "iscrowd": torch.from_numpy(np.ascontiguousarray(sample.iscrowd, bool)),
+        "index": torch.tensor(sample.index),
+        "orig_size": torch.tensor(sample.orig_size),
+    }

@@ -1,0 +1,75 @@
+"""The formats a detection data set may come in, and finding out which one it is by looking.
+
+A format is a file here with `HINT` (what it is known by), `look(path)` and `read(found, images)`, and a
+line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FORMATS", "find_format", "read_raw"]
+
+import logging
+from pathlib import Path
+from types import ModuleType
+
+from thawline.data.detection.formats import coco, voc, yolo
+from thawline.data.detection.formats.raw import Found, RawSet
+from thawline.errors import ConfigError, DataError, did_you_mean
+
+FORMATS: dict[str, ModuleType] = {"coco": coco, "yolo": yolo, "voc": voc}
+"""Name of a format → the file that reads it."""
+
+logger = logging.getLogger(__name__)
+
+
+def read_raw(path: str | Path, format: str | None = None, images: str | Path | None = None) -> RawSet:
+    """Find out the format of a data set and read its annotations, in the format's own terms.
+
+    Raises: DataError: as `find_format`, and for files that are not of the format. ConfigError: for an
+    unknown format.
+    """
+    found = find_format(path, format)
+    if images is not None and not Path(images).is_dir():
+        raise DataError(f"'{images}' is not a folder. `images` is the folder that image names start from.")
+    return FORMATS[found.format].read(found, Path(images) if images is not None else None)
+
+
+def find_format(path: str | Path, format: str | None = None) -> Found:
+    """Look at a file or folder and say what data set it holds.
+
+    Where several formats are found, one whose files say what is for training goes before those that don't
+    (left-over VOC files beside a split COCO copy); otherwise `format` has to choose.
+
+    Args:
+        path: a folder, a COCO JSON or a data.yaml.
+        format: a key of `FORMATS`. None or "auto": by looking.
+    Raises: DataError: naming what was found, if that is nothing or more than one. ConfigError: for an
+    unknown format.
+    """
+    path = Path(path)
+    if format in (None, "auto"):
+        readers = FORMATS
+    elif format in FORMATS:
+        readers = {format: FORMATS[format]}
+    else:
+        raise ConfigError(f"Unknown data format '{format}'. {did_you_mean(str(format), FORMATS)}")
+    if not path.exists():
+        raise DataError(
+            f"'{path}' does not exist. Give the folder of the data set, its COCO JSON or its data.yaml."
+        )
+    found = [one for reader in readers.values() for one in reader.look(path)]
+    split = [one for one in found if one.is_split]
+    chosen = split if len(split) == 1 else found
+    if len(chosen) == 1:
+        for other in found:
+            if other is not chosen[0]:
+                logger.info("'%s' is read as %s; left aside: %s.", path, chosen[0], other)
+        return chosen[0]
+    if found:
+        raise DataError(
+            f"'{path}' holds more than one data set: {'; '.join(map(str, found))}. "
+            "Name one by `format`, or give its own file or folder as the path."
+        )
+    hints = "; ".join(f"{name}: {reader.HINT}" for name, reader in readers.items())
+    there = ", ".join(sorted(child.name for child in path.iterdir())[:8]) if path.is_dir() else "a file"
+    raise DataError(f"No data set found at '{path}' (there: {there or 'nothing'}). Expected {hints}.")

@@ -1,0 +1,1 @@
+"""DEIMv2 checkpoints: read from and written to every published layout."""

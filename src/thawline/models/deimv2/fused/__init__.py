@@ -1,0 +1,1 @@
+"""Inference forms of DEIMv2's modules."""

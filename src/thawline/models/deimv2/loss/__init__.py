@@ -1,0 +1,1 @@
+"""DEIMv2's training loss: terms, matching and their sum."""

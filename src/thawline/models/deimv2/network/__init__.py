@@ -1,0 +1,1 @@
+"""DEIMv2's network: backbones, encoders and decoder."""

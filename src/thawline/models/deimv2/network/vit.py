@@ -1,0 +1,474 @@
+"""The vision transformers of S to X: ViT-Tiny and Tiny+, distilled by DEIMv2's authors, and DINOv3 S and S+.
+
+One class for both families; they differ in what `ViTConfig` names. Parameter names are those of the published
+files: Meta's DINOv3 and the authors' distilled weights.
+
+Source: Siméoni et al., DINOv3, arXiv 2508.10104; Heo et al., rotary position embedding for vision
+transformers, ECCV 2024. Differs from the code of both: the rotation's table is made once for a map size, not
+in every block.
+"""
+
+from __future__ import annotations
+
+__all__ = ["RotaryEmbedding", "ViTConfig", "VisionTransformer", "rotate", "rotate_pairs"]
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thawline.errors import ConfigError
+from thawline.models.deimv2.fused.forms import FusedConv, linear_of
+from thawline.ops.cache import TensorCache
+
+Table = tuple[Tensor, Tensor]
+"""Cosines and sines, (T, head_dim) each."""
+
+ROPE_BASE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Shape of a vision transformer."""
+
+    family: Literal["vit_tiny", "dinov3"]
+    dim: int
+    num_heads: int
+    depth: int = 12
+    patch_size: int = 16
+    hidden_dim: int
+    """Width of the feed-forward part."""
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    out_blocks: tuple[int, ...]
+    """Blocks whose output is taken, ascending."""
+    n_storage_tokens: int = 0
+    """Register tokens beside the class token."""
+    norm_eps: float = 1e-6
+    layer_scale: float | None = None
+    """First value of a learnable scale on each residual branch; None: no such scale."""
+    mask_key_bias: bool = False
+    """The bias of keys is switched off by a buffer, as DINOv3 was trained."""
+    final_norm: bool = False
+    """One shared norm on every output taken."""
+    rope_rescale: float | None = None
+    """In training, stretch the rotary coordinates by a random factor in [1/x, x], drawn by every block for
+    itself, as the authors' code does. None: never."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 4:
+            raise ConfigError(
+                f"`num_heads={self.num_heads}` cuts `dim={self.dim}` into heads of "
+                f"{self.dim / self.num_heads:g}; rotary embedding needs a multiple of 4."
+            )
+        taken = list(self.out_blocks)
+        if not taken or taken != sorted(set(taken) & set(range(self.depth))):
+            raise ConfigError(
+                f"`out_blocks={self.out_blocks}`: expected some of the {self.depth} blocks, 0 … "
+                f"{self.depth - 1}, in ascending order."
+            )
+        if self.rope_rescale is not None and self.rope_rescale < 1:
+            raise ConfigError(
+                f"`rope_rescale={self.rope_rescale}`: expected a factor of at least 1, or None: never."
+            )
+
+
+class VisionTransformer(nn.Module):
+    """Image to the patch tokens of `config.out_blocks`, as maps."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if config.n_storage_tokens:
+            self.storage_tokens = nn.Parameter(torch.zeros(1, config.n_storage_tokens, dim))
+        if config.family == "dinov3":
+            # Read in pretraining only; kept because the published files hold it.
+            self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        self.patch_embed = PatchEmbed(dim, config.patch_size)
+        self.rope_embed = RotaryEmbedding(dim // config.num_heads)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        if config.final_norm:
+            self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self._init_weights()
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), normalised, to maps (B, C, H / 16, W / 16), one per entry of `out_blocks`."""
+        patches = self.patch_embed(pixel_values)
+        size = (patches.shape[-2], patches.shape[-1])
+        prefix = self._prefix().expand(patches.shape[0], -1, -1)
+        n_prefix = prefix.shape[1]
+        x = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+
+        maps = []
+        for index, block in enumerate(self.blocks):
+            stretch = self.config.rope_rescale if self.training else None
+            x = block(x, self.rope_embed(size, x.dtype, n_prefix, stretch))
+            if index in self.config.out_blocks:
+                taken = self.norm(x) if self.config.final_norm else x
+                maps.append(taken[:, n_prefix:].transpose(1, 2).unflatten(-1, size))
+            if index == max(self.config.out_blocks):
+                break
+        return maps
+
+    def _prefix(self) -> Tensor:
+        tokens = [self.cls_token]
+        if self.config.family == "dinov3":
+            # Zero, but it gives the mask token a gradient, which data-parallel training waits for.
+            tokens = [self.cls_token + 0 * self.mask_token]
+        if self.config.n_storage_tokens:
+            tokens.append(self.storage_tokens)
+        return torch.cat(tokens, dim=1)
+
+    def _init_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("_tokens") or name == "cls_token":
+                nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def fuse(self) -> FusedVisionTransformer:
+        """With leaner blocks, and without what only training reads."""
+        return FusedVisionTransformer(self)
+
+
+class FusedVisionTransformer(nn.Module):
+    """The transformer at inference."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.out_blocks = vit.config.out_blocks
+        self.prefix = nn.Parameter(vit._prefix().detach(), requires_grad=False)
+        self.patch_embed, self.rope_embed = vit.patch_embed.fuse(), vit.rope_embed
+        self.blocks = nn.ModuleList(block.fuse() for block in vit.blocks[: max(self.out_blocks) + 1])
+        self.norm = vit.norm if vit.config.final_norm else nn.Identity()
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), normalised, to channels-last maps (B, C, H / 16, W / 16)."""
+        patches = self.patch_embed(pixel_values)
+        size = (patches.shape[-2], patches.shape[-1])
+        n_prefix = self.prefix.shape[1]
+        tokens = patches.flatten(2).transpose(1, 2)
+        x = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        turns = self.rope_embed.turns(size, x.dtype, n_prefix)
+        maps = []
+        for index, block in enumerate(self.blocks):
+            x = block(x, turns)
+            if index in self.out_blocks:
+                maps.append(self.norm(x[:, n_prefix:]).transpose(1, 2).unflatten(-1, size))
+        return maps
+
+
+class PatchEmbed(nn.Module):
+    """Image to a map of patches, by one convolution."""
+
+    def __init__(self, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C, H / patch, W / patch)."""
+        return self.proj(x)
+
+    def fuse(self) -> FusedConv:
+        """The same convolution."""
+        return FusedConv(self.proj.weight, self.proj.bias, stride=self.proj.stride[0])
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward part."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.attn = Attention(dim, config.num_heads, mask_key_bias=config.mask_key_bias)
+        self.ls1 = _layer_scale(config)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = FFN[config.ffn](dim, config.hidden_dim)
+        self.ls2 = _layer_scale(config)
+
+    def forward(self, x: Tensor, table: Table) -> Tensor:
+        """(B, T, C) to the same."""
+        x = x + self.ls1(self.attn(self.norm1(x), table))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+    def fuse(self) -> FusedBlock:
+        """With its scales inside its linears."""
+        return FusedBlock(self)
+
+
+class FusedBlock(nn.Module):
+    """A block at inference. Writes over its own intermediate values: fresh memory is dear on a CPU."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.num_heads = block.attn.num_heads
+        self.qkv = _pair_adjacent(block.attn.qkv, self.num_heads)
+        self.proj = _scale_rows(block.attn.proj, block.ls1)
+        self.mlp = block.mlp
+        name = "w3" if isinstance(self.mlp, SwiGLU) else "fc2"
+        setattr(self.mlp, name, _scale_rows(getattr(self.mlp, name), block.ls2))
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """(B, T, C) to the same; x is kept."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        query, key = rotate_pairs(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4).unbind(0)
+        value = qkv[:, :, 2].transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x.add_(self.mlp(self.norm2(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose queries and keys are rotated by their place."""
+
+    def __init__(self, dim: int, num_heads: int, *, mask_key_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = MaskedBiasLinear(dim, 3 * dim) if mask_key_bias else nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, table: Table) -> Tensor:
+        """(B, T, C) to the same."""
+        query, key, value = _rotated_heads(self.qkv(x), table, self.num_heads)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MaskedBiasLinear(nn.Linear):
+    """A linear to queries, keys and values whose bias is multiplied by a buffer.
+
+    The buffer is one for queries and values and zero for keys. (The authors' constructor leaves it NaN, so
+    their L and X give NaN until a checkpoint fills it.) A state dict without it means this default.
+    """
+
+    bias_mask: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        mask = torch.ones(3, out_features // 3)
+        mask[1] = 0
+        self.register_buffer("bias_mask", mask.flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        return F.linear(x, self.weight, self.bias * self.bias_mask)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}bias_mask", self.bias_mask)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x)))."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same."""
+        x = self.fc1(x)
+        return self.fc2(F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1(x)) · w2(x))."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden)
+        self.w2 = nn.Linear(dim, hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same."""
+        gate = self.w1(x)
+        gate = F.silu(gate, inplace=not torch.is_grad_enabled())
+        return self.w3(gate * self.w2(x))
+
+
+FFN: dict[str, type[MLP | SwiGLU]] = {"mlp": MLP, "swiglu": SwiGLU}
+
+
+class LayerScale(nn.Module):
+    """A learnable factor for each channel."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same."""
+        return x * self.gamma
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles from the centre of each patch, row and column each scaled to -1 … 1 over its own length."""
+
+    periods: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        n = head_dim // 4
+        exponents = torch.arange(n, dtype=torch.float32) / n
+        # The published files hold the periods, so that they, not this formula, decide the last bit.
+        self.register_buffer("periods", (ROPE_BASE**exponents).to(torch.get_default_dtype()))
+        self._tables = TensorCache()
+
+    def forward(
+        self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int, rescale: float | None = None
+    ) -> Table:
+        """The table of a map.
+
+        Args:
+            size: (H, W) in patches.        n_prefix: tokens before the patches, which are not rotated.
+            rescale: x: stretch the coordinates by a random factor in [1/x, x]. Such a table is not kept.
+        """
+        if rescale is not None:
+            factor = torch.empty((), device=self.periods.device).uniform_(-1, 1) * math.log(rescale)
+            return self._table(size, dtype, n_prefix, factor.exp())
+        key = (*size, dtype, n_prefix, self.periods.dtype, self.periods.device)
+        return self._tables.get(key, lambda: self._table(size, dtype, n_prefix))
+
+    def turns(self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int) -> Tensor:
+        """Cosine and sine of each pair, (T, 1, 1, head_dim / 2, 2), for `rotate_pairs`."""
+        key = ("pairs", *size, dtype, n_prefix, self.periods.dtype, self.periods.device)
+        return self._tables.get(key, lambda: self._turns(size, dtype, n_prefix))
+
+    def _table(
+        self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int, stretch: Tensor | None = None
+    ) -> Table:
+        angles = self._angles(size, n_prefix, stretch).tile(2)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _turns(self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int) -> Tensor:
+        angles = self._angles(size, n_prefix)
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)[:, None, None].to(dtype)
+
+    def _angles(self, size: tuple[int, int], n_prefix: int, stretch: Tensor | None = None) -> Tensor:
+        # Coordinates in float32 also in a float64 model, as the authors' are; the periods widen the angles.
+        rows, columns = (
+            (torch.arange(n, device=self.periods.device, dtype=torch.float32) + 0.5) / n * 2 - 1 for n in size
+        )
+        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+        if stretch is not None:
+            place = place * stretch
+        angles = (2 * math.pi * place[:, :, None] / self.periods).flatten(1)
+        # A prefix token turns by no angle: cosine 1, sine 0 give it back bit for bit.
+        return F.pad(angles, (0, 0, n_prefix, 0))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._tables.clear()
+
+
+def rotate(x: Tensor, table: Table) -> Tensor:
+    """Turn each pair (x[j], x[j + D/2]) by its angle.
+
+    Args:
+        x: (..., T, D).        table: cosines and sines, (T, D) each, the second half equal to the first.
+    """
+    cos, sin = table
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def _rotated_heads(qkv: Tensor, table: Table, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated, and values: (B, T, 3·C) to three of (B, H, T, D)."""
+    is_wide = qkv.dtype in (torch.float32, torch.float64)
+    if is_wide and qkv.requires_grad and not torch.compiler.is_compiling():
+        return _RotateHeads.apply(qkv, *table, num_heads)
+    query, key, value = _heads(qkv, num_heads).unbind(0)
+    return rotate(query, table), rotate(key, table), value
+
+
+class _RotateHeads(torch.autograd.Function):
+    """Split and rotate with each value written once, forward and backward, and dense outputs.
+
+    Attention reads dense heads a tenth faster. Keeps nothing for backward but the table.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        query, key, value = _heads(qkv, num_heads).unbind(0)
+        return (
+            _turned(query, cos, sin, out=qkv.new_empty(query.shape)),
+            _turned(key, cos, sin, out=qkv.new_empty(query.shape)),
+            value.contiguous(),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        batch, heads, tokens, dim = grads[0].shape
+        whole = grads[0].new_empty(batch, tokens, 3 * heads * dim)
+        query, key, value = _heads(whole, heads).unbind(0)
+        _turned(grads[0], cos, -sin, out=query)
+        _turned(grads[1], cos, -sin, out=key)
+        value.copy_(grads[2])
+        return whole, None, None, None
+
+
+def _heads(qkv: Tensor, num_heads: int) -> Tensor:
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> Tensor:
+    """`rotate` into `out`."""
+    half = x.shape[-1] // 2
+    (a, b), (out_a, out_b), cos, sin = x.chunk(2, -1), out.chunk(2, -1), cos[:, :half], sin[:, :half]
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
+    return out
+
+
+def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn each pair (x[2j], x[2j + 1]) by its angle; x may be overwritten.
+
+    Args:
+        x: (B, T, ..., D).        turns: cosines and sines, (T, ..., D / 2, 2).
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        # One pass in place instead of five with copies; compilers want the plain form.
+        torch.view_as_complex(pairs).mul_(torch.view_as_complex(turns))
+        return x
+    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def _pair_adjacent(qkv: nn.Linear, num_heads: int) -> nn.Linear:
+    """The projection with the two halves of each query's and key's pairs side by side, and its masked bias.
+
+    Products of queries and keys do not notice, since both change alike.
+    """
+    head_dim = qkv.out_features // 3 // num_heads
+    order = torch.arange(qkv.out_features).view(3, num_heads, 2, head_dim // 2)
+    order[:2] = order[:2].transpose(-1, -2).reshape(2, num_heads, 2, -1)
+    order = order.flatten()
+    bias = qkv.bias * qkv.bias_mask if isinstance(qkv, MaskedBiasLinear) else qkv.bias
+    return linear_of(qkv.weight[order], bias[order])
+
+
+def _scale_rows(linear: nn.Linear, scale: nn.Module) -> nn.Linear:
+    """A linear with the layer scale that follows it inside."""
+    if not isinstance(scale, LayerScale):
+        return linear
+    return linear_of(linear.weight * scale.gamma[:, None], linear.bias * scale.gamma)
+
+
+def _layer_scale(config: ViTConfig) -> nn.Module:
+    return nn.Identity() if config.layer_scale is None else LayerScale(config.dim, config.layer_scale)

@@ -1,0 +1,356 @@
+"""When what happens in a detection run: the rates of every step and the epochs of every window.
+
+Two forms of one schedule. `published_schedule` repeats what ran when the published weights were made, slips
+included, because their AP depends on it. `derive_schedule` scales the same shape to a user's own data, and
+there every setting does what it says:
+
+| | published | derived |
+|---|---|---|
+| rate of step k | curve at k - 1; step 0 a 500th of the full rate, step 1 none | curve at k + 1 |
+| size N | constant after warm-up | flat, then cosine to half, like the others |
+| stage 2 | starts from the best checkpoint, again after every worse epoch | goes on from where it is |
+
+Rates follow a flat-cosine: a warm-up that grows with the square of the step, the full rate, half a cosine
+down to `lr_gamma` of it, and that rate to the end.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DetectionSchedule",
+    "Window",
+    "derive_schedule",
+    "derive_settings",
+    "flat_cosine",
+    "published_schedule",
+]
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from thawline.data.detection.augment import AugmentPolicy
+from thawline.data.detection.collate import BatchPolicy, multi_scale_sizes
+from thawline.errors import ConfigError, did_you_mean
+from thawline.models.deimv2.published import PUBLISHED, TrainingSettings
+
+# Step 0 of the published runs still had the start value of a linear warm-up over this many steps.
+_PUBLISHED_FIRST_STEP = 1 / 500
+
+# Derived settings, see `derive_settings`.
+_MIN_BATCHES_PER_EPOCH = 16
+_MIN_BATCH_SIZE = 4
+_MAX_WARMUP_SHARE = 0.05
+_MAX_EMA_SHARE = 0.05
+_MANY_IMAGES = 5000
+_LOWEST_PRETRAINED_SHARE = 0.25
+_MAX_SHARE_OF_SMALL_BOXES = 0.05
+
+
+class Window(NamedTuple):
+    """Epochs start … stop - 1."""
+
+    start: int
+    stop: int
+
+    def covers(self, epoch: int) -> bool:
+        """Whether `epoch` lies inside."""
+        return self.start <= epoch < self.stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSchedule:
+    """A run's settings, laid out over its steps.
+
+    Args:
+        variant: a size of DEIMv2.
+        settings: what to lay out.
+        steps_per_epoch: optimiser steps.
+        published: repeat the slips of the published runs, see the top of this file.
+    """
+
+    variant: str
+    settings: TrainingSettings
+    steps_per_epoch: int
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch < 1:
+            raise ConfigError(
+                f"`steps_per_epoch={self.steps_per_epoch}`: expected 1 or more. "
+                "An epoch holds images // batch size steps; is the data set empty?"
+            )
+
+    @property
+    def epochs(self) -> int:
+        """Length of the run in epochs."""
+        return self.settings.epochs
+
+    @property
+    def n_steps(self) -> int:
+        """Length of the run in optimiser steps."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def base_lrs(self) -> list[float]:
+        """The full rate of each parameter group: backbone, backbone undecayed, others undecayed, others."""
+        backbone, others = self.settings.backbone_lr, self.settings.lr
+        return [backbone, backbone, others, others]
+
+    @property
+    def windows(self) -> dict[str, Window]:
+        """Every window of epochs, by name.
+
+        The rate's phases after warm-up: `flat`, `cosine`, `final`. Augmentation: `strong` (photometric,
+        zoom-out, IoU crop, Mosaic), `mosaic` (with its probability, and then instead of zoom-out and crop),
+        `mixup`, `copyblend`, `multi_scale`. `overlap_matcher`: matching by score and overlap alone.
+        `stage_1`, `stage_2`.
+        """
+        s, end = self.settings, self.settings.epochs
+        start, mosaic_stop, strong_stop = s.policy
+        flat = min(s.flat_epoch, end)
+        final = max(flat, end - s.no_aug_epochs)
+        return {
+            "flat": Window(0, flat),
+            "cosine": Window(flat, final),
+            "final": Window(final, end),
+            "strong": Window(start, strong_stop),
+            "mosaic": Window(start, mosaic_stop),
+            "mixup": Window(*s.mixup_epochs),
+            "copyblend": Window(*s.copyblend_epochs),
+            "multi_scale": Window(0, s.stop_epoch if s.multi_scale_repeat is not None else 0),
+            "overlap_matcher": Window(min(s.matcher_change_epoch, end), end),
+            "stage_1": Window(0, s.stop_epoch),
+            "stage_2": Window(s.stop_epoch, end),
+        }
+
+    def factor_at(self, step: int) -> float:
+        """Rate of `step`, counted from 0, as a share of the full rate; the same for every group."""
+        if self.published and step == 0:
+            return _PUBLISHED_FIRST_STEP
+        s, per_epoch = self.settings, self.steps_per_epoch
+        return flat_cosine(
+            step - 1 if self.published else step + 1,
+            warmup=s.warmup_steps,
+            flat=s.flat_epoch * per_epoch,
+            final=(s.epochs - s.no_aug_epochs) * per_epoch,
+            gamma=s.lr_gamma,
+        )
+
+    def lr_at(self, step: int) -> list[float]:
+        """The rate of each parameter group that optimiser step `step`, counted from 0, uses.
+
+        Returns: one value per group, in the order of `base_lrs`.
+        """
+        factor = self.factor_at(step)
+        return [lr * factor for lr in self.base_lrs]
+
+    def augment_policy(self, *, merged_mosaic: bool = False) -> AugmentPolicy:
+        """What happens to an image, and in which epochs."""
+        s, windows = self.settings, self.windows
+        return AugmentPolicy(
+            size=s.base_size,
+            strong=windows["strong"],
+            mosaic=windows["mosaic"],
+            mosaic_prob=s.mosaic_prob,
+            mosaic_size=s.mosaic_size,
+            min_box_size=s.min_box_size,
+            merged_mosaic=merged_mosaic,
+        )
+
+    def batch_policy(self) -> BatchPolicy:
+        """What happens to a batch, and in which epochs."""
+        s, windows = self.settings, self.windows
+        repeat = s.multi_scale_repeat
+        return BatchPolicy(
+            mixup=windows["mixup"],
+            mixup_prob=s.mixup_prob,
+            copyblend=windows["copyblend"],
+            copyblend_prob=s.copyblend_prob,
+            multi_scale=windows["multi_scale"],
+            sizes=() if repeat is None else multi_scale_sizes(s.base_size, repeat),
+            nearest=self.published,
+        )
+
+    def describe(self) -> dict[str, object]:
+        """The whole schedule as plain values, for people and for JSON."""
+        s = self.settings
+        return {
+            "variant": self.variant,
+            "form": "published" if self.published else "derived",
+            "epochs": self.epochs,
+            "steps_per_epoch": self.steps_per_epoch,
+            "steps": self.n_steps,
+            "batch_size": s.batch_size,
+            "lr": s.lr,
+            "backbone_lr": s.backbone_lr,
+            "final_lr_share": s.lr_gamma,
+            "weight_decay": s.weight_decay,
+            "min_box_size": s.min_box_size,
+            "warmup_steps": s.warmup_steps,
+            "ema": {"decay": s.ema_decay, "warmup_steps": s.ema_warmup_steps},
+            "probabilities": {
+                "mosaic": s.mosaic_prob, "mixup": s.mixup_prob, "copyblend": s.copyblend_prob,
+            },
+            "windows": {name: list(window) for name, window in self.windows.items()},
+        }  # fmt: skip
+
+
+def flat_cosine(t: float, *, warmup: int, flat: int, final: int, gamma: float) -> float:
+    """Share of the full rate at time `t`, in steps: square warm-up, flat, half a cosine down, `gamma`.
+
+    Args:
+        warmup: end of the warm-up.
+        flat: end of the full rate.
+        final: start of the final rate.
+        gamma: final rate over full rate.
+    """
+    if t < warmup:
+        return (t / warmup) ** 2
+    if t <= flat:
+        return 1.0
+    if t >= final:
+        return gamma
+    return gamma + (1 - gamma) * 0.5 * (1 + math.cos(math.pi * (t - flat) / (final - flat)))
+
+
+def published_schedule(variant: str, steps_per_epoch: int) -> DetectionSchedule:
+    """The authors' schedule of a size, as it ran.
+
+    Args:
+        variant: "atto" … "x".
+        steps_per_epoch: COCO's 118,287 images make 924 steps at the lite sizes' batch of 128, 3,696 at 32.
+    Raises: ConfigError: unknown size.
+    """
+    return DetectionSchedule(
+        variant=variant, settings=_published(variant), steps_per_epoch=steps_per_epoch, published=True
+    )
+
+
+def derive_schedule(
+    epochs: int,
+    *,
+    variant: str,
+    n_images: int,
+    batch_size: int | None = None,
+    size: int | None = None,
+    start: Literal["scratch", "backbone", "detector"] = "scratch",
+    box_sides: np.ndarray | None = None,
+) -> DetectionSchedule:
+    """The schedule for a user's own data; all of it follows from these.
+
+    Args: as of `derive_settings`.
+    Raises: ConfigError: unknown size, or no epochs, images or batch.
+    """
+    settings = derive_settings(
+        epochs,
+        variant=variant,
+        n_images=n_images,
+        batch_size=batch_size,
+        size=size,
+        start=start,
+        box_sides=box_sides,
+    )
+    steps = max(1, n_images // settings.batch_size)
+    return DetectionSchedule(variant=variant, settings=settings, steps_per_epoch=steps)
+
+
+def derive_settings(
+    epochs: int,
+    *,
+    variant: str,
+    n_images: int,
+    batch_size: int | None = None,
+    size: int | None = None,
+    start: Literal["scratch", "backbone", "detector"] = "scratch",
+    box_sides: np.ndarray | None = None,
+) -> TrainingSettings:
+    """The recipe of a size, scaled to a user's own data.
+
+    - **Windows** keep their share of the run: an epoch of the published run moves to the same fraction of
+      `epochs`, but the last epoch is always without strong augmentation. At the published length they are
+      the published windows. N gets the cosine its recipe named and never reached.
+    - **Batch**: the published one, halved until an epoch has at least 16 steps, but not below 4.
+    - **Rates** follow the square root of the batch, the rule for Adam (Malladi et al., NeurIPS 2022).
+    - **Small data**: what is pretrained moves less, by √(n_images / 5000), a quarter at least. `start` says
+      what that is: nothing, the backbone, or the whole detector. A backbone that starts from nothing trains
+      at the full rate, not at the low one that spares a pretrained one.
+    - **Warm-up**: the published steps, at most a twentieth of the run.
+    - **EMA** averages over the published number of images, at most a twentieth of the run; its warm-up is a
+      tenth of that, as published.
+    - **Small boxes**: those that the lite sizes leave out, under 8 to 12 pixels, but never more than a
+      twentieth of what there is to learn: at 320 pixels Atto would drop 83 % of cars seen from the air.
+
+    Args:
+        epochs: length of the run, 1 or more.
+        variant: "atto" … "x".
+        n_images: of the training split.
+        batch_size: images per optimiser step over all devices; `None` derives it.
+        size: side of the square input, pixels, a multiple of 32; `None` is the published one.
+        start: what the weights come from.
+        box_sides: (N,), the shorter side of every training box in an input of side 1; `None` leaves the
+            published limit of small boxes.
+    Raises: ConfigError: unknown size, or no epochs, images or batch.
+    """
+    published = _published(variant)
+    for name, value in (("epochs", epochs), ("n_images", n_images), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"`{name}={value}`: expected 1 or more.")
+    if size is not None and (size < 32 or size % 32):
+        raise ConfigError(f"`size={size}`: expected a multiple of 32, the coarsest stride; 320, 416, 640, …")
+    batch = batch_size if batch_size is not None else _batch_size(published.batch_size, n_images)
+    n_steps = epochs * max(1, n_images // batch)
+
+    def scaled(epoch: int) -> int:
+        return min(round(epoch * epochs / published.epochs), max(1, epochs - 1))
+
+    per_batch = math.sqrt(batch / published.batch_size)
+    pretrained = min(1.0, max(_LOWEST_PRETRAINED_SHARE, math.sqrt(n_images / _MANY_IMAGES)))
+    # 1 / (1 - decay) is how many steps the average reaches back.
+    ema_steps = (1 / (1 - published.ema_decay)) * published.batch_size / batch
+    ema_steps = max(1.0, min(ema_steps, _MAX_EMA_SHARE * n_steps))
+    lr = published.lr * per_batch
+    backbone_lr = published.backbone_lr * per_batch * pretrained
+    mosaic_start, mosaic_stop, strong_stop = published.policy
+    base_size = published.base_size if size is None else size
+    min_box_size = published.min_box_size
+    if box_sides is not None and len(box_sides):
+        smallest = base_size * float(np.quantile(box_sides, _MAX_SHARE_OF_SMALL_BOXES))
+        min_box_size = max(1, min(min_box_size, math.floor(smallest)))
+    return replace(
+        published,
+        epochs=epochs,
+        base_size=base_size,
+        min_box_size=min_box_size,
+        batch_size=batch,
+        val_batch_size=2 * batch,
+        stop_epoch=scaled(published.stop_epoch),
+        no_aug_epochs=epochs - scaled(published.epochs - published.no_aug_epochs),
+        flat_epoch=scaled(mosaic_stop if published.flat_epoch > published.epochs else published.flat_epoch),
+        lr_gamma=published.lr_gamma if published.lr_gamma < 1 else 0.5,
+        policy=(scaled(mosaic_start), scaled(mosaic_stop), scaled(strong_stop)),
+        matcher_change_epoch=scaled(published.matcher_change_epoch),
+        mixup_epochs=(scaled(published.mixup_epochs[0]), scaled(published.mixup_epochs[1])),
+        copyblend_epochs=(scaled(published.copyblend_epochs[0]), scaled(published.copyblend_epochs[1])),
+        warmup_steps=min(published.warmup_steps, math.ceil(_MAX_WARMUP_SHARE * n_steps)),
+        lr=lr * pretrained if start == "detector" else lr,
+        backbone_lr=lr if start == "scratch" else backbone_lr,
+        ema_decay=1 - 1 / ema_steps,
+        ema_warmup_steps=max(1, round(ema_steps / 10)),
+        group_rules=(),
+    )
+
+
+def _published(variant: str) -> TrainingSettings:
+    if variant not in PUBLISHED:
+        raise ConfigError(f"Unknown variant '{variant}'. {did_you_mean(variant, PUBLISHED)}")
+    return PUBLISHED[variant]
+
+
+def _batch_size(published: int, n_images: int) -> int:
+    batch = published
+    while batch > _MIN_BATCH_SIZE and n_images // batch < _MIN_BATCHES_PER_EPOCH:
+        batch //= 2
+    return min(batch, n_images)

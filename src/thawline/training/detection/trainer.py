@@ -1,0 +1,628 @@
+"""How a detector is trained: groups and rates, the average of its weights, its best state kept.
+
+On top of the engine's Trainer, through its public seams. In a run's folder there are, beside the checkpoints
+that it resumes from, two detectors ready to use, both of averaged weights and with any adapter merged:
+
+    best/   at the highest value of the chosen metric so far
+    last/   at the latest evaluation
+
+With `published`, stage 2 starts again from the epoch of stage 1 that scored best, weights, average and
+optimiser, and does so after every epoch that beats none of those since it last did.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DetectionTrainer", "detection_arguments"]
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from thawline.data.detection.augment import TrainingSample
+from thawline.data.detection.collate import Collate, build_loader, to_float
+from thawline.errors import ConfigError, did_you_mean
+from thawline.metrics.detection import STATISTICS
+from thawline.models.deimv2.config import DEIMv2Config
+from thawline.models.deimv2.loss.criterion import Criterion
+from thawline.models.deimv2.model import DEIMv2
+from thawline.models.deimv2.targets import Target
+from thawline.recipe import DetectionTraining, Training, TunerSettings
+from thawline.training.detection.backbone import fast_parameters, merged_detector
+from thawline.training.detection.ema import EMA
+from thawline.training.detection.groups import ParameterGroup, build_groups
+from thawline.training.detection.objective import DetectionObjective
+from thawline.training.objective import Evaluation
+from thawline.training.trainer import Trainer, training_arguments, write_text
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, AVERAGE, SCORES = "pytorch_model.bin", "average.pt", "scores.json"
+"""In a checkpoint: the weights as they train, their average, what evaluations found."""
+STAGE_1 = "stage_1.pt"
+"""Weights, average and optimiser of the published run's best epoch of stage 1."""
+TIMED_STEPS, UNTIMED_STEPS = 20, 3
+"""After so many steps the run says how fast it is; the first few do not count."""
+
+
+class DetectionTrainer(Trainer):
+    """Trainer of a detector.
+
+    Args:
+        model: with its tuner attached (`tune_backbone`).
+        args: of `detection_arguments`.
+        objective: images, schedule, evaluation.
+        tuner: the recipe's; decides which of the backbone's parameters train at the full rate.
+        callbacks: further ones.
+    """
+
+    objective: DetectionObjective
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+
+    def __init__(
+        self,
+        model: DEIMv2,
+        args: TrainingArguments,
+        objective: DetectionObjective,
+        tuner: TunerSettings,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        metric = objective.training.best_metric
+        if metric not in STATISTICS:
+            raise ConfigError(f"Unknown `training.best_metric: {metric}`. {did_you_mean(metric, STATISTICS)}")
+        self.schedule = objective.schedule
+        settings = self.schedule.settings
+        if args.world_size > 1 and args.device.type == "cuda":
+            # As published. A device's few images alone would make poor statistics; processors cannot do it.
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.groups: list[ParameterGroup] = build_groups(model, settings, fast=fast_parameters(model, tuner))
+        super().__init__(Learner(model), args, objective, callbacks)
+        self.folder = Path(args.output_dir)
+        self.average: EMA | None = None
+        self.scores = Scores()
+        self.sampler = objective.train_rows.sampler()
+        self._term_sums: dict[str, Tensor] = {}
+        self._n_terms = 0
+        self._resumed_from: Path | None = None
+        self.add_callback(Averaging(self))
+        self.add_callback(Speed(self.objective.device_batch_size))
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The detector."""
+        return self.model.detector
+
+    @property
+    def epoch(self) -> int:
+        """Of the next step, from 0."""
+        return self.state.global_step // self.schedule.steps_per_epoch
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Augmented batches by draw; targets stay on the host, which the losses ask for counts."""
+        objective = self.objective
+        loader = build_loader(
+            objective.train_rows,
+            _Batches(objective.collate),
+            batch_size=objective.device_batch_size,
+            sampler=self.sampler,
+            workers=objective.workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW on the schedule's groups."""
+        if self.optimizer is None:
+            self.optimizer = AdamW(
+                [group.for_optimizer() for group in self.groups],
+                betas=self.schedule.settings.betas,
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """The schedule's rate at every step, a function of the step alone."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor_at)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The sum of all loss terms."""
+        terms = model(inputs["pixel_values"], inputs["targets"], epoch=self.epoch)
+        self._note_terms(terms)
+        loss = torch.stack(list(terms.values())).sum()
+        return (loss, terms) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each kind of loss term since the last line.
+
+        Raises: ConfigError: the loss is not finite.
+        """
+        if "loss" in logs and self._n_terms:
+            sums = torch.stack(list(self._term_sums.values())).tolist()
+            terms = {name: value / self._n_terms for name, value in zip(self._term_sums, sums, strict=True)}
+            logs = {**logs, **{name: round(value, 6) for name, value in terms.items()}}
+            self._term_sums, self._n_terms = {}, 0
+            if not all(math.isfinite(value) for value in terms.values()):
+                raise ConfigError(
+                    f"The loss is no longer finite at step {self.state.global_step}. Lower `training.lr`, or "
+                    "take `training.precision: fp32`; the last checkpoint is from before."
+                )
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate the averaged weights; keep them as best/ and last/. Training's random state stays."""
+        with _random_state_kept(), self._averaged():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            is_best_of_stage_1 = self.is_in_train and self._keep(
+                self._score(output.metrics or {}, metric_key_prefix)
+            )
+        if is_best_of_stage_1 and self.schedule.published:
+            self._save_stage_1()
+        return output
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As of transformers' Trainer; a resumed run finds its average and best scores again."""
+        if isinstance(resume_from_checkpoint, str):
+            self._resumed_from = Path(resume_from_checkpoint)
+            self.scores = Scores(**json.loads((self._resumed_from / SCORES).read_text(encoding="utf-8")))
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def start_averaging(self) -> None:
+        """Begin the average at the weights of now, or go on with a checkpoint's."""
+        if not self.objective.settings.ema:
+            return
+        settings = self.schedule.settings
+        self.average = EMA(
+            self.model,
+            decay=settings.ema_decay,
+            warmup_steps=settings.ema_warmup_steps,
+            once_per_name=self.schedule.published,
+        )
+        if self._resumed_from is not None:
+            self.average.load_state_dict(torch.load(self._resumed_from / AVERAGE, weights_only=True))
+
+    def catch_up(self) -> None:
+        """Evaluate an epoch whose end was saved just before its evaluation; a line of that goes first."""
+        step = self.state.global_step
+        is_end = self._resumed_from is not None and step % self.schedule.steps_per_epoch == 0
+        if not is_end or self.args.eval_strategy != "epoch" or not self.objective.held_out_rows:
+            return
+        if any(row["step"] == step and "eval_AP" in row for row in self.state.log_history):
+            return
+        file = self.folder / "metrics.jsonl"
+        if self.args.should_save and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [
+                line for line in lines if (row := json.loads(line))["step"] < step or "eval_AP" not in row
+            ]
+            write_text(file, "".join(f"{line}\n" for line in kept))
+        self.evaluate()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """For a checkpoint, all that resuming needs; else the detector the run ends with.
+
+        That is the best one of the run, where images are held out, else that of the latest weights.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if _internal_call:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.model.state_dict(), folder / WEIGHTS)
+            write_text(folder / SCORES, json.dumps(dataclasses.asdict(self.scores)))
+            if self.average is not None:
+                torch.save(self.average.state_dict(), folder / AVERAGE)
+            return
+        with self._averaged():
+            _save_detector(self.model.detector, self.folder / "last")
+        kept = "best" if (self.folder / "best").is_dir() else "last"
+        _copy_folder(self.folder / kept, folder)
+
+    def begin_epoch(self) -> None:
+        """Turn the sampler to the epoch; start it from stage 1's best where the published run does."""
+        self.sampler.set_epoch(self.epoch)
+        is_start = self.state.global_step == self.epoch * self.schedule.steps_per_epoch
+        stage_2 = self.schedule.windows["stage_2"]
+        again = self.epoch == stage_2.start or (stage_2.covers(self.epoch) and self.scores.start_again)
+        if self.schedule.published and is_start and again:
+            self._load_stage_1()
+
+    def final_evaluation(self) -> Evaluation:
+        """Of the detector that the run ends with."""
+        if not self.objective.held_out_rows:
+            return Evaluation(metrics={})
+        ends_with_last = self.scores.best_step in (-1, self.state.global_step)
+        if ends_with_last and self.last_evaluation and self.last_evaluated_step == self.state.global_step:
+            return self.last_evaluation
+        if self.scores.best_step == -1:
+            self.evaluate()
+            assert self.last_evaluation is not None
+            return self.last_evaluation
+        self.accelerator.wait_for_everyone()  # until the first process has written it
+        best = self.objective.load_base(str(self.folder / "best")).to(self.args.device)
+        with torch.no_grad():
+            return self.objective.evaluate(best, self.args.per_device_eval_batch_size)
+
+    def plan(self) -> dict[str, Any]:
+        """The schedule, the parameter groups, the first batch."""
+        start = time.perf_counter()
+        batch = self.objective.first_batch()
+        seconds = time.perf_counter() - start
+        return {
+            "steps": self.schedule.n_steps if self.args.max_steps < 0 else self.args.max_steps,
+            "rows_a_step": self.schedule.settings.batch_size,
+            "schedule": self.schedule.describe(),
+            "parameter_groups": [
+                {
+                    "name": group.name,
+                    "lr": group.lr,
+                    "weight_decay": group.weight_decay,
+                    "tensors": len(group.parameters),
+                    "parameters": sum(p.numel() for p in group.parameters.values()),
+                }
+                for group in self.groups
+            ],
+            "first_batch": _batch_statistics(batch, self.model.detector.config, self.objective.class_names),
+            "loader": {
+                "processes": self.objective.workers,
+                "images_per_second_each": round(len(batch["targets"]) / seconds, 1),
+            },
+        }
+
+    def plan_lines(self, plan: Mapping[str, Any]) -> list[str]:
+        """The schedule in a few lines, for a person to read before step 1."""
+        s, windows = self.schedule, self.schedule.windows
+        settings = s.settings
+        shown = {name: f"{a}–{b - 1}" for name, (a, b) in windows.items() if b > a}
+        lines = [
+            f"schedule {plan['schedule']['form']}: {s.epochs} epochs × {s.steps_per_epoch} steps of "
+            f"{settings.batch_size} images; warm-up {settings.warmup_steps} steps",
+            f"rates    {settings.lr:.2g}, backbone {settings.backbone_lr:.2g}, falling to "
+            f"{settings.lr_gamma:g} of it; EMA {settings.ema_decay:.5g}",
+            "epochs   " + ", ".join(f"{name} {span}" for name, span in shown.items()),
+            f"boxes    not learned with a side under {settings.min_box_size} px of {self.objective.size}",
+        ]
+        lines += [
+            f"group    {g['name']}: {g['tensors']} tensors, {g['parameters']:,} parameters, "
+            f"lr {g['lr']:.2g}, decay {g['weight_decay']:g}"
+            for g in plan["parameter_groups"]
+            if g["tensors"]
+        ]
+        lines.append(f"loader   {plan['loader']['images_per_second_each']} images/s and process")
+        return lines
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The model with the averaged weights, while the context lasts."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def _note_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Add up the terms of each kind, over all stages; nothing is asked of the device."""
+        self._n_terms += 1
+        for name, value in terms.items():
+            kind = "_".join(name.split("_")[:2])
+            self._term_sums[kind] = self._term_sums.get(kind, 0) + value.detach()
+
+    def _keep(self, score: float) -> bool:
+        """Save the model as it is now, which is the averaged one, as last/, and as best/ if it is that.
+
+        Returns: whether it is the best of stage 1 so far.
+        """
+        epoch = (self.state.global_step - 1) // self.schedule.steps_per_epoch
+        is_stage_2 = self.schedule.windows["stage_2"].covers(epoch)
+        is_best = self.scores.note(score, step=self.state.global_step, is_stage_2=is_stage_2)
+        if self.args.should_save:
+            _save_detector(self.model.detector, self.folder / "last")
+            if is_best:
+                _copy_folder(self.folder / "last", self.folder / "best")
+        return is_best and not is_stage_2
+
+    def _score(self, metrics: Mapping[str, float], prefix: str) -> float:
+        """The value that chooses the best detector; 0 where there was nothing to measure it on."""
+        return metrics.get(f"{prefix}_{self.objective.training.best_metric}", 0.0)
+
+    def _save_stage_1(self) -> None:
+        """Keep what stage 2 starts from: the weights as they train, their average, the optimiser."""
+        if not self.args.should_save:
+            return
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        beside = self.folder / f".{STAGE_1}"
+        torch.save(state, beside)
+        beside.replace(self.folder / STAGE_1)
+
+    def _load_stage_1(self) -> None:
+        """Go back to it; the rate stays the schedule's."""
+        self.accelerator.wait_for_everyone()
+        logger.info("epoch %d starts again from the best of stage 1", self.epoch)
+        state = torch.load(self.folder / STAGE_1, map_location=self.args.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+
+class Learner(nn.Module):
+    """A detector with its losses, from bytes to loss terms in one forward.
+
+    It also stands between the detector's frozen config and Trainer, which writes into any `model.config`.
+    """
+
+    def __init__(self, detector: DEIMv2) -> None:
+        super().__init__()
+        # Convolutions want their channels last; the rest does not mind.
+        self.detector = detector.to(memory_format=torch.channels_last)
+        self.criterion = Criterion(detector.config)
+
+    def forward(self, pixel_values: Tensor, targets: HostTargets, *, epoch: int) -> dict[str, Tensor]:
+        """Every loss term, weighted.
+
+        Args:
+            pixel_values: (B, 3, H, W) uint8.
+            targets: boxes and classes.
+            epoch: from 0; decides how queries are matched.
+        """
+        config = self.detector.config
+        pixels = to_float(pixel_values, mean=config.image_mean, std=config.image_std)
+        return self.criterion(self.detector(pixels, targets.targets), targets.targets, epoch=epoch)
+
+    def get_base_model(self) -> DEIMv2:
+        """The detector, by PEFT's name for what lies inside."""
+        return self.detector
+
+
+@dataclass
+class Scores:
+    """What evaluations have found so far; saved with every checkpoint."""
+
+    best: float = -math.inf
+    """Over the run."""
+    best_step: int = -1
+    stretch_best: float = -math.inf
+    """Since training last started again from stage 1."""
+    start_again: bool = False
+    """The next epoch starts from stage 1's best."""
+
+    def note(self, score: float, *, step: int, is_stage_2: bool) -> bool:
+        """Take in an evaluation. Returns: whether it is the best of the run.
+
+        In stage 2 a score that does not beat those since the last start ends the stretch.
+        """
+        is_best = score > self.best
+        if is_best:
+            self.best, self.best_step = score, step
+        self.start_again = is_stage_2 and score <= self.stretch_best
+        self.stretch_best = -math.inf if self.start_again else max(score, self.stretch_best)
+        return is_best
+
+
+@dataclass(frozen=True)
+class HostTargets:
+    """A batch's targets, which nobody moves to the device: an unknown class, to accelerate and Trainer."""
+
+    targets: list[Target]
+
+    def pin_memory(self) -> HostTargets:
+        """For copies that nobody waits for."""
+        return HostTargets(
+            [{"labels": t["labels"].pin_memory(), "boxes": t["boxes"].pin_memory()} for t in self.targets]
+        )
+
+
+class Averaging(TrainerCallback):
+    """Keeps the average of the weights going."""
+
+    def __init__(self, trainer: DetectionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start it."""
+        self.trainer.start_averaging()
+        self.trainer.catch_up()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Turn the sampler to the epoch, and start again from stage 1 where the published run does."""
+        self.trainer.begin_epoch()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the weights after the step."""
+        if self.trainer.average is not None:
+            self.trainer.average.update()
+
+
+class Speed(TrainerCallback):
+    """Says after the first steps how fast the model is and how long it waits for data."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.n_steps = 0
+        self.working = self.waiting = 0.0
+        self.last = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The batch is there."""
+        if self.n_steps < TIMED_STEPS:
+            now = _now()
+            self.waiting += now - self.last if self.n_steps > UNTIMED_STEPS else 0.0
+            self.last = now
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The step is done."""
+        if self.n_steps >= TIMED_STEPS:
+            return
+        now = _now()
+        self.working += now - self.last if self.n_steps > UNTIMED_STEPS else 0.0
+        self.last = now
+        self.n_steps += 1
+        if self.n_steps == TIMED_STEPS:
+            images = (TIMED_STEPS - UNTIMED_STEPS - 1) * self.batch_size * args.gradient_accumulation_steps
+            logger.info(
+                "speed    model %.1f images/s and device; waiting for data %.0f %% of the time",
+                images / self.working,
+                100 * self.waiting / (self.waiting + self.working),
+            )
+
+
+def detection_arguments(
+    settings: DetectionTraining,
+    objective: DetectionObjective,
+    *,
+    folder: Path,
+    tuner: TunerSettings,
+    seed: int,
+) -> TrainingArguments:
+    """TrainingArguments of a detector's recipe. Raises: ConfigError: as `training_arguments`."""
+    if objective.schedule.published and settings.eval_every != "epoch":
+        raise ConfigError(
+            "`objective.preset: published` evaluates once an epoch: stage 2 depends on it. Leave out "
+            "`training.eval_every`."
+        )
+    of_schedule, per_forward = objective.schedule.settings, objective.device_batch_size
+    common = Training(
+        epochs=objective.schedule.epochs,
+        max_steps=settings.max_steps,
+        batch_size=per_forward,
+        gradient_accumulation=settings.gradient_accumulation,
+        lr=of_schedule.lr,
+        schedule="constant",  # the trainer makes its own
+        warmup=0,
+        weight_decay=of_schedule.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        precision=settings.precision,
+        log_every=settings.log_every,
+        eval_every=settings.eval_every,
+        eval_batch_size=settings.eval_batch_size or 2 * per_forward,
+        save_every=settings.save_every,
+        keep_checkpoints=settings.keep_checkpoints,
+        report_to=settings.report_to,
+        workers=objective.workers,
+        args={
+            # It would ask the device for the loss at every step; `log` looks when it is read anyway.
+            "logging_nan_inf_filter": False,
+            "accelerator_config": {"non_blocking": torch.cuda.is_available()},
+            # The sizes as they are use every parameter for every batch, also for one without boxes.
+            "ddp_find_unused_parameters": bool(objective.base.overrides),
+            **settings.args,
+        },
+    )
+    return training_arguments(common, folder=folder, tuner=tuner, seed=seed)
+
+
+class _Batches:
+    """A collate whose targets stay on the host."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
+        batch = self.collate(samples)
+        return {"pixel_values": batch["pixel_values"], "targets": HostTargets(batch["targets"])}
+
+
+def _random_state_kept() -> AbstractContextManager[None]:
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
+def _save_detector(model: DEIMv2, folder: Path) -> None:
+    """Write a plain detector, whole or not at all."""
+    beside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    merged_detector(model).save_pretrained(beside)
+    _put_in_place(beside, folder)
+
+
+def _copy_folder(source: Path, folder: Path) -> None:
+    beside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)
+    _put_in_place(beside, folder)
+
+
+def _put_in_place(beside: Path, folder: Path) -> None:
+    """Move a detector's files to `folder`, one by one where there is one: at no moment is none there.
+
+    Its config is the same throughout a run, so the old weights fit the new config and the other way round.
+    """
+    if not folder.is_dir():
+        beside.rename(folder)
+        return
+    for file in beside.iterdir():
+        file.replace(folder / file.name)
+    beside.rmdir()
+
+
+def _batch_statistics(
+    batch: Mapping[str, Any], config: DEIMv2Config, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """What the network gets: pixels after normalisation, boxes, classes."""
+    pixels = to_float(batch["pixel_values"], mean=config.image_mean, std=config.image_std)
+    boxes = torch.cat([target["boxes"] for target in batch["targets"]])
+    labels = torch.cat([target["labels"] for target in batch["targets"]])
+    counts = torch.bincount(labels, minlength=len(class_names)).tolist()
+    return {
+        "pixel_values": {
+            "shape": list(pixels.shape),
+            "mean": [round(v, 4) for v in pixels.mean(dim=(0, 2, 3)).tolist()],
+            "std": [round(v, 4) for v in pixels.std(dim=(0, 2, 3)).tolist()],
+        },
+        "boxes": {
+            "per_image": [len(target["labels"]) for target in batch["targets"]],
+            "median_side_pixels": round(float(boxes[:, 2:].median()) * pixels.shape[-1], 1)
+            if len(boxes)
+            else None,
+            "by_class": {name: n for name, n in zip(class_names, counts, strict=True) if n},
+        },
+    }
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

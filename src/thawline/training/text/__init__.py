@@ -1,0 +1,1 @@
+"""Training on rows of text: language models, classifiers and encoders."""
