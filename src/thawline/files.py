@@ -1,0 +1,75 @@
+"""Atomic writes: a file or folder appears whole or not at all, and a killed process leaves the old one."""
+
+from __future__ import annotations
+
+__all__ = ["atomic_file", "atomic_folder", "read_json", "write_json", "write_jsonl", "write_text"]
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; rename it to `path` on success, delete it on an error.
+
+    The folder is created. An existing `path` is replaced in one step.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; move it to `path` on success, delete it on an error.
+
+    Where `path` exists, its files are replaced one by one, so that at no moment a file is missing; files of
+    the old folder that the new one lacks stay.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not path.is_dir():
+            temporary.rename(path)
+            return
+        for file in sorted(p for p in temporary.rglob("*") if not p.is_dir()):
+            target = path / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write a value as JSON atomically; what JSON does not know is written as text."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, default=str))
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value per line atomically."""
+    write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; an empty dict where there is none."""
+    path = Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,48 @@
+"""Atomic writes leave the old file or the new one, never a part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from thawline.files import atomic_file, atomic_folder, read_json, write_json, write_jsonl, write_text
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    with pytest.raises(RuntimeError, match="disk"), atomic_file(file) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError("disk")
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "best"
+    with atomic_folder(folder) as temporary:
+        (temporary / "weights").write_text("1")
+    with pytest.raises(RuntimeError, match="killed"), atomic_folder(folder) as temporary:
+        (temporary / "weights").write_text("2")
+        raise RuntimeError("killed")
+    assert (folder / "weights").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_folder_replaces_file_by_file_with_its_subfolders(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for value in "12":
+        with atomic_folder(folder) as temporary:
+            (temporary / "deep").mkdir()
+            (temporary / "deep" / "weights").write_text(value)
+    assert (folder / "deep" / "weights").read_text() == "2"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "a.json", {"ä": [1, None], "path": Path("x")})
+    assert read_json(tmp_path / "new" / "a.json") == {"ä": [1, None], "path": "x"}
+    assert read_json(tmp_path / "none.json") == {}
+    write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}, {"a": 2}])
+    assert (tmp_path / "rows.jsonl").read_text().splitlines() == ['{"a": 1}', '{"a": 2}']
