@@ -12,7 +12,7 @@ from thawline.files import atomic_file, atomic_folder, read_json, write_json, wr
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     write_text(file, "old")
-    with pytest.raises(RuntimeError, match="disk"), atomic_file(file) as temporary:
+    with pytest.raises(RuntimeError, match="disk"), atomic_file(file) as temporary:  # noqa: PT012
         temporary.write_text("ne")
         raise RuntimeError("disk")
     assert file.read_text() == "old"
@@ -23,7 +23,7 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "best"
     with atomic_folder(folder) as temporary:
         (temporary / "weights").write_text("1")
-    with pytest.raises(RuntimeError, match="killed"), atomic_folder(folder) as temporary:
+    with pytest.raises(RuntimeError, match="killed"), atomic_folder(folder) as temporary:  # noqa: PT012
         (temporary / "weights").write_text("2")
         raise RuntimeError("killed")
     assert (folder / "weights").read_text() == "1"
