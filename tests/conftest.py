@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from text_kit import byte_tokenizer
+from tests.support.text import byte_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from text_kit import byte_tokenizer
+from tests.support.text import byte_tokenizer
 from thawline.recipe import load_recipe
 from thawline.run import evaluate, predict, run
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from text_kit import LETTERS, save_tiny_t5, write_tasks
+from tests.support.text import LETTERS, save_tiny_t5, write_tasks
 from thawline.cli import main
 from thawline.run import predict
 

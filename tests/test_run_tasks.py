@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from text_kit import LETTERS, save_tiny_bert, write_tasks
+from tests.support.text import LETTERS, save_tiny_bert, write_tasks
 from thawline.analysis.recorder import ALIGNMENT, read_trajectory
 from thawline.cli import main
 from thawline.errors import CheckpointError, ConfigError, DataError, RoutingError

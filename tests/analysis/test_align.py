@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import thawline
-from analysis.nets import batches, mhr, mse, net
+from tests.support.small_net import batches, mhr, mse, net
 from thawline import MissingExtraError
 from thawline.analysis import plots
 from thawline.analysis.align import align
@@ -145,7 +145,7 @@ def test_pictures_name_what_tells_parts_apart_and_count_whole_steps(tmp_path, mo
 
 
 def test_parts_stand_in_the_order_of_blocks():
-    from tuners.mhr_models import routed, tiny_llama
+    from tests.support.mhr import routed, tiny_llama
 
     model = routed(tiny_llama(num_hidden_layers=11), target_modules=["q_proj"])
     assert [name.split(".")[2] for name in read_routing(model).weights] == [str(i) for i in range(11)]

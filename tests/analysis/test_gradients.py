@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import thawline
-from analysis.nets import TASKS, I, O, batches, mhr, mse, net
+from tests.support.mhr import routed, tokens
+from tests.support.small_net import TASKS, I, O, batches, mhr, mse, net
 from thawline import ConfigError, PacaConfig, RoutingError
 from thawline.analysis.gradients import Agreement, gradient_alignment
 from thawline.tuners.mhr import parameter_groups
-from tuners.mhr_models import routed, tokens
 
 
 def brute_force(model: nn.Module, gradients_of: Callable[[int], list[Tensor]], n: int = TASKS) -> Tensor:

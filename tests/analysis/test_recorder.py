@@ -14,11 +14,11 @@ from torch import nn
 from transformers import TrainingArguments
 
 import thawline
-from analysis.nets import TASKS, batches, mhr, mse, net
+from tests.support.mhr import routed, tokens
+from tests.support.small_net import TASKS, batches, mhr, mse, net
 from thawline import DataError, PacaConfig
 from thawline.analysis.recorder import AlignmentRecorder, average, read_trajectory
 from thawline.tuners.mhr import parameter_groups
-from tuners.mhr_models import routed, tokens
 
 
 def train(model: nn.Module, record: AlignmentRecorder | None, steps: int = 4) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 import thawline
-from analysis.nets import TASKS, mhr, net
+from tests.support.small_net import TASKS, mhr, net
 from thawline import CheckpointError, RoutingError
 from thawline.analysis.routing import RoutingTable, read_routing, routing_statistics, task_similarity
 

@@ -76,6 +76,6 @@ def test_a_part_that_hangs_is_stopped_and_the_others_run(tmp_path: Path) -> None
 )
 def test_benches_run_where_only_what_the_script_names_is_installed(benches: str, absent: str) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("bare_benches.py")), benches, absent]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "bare_benches.py"), benches, absent]
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=180)
     assert done.returncode == 0, done.stderr

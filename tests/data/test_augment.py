@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.data.painted import Painted, assert_boxes_follow_pixels
 from torch.utils.data import DataLoader
 
+from tests.support.painted import Painted, assert_boxes_follow_pixels
 from thawline.data.detection import augment, mosaic
 from thawline.data.detection.augment import AugmentPolicy, TrainingImages
 from thawline.data.detection.geometry import View

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.data.painted import Painted
 from torch.nn import functional as F
 
+from tests.support.painted import Painted
 from thawline.data.detection import collate
 from thawline.data.detection.augment import AugmentPolicy, TrainingImages, TrainingSample
 from thawline.data.detection.collate import BatchPolicy, Collate, build_loader, multi_scale_sizes, to_float

@@ -10,8 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data.detection_sets import NAMES, SETS, coco_content, save_json, save_yaml, write_coco, write_yolo
 
+from tests.support.detection_files import (
+    NAMES,
+    SETS,
+    coco_content,
+    save_json,
+    save_yaml,
+    write_coco,
+    write_yolo,
+)
 from thawline.cli import main
 from thawline.data.detection.check import check_detection, save_samples
 from thawline.data.detection.dataset import DetectionDataset, load_detection

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.data.detection_sets import write_coco, write_yolo
 from torch.utils.data import DataLoader
 
+from tests.support.detection_files import write_coco, write_yolo
 from thawline.data.detection.dataset import DetectionDataset, Sample, load_detection
 from thawline.data.detection.images import probe_image, read_image
 from thawline.errors import DataError, MissingExtraError

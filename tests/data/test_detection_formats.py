@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.detection_sets import (
+
+from tests.support.detection_files import (
     NAMES,
     SETS,
     coco_content,
@@ -20,7 +21,6 @@ from tests.data.detection_sets import (
     write_voc_file,
     write_yolo,
 )
-
 from thawline.data.detection.dataset import load_detection, read_detection
 from thawline.data.detection.formats import FORMATS
 from thawline.data.detection.records import DetectionSet

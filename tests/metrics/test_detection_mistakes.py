@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from tests.metrics.test_detection_metrics import Annotated, detected, measure, random_set
 
+from tests.support.detections import Annotated, detected, measure, random_set
 from thawline.metrics.mistakes import best_threshold
 
 HERE, THERE, ELSEWHERE = [0, 0, 10, 10], [20, 20, 40, 40], [70, 70, 90, 90]

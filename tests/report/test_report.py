@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data.detection_sets import write_coco
-from tests.metrics.test_detection_metrics import NAMES, detected, measure, random_set
 
+from tests.support.detection_files import write_coco
+from tests.support.detections import NAMES, detected, measure, random_set
 from thawline.cli import main
 from thawline.data.detection.dataset import DetectionDataset, load_detection
 from thawline.errors import DataError, MissingExtraError

@@ -17,9 +17,9 @@ import cv2
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.data.painted import Painted
 from torch import nn
 
+from tests.support.painted import Painted
 from thawline.cli import main
 from thawline.errors import ConfigError, DataError
 from thawline.models.deimv2.model import DEIMv2

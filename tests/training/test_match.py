@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from text_kit import byte_tokenizer
+from tests.support.text import byte_tokenizer
 from thawline.errors import ConfigError, DataError
 from thawline.recipe import MatchSettings, TextBase, TextData
 from thawline.training.text.match import MatchObjective, match_loss, mean_pooled

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from text_kit import byte_tokenizer
+from tests.support.text import byte_tokenizer
 from thawline.data.text.rows import IGNORED, collate_tokens
 from thawline.training.text.scoring import generate_answers, score_answers, score_labels
 

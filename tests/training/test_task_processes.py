@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing import start_processes
 
-from text_kit import save_tiny_bert, write_tasks
+from tests.support.text import save_tiny_bert, write_tasks
 from thawline.analysis.recorder import ALIGNMENT, read_trajectory
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, run

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from mhr_models import config, logits, routed, tiny_llama, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from tests.support.mhr import config, logits, routed, tiny_llama, tokens
 from thawline import ConfigError, RoutingError, add_tasks, set_task_ids, start_adaptation
 from thawline.tuners.mhr import parameter_groups, set_uniform_mix, split_heads, uniform_annealing
 from thawline.tuners.mhr.model import find_layers

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mhr_models import config, logits, routed, tiny_gpt2, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from tests.support.mhr import config, logits, routed, tiny_gpt2, tokens
 from thawline import set_task_ids
 from thawline.tuners.mhr import MHRLinear
 from thawline.tuners.mhr.model import find_layers

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mhr_models import config, logits, routed, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from peft import LoraConfig, PeftModel, PolyConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.support.mhr import config, logits, routed, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from thawline import (
     CheckpointError,
     ConfigError,
@@ -86,7 +86,7 @@ def test_a_new_process_loads_every_state_bit_equal_once_it_has_imported_the_tune
         states[str(number)] = model.peft_config["default"].mode, ids, logits(model, tokens())
     torch.save(states, tmp_path / "states.pt")
     script = f"""
-import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}
+import sys; sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
 import torch; torch.set_num_threads(1)
 from peft import PeftConfig, PeftModel
 try:
@@ -95,7 +95,7 @@ try:
 except KeyError as error:  # PEFT's way to say that it does not know a method
     assert "MHR" in str(error)
 import thawline.tuners
-from mhr_models import tiny_llama, tokens, logits
+from tests.support.mhr import tiny_llama, tokens, logits
 for folder, (mode, ids, expected) in torch.load({str(tmp_path / "states.pt")!r}).items():
     model = PeftModel.from_pretrained(tiny_llama(), {str(tmp_path)!r} + "/" + folder)
     if mode != "mu":

@@ -9,11 +9,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from mhr_models import VOCAB, config, logits, routed, tiny_llama, tiny_t5, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
+from tests.support.mhr import VOCAB, config, logits, routed, tiny_llama, tiny_t5, tokens
 from thawline import RoutingError, route_by_batch, set_task_ids, start_adaptation
 from thawline.tuners.mhr.ids import read_ids
 from thawline.tuners.mhr.model import find_layers

@@ -11,13 +11,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from mhr_models import config, logits, routed, tiny_llama, tokens
 from peft import LoraConfig, PeftModel, PolyConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.peft_model import get_model_status
 from peft.tuners.poly import PolyModel
 from peft.utils import PeftType
 
+from tests.support.mhr import config, logits, routed, tiny_llama, tokens
 from thawline import MHRConfig, set_task_ids
 from thawline.tuners.mhr import MHRModel
 from thawline.tuners.mhr.config import MHR

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from mhr_models import VOCAB, config, logits, routed, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from mhr_workers import PROCESSES, TASKS, Rows, run
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from tokenizers import Tokenizer
@@ -25,6 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from tests.support.mhr import VOCAB, config, logits, routed, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support.mhr_processes import PROCESSES, TASKS, Rows, run
 from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, start_adaptation, to_lora
 from thawline.tuners.mhr import MHRLinear, parameter_groups
 from thawline.tuners.mhr.model import find_layers
@@ -753,7 +753,7 @@ def from_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(from_two_processes: list[dict], kind: str) -> None:
-    from mhr_workers import mhr, step
+    from tests.support.mhr_processes import mhr, step
 
     torch.manual_seed(0)
     model = mhr()

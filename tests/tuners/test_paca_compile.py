@@ -7,9 +7,10 @@ import pickle
 
 import pytest
 import torch
-from paca_kit import IN, VOCAB, B, Net, loss_of, same, tiny_llama, trainable, weights, wrap
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.support.paca import IN, VOCAB, B, Net, loss_of, same, tiny_llama, trainable, weights, wrap
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paca_kit import tiny_llama, tokens, trainable, wrap
 from torch import nn
 
+from tests.support.paca import tiny_llama, tokens, trainable, wrap
 from thawline.measure import count_ops, saved_bytes
 
 LINEARS = 7  # of one Llama block

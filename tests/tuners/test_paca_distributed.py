@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paca_workers import STEPS, Stack, batch, optimizer_of, paca, report, worker
+
+from tests.support.paca_processes import STEPS, Stack, batch, optimizer_of, paca, report, worker
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"

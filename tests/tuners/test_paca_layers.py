@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paca_kit import (
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tests.support.paca import (
     IN,
     OUT,
     B,
@@ -20,10 +24,6 @@ from paca_kit import (
     weights,
     wrap,
 )
-from peft import get_peft_model
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from thawline import PacaConfig
 from thawline.tuners.paca import PacaConv2d, PacaLinear
 

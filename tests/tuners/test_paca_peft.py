@@ -8,11 +8,24 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from paca_kit import IN, B, Net, bits, loss_of, same, tiny_llama, tokens, train, trainable, weights, wrap
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from tests.support.paca import (
+    IN,
+    B,
+    Net,
+    bits,
+    loss_of,
+    same,
+    tiny_llama,
+    tokens,
+    train,
+    trainable,
+    weights,
+    wrap,
+)
 from thawline import ConfigError, PacaConfig
 from thawline.tuners.paca import PacaLayer, PacaLinear
 

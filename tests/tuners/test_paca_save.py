@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from paca_kit import IN, B, Net, bits, same, tiny_llama, tokens, train, wrap
 from peft import (
     PeftConfig,
     PeftModel,
@@ -18,6 +17,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 
+from tests.support.paca import IN, B, Net, bits, same, tiny_llama, tokens, train, wrap
 from thawline import CheckpointError, PacaConfig
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paca_kit import IN, B, Net, T, loss_of, tiny_llama, tokens, weights, wrap
 from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import thawline
+from tests.support.paca import IN, B, Net, T, loss_of, tiny_llama, tokens, weights, wrap
 from thawline import ConfigError, DataError, PacaConfig
 from thawline.tuners.paca.selection import SELECTIONS, choose_columns
 

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from paca_kit import VOCAB, same, tiny_llama, tokens, weights, wrap
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from tests.support.paca import VOCAB, same, tiny_llama, tokens, weights, wrap
 from thawline import PacaConfig
 from thawline.tuners.paca import PacaLayer
 

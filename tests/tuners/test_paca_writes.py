@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from paca_kit import IN, B, Net, T, loss_of, same, tiny_llama, trainable, weights, wrap
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.support.paca import IN, B, Net, T, loss_of, same, tiny_llama, trainable, weights, wrap
 from thawline.tuners.paca import PacaLayer
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paca_kit import Net, wrap
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.peft_model import get_model_status
 from peft.utils import PeftType
 
 import thawline
+from tests.support.paca import Net, wrap
 from thawline.tuners._peft import TunerType, register_tuner
 from thawline.tuners.paca import PacaConfig, PacaModel
 from thawline.tuners.paca.config import PACA

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from paca_kit import IN, B, Net, T, tiny_llama, tokens, train, wrap
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import thawline
+from tests.support.paca import IN, B, Net, T, tiny_llama, tokens, train, wrap
 from thawline import ConfigError, PacaConfig
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mhr_models import config
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support.mhr import config
 from thawline import RoutingError, route_by_batch, set_task_ids, to_lora
 
 PROCESSES, TASKS = 2, 3

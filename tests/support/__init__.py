@@ -1,0 +1,1 @@
+"""Models, datasets and processes that several tests share."""
