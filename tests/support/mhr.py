@@ -69,3 +69,11 @@ def tokens(rows: int = 3, length: int = 7, seed: int = 2) -> Tensor:
 def logits(model: nn.Module, input_ids: Tensor, **inputs: Any) -> Tensor:
     with torch.no_grad():
         return model(input_ids=input_ids, **inputs).logits
+
+
+def one_linear(size: int = 64, length: int = 16, **changes) -> tuple[nn.Module, Tensor]:
+    """A linear in bf16, a batch of 8 rows, r = 8, S = 8, H = 8."""
+    base = nn.Sequential(nn.Linear(size, size, bias=False)).to(torch.bfloat16)
+    fields = {"r": 8, "n_tasks": 8, "n_skills": 8, "n_heads": 8, "target_modules": ["0"], **changes}
+    model = get_peft_model(base, config(**fields)).train()
+    return model, torch.randn(8, length, size, dtype=torch.bfloat16, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What two processes do in test_paca_distributed.py; in a module of its own so that it can be spawned."""
+"""Work of each of two processes in test_paca_processes.py."""
 
 from __future__ import annotations
 

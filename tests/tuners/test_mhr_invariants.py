@@ -12,7 +12,12 @@ ALGEBRA, IDS, ADAPT, FILES, SYSTEMS, GPU = (
     *(f"tuners/test_mhr_{name}.py" for name in ("algebra", "ids", "adapt", "files", "systems")),
     "gpu/test_mhr_gpu.py",
 )
-MIXING, BENCH = "ops/test_mixing.py", "bench/test_bench_tuners.py"
+MIXING, COST, TUNER_COSTS, PROCESSES = (
+    "ops/test_mixing.py",
+    "cost/test_mhr_cost.py",
+    "cost/test_tuner_costs.py",
+    "integration/test_mhr_processes.py",
+)
 
 INVARIANTS: dict[int, tuple[str, list[tuple[str, str]]]] = {
     # Algebra.
@@ -200,21 +205,21 @@ INVARIANTS: dict[int, tuple[str, list[tuple[str, str]]]] = {
     36: (
         "bytes kept for backward, no copy of the input",
         [
-            (SYSTEMS, "test_little_is_kept_for_backward_and_no_copy_of_the_input"),
+            (COST, "test_little_is_kept_for_backward_and_no_copy_of_the_input"),
             (MIXING, "test_nothing_but_the_input_mixed_factors_and_xa_is_kept_for_backward"),
-            (BENCH, "test_mhr_on_one_linear_is_few_operations_and_keeps_no_copy_of_the_input"),
+            (TUNER_COSTS, "test_mhr_on_one_linear_is_few_operations_and_keeps_no_copy_of_the_input"),
         ],
     ),
     37: (
         "no wait for the device in a forward",
         [
-            (SYSTEMS, "test_a_training_forward_is_few_operators_and_never_waits_for_the_device"),
+            (COST, "test_a_training_forward_is_few_operators_and_never_waits_for_the_device"),
             (GPU, "test_no_step_waits_for_the_device_where_ids_lie_on_the_host"),
         ],
     ),
     38: (
         "two processes equal one, DDP and FSDP2",
-        [(SYSTEMS, "test_two_processes_equal_one"), (SYSTEMS, "test_a_wrapper_takes_ids_in_every_way")],
+        [(PROCESSES, "test_two_processes_equal_one"), (PROCESSES, "test_a_wrapper_takes_ids_in_every_way")],
     ),
     39: (
         "kept mixtures follow optimiser steps and every other change",

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
@@ -23,93 +21,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from tests.support.mhr import VOCAB, config, logits, routed, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from tests.support.mhr_processes import PROCESSES, TASKS, Rows, run
+from tests.support.mhr import (
+    VOCAB,
+    config,
+    logits,
+    one_linear,
+    routed,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tokens,
+)
 from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, start_adaptation, to_lora
 from thawline.tuners.mhr import MHRLinear, parameter_groups
 from thawline.tuners.mhr.model import find_layers
-
-VIEWS = {
-    "view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "as_strided",
-    "detach", "alias", "split", "unbind", "_unsafe_view", "_reshape_alias", "unflatten", "split_with_sizes",
-}  # fmt: skip
-SYNCS = {"_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_select", "is_nonzero", "item"}
-
-
-class Ops(TorchDispatchMode):
-    """Names of the operators that run, views aside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().split("::")[1].split(".")[0]
-        if name not in VIEWS:
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-def one_linear(size: int = 64, length: int = 16, **changes) -> tuple[nn.Module, Tensor]:
-    """A linear in bf16, a batch of 8 rows, r = 8, S = 8, H = 8."""
-    base = nn.Sequential(nn.Linear(size, size, bias=False)).to(torch.bfloat16)
-    fields = {"r": 8, "n_tasks": 8, "n_skills": 8, "n_heads": 8, "target_modules": ["0"], **changes}
-    model = get_peft_model(base, config(**fields)).train()
-    return model, torch.randn(8, length, size, dtype=torch.bfloat16, requires_grad=True)
-
-
-# Cost.
-
-
-@pytest.mark.parametrize(
-    "ids", [list(range(8)), [0, 1, 0, 2, 0, 1, 0, 2], [3] * 8], ids=["all", "some", "one"]
-)
-@pytest.mark.parametrize("noise", ["none", "example"])
-def test_a_training_forward_is_few_operators_and_never_waits_for_the_device(
-    ids: list[int], noise: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, x = one_linear(noise=noise)
-    set_task_ids(model, ids)
-    for method in ("tolist", "cpu", "item", "numpy", "__bool__", "__int__", "unique"):
-        monkeypatch.setattr(Tensor, method, lambda *_: pytest.fail("the host waits for the device"))
-    with Ops() as ops:
-        model(x)
-    assert not SYNCS & set(ops.names)
-    assert len(ops.names) <= 14, ops.names
-    if noise == "none":
-        assert len(ops.names) <= (13 if len(set(ids)) == 3 else 11), (
-            ops.names
-        )  # rows shared by some: two look-ups
-
-
-def test_little_is_kept_for_backward_and_no_copy_of_the_input() -> None:
-    model, x = one_linear(1024, 256)
-    set_task_ids(model, list(range(8)))
-    known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x)
-    assert sum(kept.values()) <= 0.35 * 2**20
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_mixes_nothing_twice(dtype: torch.dtype) -> None:
-    model, x = one_linear()
-    model = model.to(dtype).eval()
-    set_task_ids(model, 3)
-    x = x.detach().to(dtype)[:, :1]
-    with torch.no_grad():
-        model(x)
-        with Ops() as ops:
-            model(x)
-    assert len(ops.names) == 3, ops.names  # the base, x A, and its product with B added in place
 
 
 def test_an_adapter_put_on_an_evaluating_model_evaluates() -> None:
@@ -739,42 +664,3 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3"
     )
-
-
-# Processes.
-
-
-@pytest.fixture(scope="module")
-def from_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(run, (str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(from_two_processes: list[dict], kind: str) -> None:
-    from tests.support.mhr_processes import mhr, step
-
-    torch.manual_seed(0)
-    model = mhr()
-    batches = [Rows(rank) for rank in range(PROCESSES)]
-    x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
-    ids = [task for b in batches for task in b.ids]
-    for _ in range(TASKS):
-        step(model, model, x, y, ids)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            for report in from_two_processes:
-                torch.testing.assert_close(report[kind][name], p.detach(), msg=name)
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_wrapper_takes_ids_in_every_way(from_two_processes: list[dict], kind: str) -> None:
-    for report in from_two_processes:
-        distances = {w: d for w, d in report["ways of giving ids"].items() if w.startswith(kind)}
-        assert len(distances) == 5
-        assert max(distances.values()) < 1e-6, distances
-
-
-def test_a_task_of_a_wrapped_model_is_written_as_a_lora(from_two_processes: list[dict]) -> None:
-    assert max(report["lora"] for report in from_two_processes) < 1e-6

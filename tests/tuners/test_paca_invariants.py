@@ -54,10 +54,10 @@ INVARIANTS = {
         "tuners/test_to_lora.py::test_a_trained_llama_equals_its_lora",
     ),
     "8 beyond the floor only the selected inputs are kept": (
-        "tuners/test_paca_cost.py::test_what_is_kept_for_backward_is_the_floor_and_the_selected_inputs",
-        "tuners/test_paca_cost.py::test_no_whole_input_of_an_adapted_layer_is_kept",
-        "bench/test_bench_tuners.py::test_lean_blocks_bring_paca_below_the_floor",
-        "bench/test_bench_tuners.py::test_lean_blocks_keep_two_thirds_in_bf16_at_the_proportions_of_the_8b",
+        "cost/test_paca_cost.py::test_what_is_kept_for_backward_is_the_floor_and_the_selected_inputs",
+        "cost/test_paca_cost.py::test_no_whole_input_of_an_adapted_layer_is_kept",
+        "cost/test_tuner_costs.py::test_lean_blocks_bring_paca_below_the_floor",
+        "cost/test_tuner_costs.py::test_lean_blocks_keep_two_thirds_in_bf16_at_the_proportions_of_the_8b",
     ),
     "9 r · outputs numbers are trained, twice that is Adam's": (
         "tuners/test_paca_layers.py::test_trainable_count_is_r_times_outputs_and_adam_keeps_twice_that",
@@ -71,7 +71,7 @@ INVARIANTS = {
         "tuners/test_paca_peft.py::test_two_active_adapters_both_get_the_dense_gradient",
     ),
     "12 several processes train what one would; a resumed run is an uninterrupted one": (
-        "tuners/test_paca_distributed.py::test_two_processes_train_what_one_would",
+        "integration/test_paca_processes.py::test_two_processes_train_what_one_would",
         "tuners/test_paca_trainers.py::test_resumed_training_equals_uninterrupted_training_bit_for_bit",
         "test_run.py::test_resuming_after_a_crash_equals_never_having_stopped",
     ),
@@ -79,14 +79,14 @@ INVARIANTS = {
         "tuners/test_paca_compile.py::test_compiled_training_is_eager_training_in_one_graph",
     ),
     "14 operations and time stay near the floor's": (
-        "tuners/test_paca_cost.py::"
+        "cost/test_paca_cost.py::"
         "test_a_block_of_seven_linears_adds_at_most_7_operations_forward_and_16_backward",
-        "bench/test_bench_tuners.py::"
+        "cost/test_tuner_costs.py::"
         "test_a_step_of_paca_costs_little_more_than_the_floor_and_less_than_one_of_lora",
     ),
     "15 no state dict holds a changed column": (
         "tuners/test_paca_peft.py::test_state_dict_of_the_base_never_holds_a_changed_column",
-        "tuners/test_paca_distributed.py::"
+        "integration/test_paca_processes.py::"
         "test_an_fsdp2_checkpoint_holds_the_original_weights_and_disabling_brings_them_back",
     ),
     "16 what cannot work is refused by name": (
