@@ -9,7 +9,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +21,9 @@ from thawline.cli import main
 from thawline.data.detection.dataset import DetectionDataset, load_detection
 from thawline.errors import DataError, MissingExtraError
 from thawline.metrics.detection import DetectionEvaluator
+from thawline.report.gallery import save_gallery, save_worst_images
 from thawline.report.page import Chart, Line, Section, Table, Text, write_page
-from thawline.report.pictures import save_worst_images
-from thawline.report.run_report import build_report
+from thawline.report.run_report import _confusion, build_report
 
 
 class Page(HTMLParser):
@@ -34,12 +34,16 @@ class Page(HTMLParser):
         self.headings: list[str] = []
         self.cells: list[str] = []
         self.addresses: list[str] = []
+        self.charts: list[str] = []
+        self.ids: list[str] = []
         self.open: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes) -> None:
         self.addresses += [value for name, value in attributes if name in ("src", "href", "data", "action")]
+        self.ids += [value for name, value in attributes if name == "id"]
         assert tag not in ("script", "link", "iframe", "object")
+        assert not [name for name, _ in attributes if name.startswith("on")]
         if tag not in ("meta", "img"):
             self.open.append(tag)
 
@@ -47,9 +51,13 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "h2":
+        if not self.open:
+            return
+        if self.open[-1] == "h2":
             self.headings.append(data)
-        if self.open and self.open[-1] in ("td", "pre"):
+        if self.open[-1] == "h3":
+            self.charts.append(data)
+        if self.open[-1] in ("td", "pre", "dd", "span") or "score" in self.open[-1]:
             self.cells.append(data)
 
 
@@ -86,36 +94,86 @@ def test_a_run_is_reported_whole_in_one_file(run: Path) -> None:
     assert path == run / "report.html"
     page = read(path)
     assert page.headings == [
-        "Result", "Curves", "Detection", "Pictures", "Plan", "Recipe", "Environment",
+        "Result", "Training", "Detection", "Images", "More curves", "Plan", "Recipe", "Environment",
+    ]  # fmt: skip
+    assert page.charts == [
+        "Loss", "Average precision, held-out images", "Precision over recall at IoU 0.5", "learning_rate",
     ]  # fmt: skip
     for cell in ("0.4321", "groups.1.lr", "5e-05", "3.11", *NAMES, "base: {variant: pico}\nname: <b>&amp;\n"):
         assert cell in page.cells, cell
-    # Three curves (loss with its evaluation, rate, AP), precision-recall, confusions; one picture.
+    text = path.read_text(encoding="utf-8")
+    assert "0.432<small>AP" in text
     images = [address for address in page.addresses if address.startswith("data:image/")]
-    assert len(images) == 3 + 2 + 1
-    assert [one for one in page.addresses if one not in images] == [f"#s{i}" for i in range(1, 8)]
-    assert "http" not in re.sub(r'"data:[^"]*"', "", path.read_text(encoding="utf-8"))
+    assert [base64.b64decode(image.split(",")[1]) for image in images] == [
+        (run / "pictures/worst.png").read_bytes()
+    ]
+    assert all(address.startswith("#") for address in page.addresses if address not in images)
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert "http" not in re.sub(r'"data:[^"]*"', "", text)
 
 
-def test_charts_are_svg_without_references_and_pictures_the_files_own_bytes(run: Path) -> None:
-    page = read(build_report(run))
-    svgs = [base64.b64decode(a.split(",")[1]) for a in page.addresses if a.startswith("data:image/svg")]
-    for svg in svgs:
-        for node in ElementTree.fromstring(svg).iter():
-            assert all(v.startswith(("#", "data:")) for k, v in node.attrib.items() if k.endswith("href"))
-    [picture] = [a for a in page.addresses if a.startswith("data:image/png")]
-    assert base64.b64decode(picture.split(",")[1]) == (run / "pictures/worst.png").read_bytes()
+def test_charts_take_their_colours_of_text_from_the_page(run: Path) -> None:
+    text = build_report(run).read_text(encoding="utf-8")
+    assert "currentColor" in text
+    for stand_in in ("#0a0b0c", "#0d0e0f"):
+        assert stand_in not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_headline_says_what_was_trained_on_what_and_for_how_long(run: Path) -> None:
+    recipe = {
+        "base": {"variant": "pico", "size": 320, "weights": "runs/first"},
+        "tuner": {"method": "paca", "r": 16},
+        "data": {"path": "sets/bccd"},
+    }
+    (run / "config.yaml").write_text(json.dumps(recipe))
+    (run / "plan.json").write_text(json.dumps({"rows": {"train": 1234, "held_out": 56}}))
+    result = {
+        "status": "finished", "steps": 800, "seconds": 3725.0, "trainable": 7890, "metrics": {"AP": 0.5},
+    }  # fmt: skip
+    (run / "result.json").write_text(json.dumps(result))
+    cells = read(build_report(run)).cells
+    for value in (
+        "DEIMv2 Pico, 320 px, from first",
+        "paca, r = 16, 7,890 parameters trained",
+        "bccd, 1,234 rows to learn from",
+        "56 rows",
+        "800 steps, 1 h 2 min",
+    ):
+        assert value in cells
 
 
 def test_a_run_of_text_or_one_just_begun_has_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
-    assert read(build_report(tmp_path)).headings == ["Curves"]
-    parts = {"ag_news": {"rows": 4, "exact_match": 0.5}, "boolq": {"rows": 6, "exact_match": 0.25}}
-    result = {"metrics": {"exact_match": 0.35}, "parts": parts}
+    assert read(build_report(tmp_path)).headings == ["Training"]
+    parts = {"ag_news": {"rows": 4, "exact_match": 0.25}, "boolq": {"rows": 6, "exact_match": 0.5}}
+    start = {"name": "zero-shot", "metrics": {}, "parts": {"boolq": {"exact_match": 0.125}}}
+    result = {"metrics": {"exact_match": 0.35}, "parts": parts, "start": start}
     (tmp_path / "result.json").write_text(json.dumps(result))
+    rows = [
+        {"task": "boolq", "input": "is it?" * 99, "answer": "yes", "prediction": found}
+        for found in ["yes"] * 30 + ["no"] * 3
+    ]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = read(build_report(tmp_path))
-    assert page.headings == ["Result", "Curves"]
+    assert page.headings == ["Result", "Training", "Predictions"]
     assert {"ag_news", "boolq", "0.25", "0.35"} <= set(page.cells)
+    # Bars are sorted, the best task first, and show where they started.
+    assert page.cells.index("boolq") < page.cells.index("ag_news")
+    assert 'class="earlier" style="left: 12.50%"' in (tmp_path / "report.html").read_text(encoding="utf-8")
+    # Wrong answers are shown even where they are rare, and long texts are shortened.
+    assert (page.cells.count("✗"), page.cells.count("✓")) == (3, 9)
+    assert max(map(len, page.cells)) == 301
+
+
+def test_confusions_of_many_classes_are_listed_instead_of_drawn() -> None:
+    n = 300
+    counts = [[0] * (n + 1) for _ in range(n + 1)]
+    counts[7][9], counts[n][3], counts[5][5] = 4, 2, 90
+    classes = [SimpleNamespace(name=f"class {i}") for i in range(n)]
+    table = _confusion(SimpleNamespace(classes=classes, confusion=counts, threshold=0.5))
+    assert table.rows == [["class 7", "class 9", 4], ["nothing", "class 3", 2]]
 
 
 def test_nothing_to_report_and_damaged_files_are_named(tmp_path: Path, capsys) -> None:
@@ -165,6 +223,23 @@ def test_the_worst_images_are_drawn_as_annotated_and_as_detected(tmp_path: Path)
     picture = np.asarray(Image.open(path))
     assert picture.shape[1] == 4 * 366 + 6
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_gallery_holds_the_worst_median_and_best_images_once_each(tmp_path: Path) -> None:
+    data = load_detection(write_coco(tmp_path / "set"))
+    dataset = DetectionDataset(data.records("train"))
+    evaluator = DetectionEvaluator(dataset.records, data.class_names)
+    hit = detected([[0, 0, 16, 32]], [0.9], [0])
+    evaluator.update(range(3), [detected([[1, 1, 20, 20]], [0.95], [0]), detected(), hit])
+    metrics = evaluator.compute()
+    files = save_gallery(tmp_path / "run/pictures", dataset, evaluator, metrics, n_each=1)
+    assert [file.parent.name for file in files] == ["worst", "median", "best"][: len(files)]
+    assert f"{dataset.records[metrics.images[0].index].path.stem}.jpg" in files[0].name
+    stems = [file.stem.split("-", 1)[1] for file in files]
+    assert len(stems) == len(set(stems)) >= 2
+    page = read(build_report(tmp_path / "run"))
+    assert page.headings == ["Images"]
+    assert "Worst images" in page.charts
 
 
 @pytest.mark.parametrize("module", ["jinja2", "matplotlib.figure"])

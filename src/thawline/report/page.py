@@ -1,15 +1,17 @@
-"""From sections of plain data to one HTML file: no script, no link, nothing to load from anywhere.
+"""Sections of plain data → one HTML file without scripts that loads nothing, for screens of any size.
 
-A section is a heading and parts: `Table`, `Chart`, `Matrix`, `Picture`, `Text`. Charts are drawn by
-matplotlib as SVG and, like pictures, lie inside the page, so that it can be mailed or kept for years.
+A section is a heading and parts: `Table`, `Chart`, `Bars`, `Matrix`, `Gallery`, `Text`. Charts are inline
+SVG; images lie inside the page, so that it can be mailed or kept for years.
 """
 
 from __future__ import annotations
 
-__all__ = ["Chart", "Line", "Matrix", "Part", "Picture", "Section", "Table", "Text", "write_page"]
+__all__ = [
+    "MIME", "Bar", "Bars", "Chart", "Gallery", "Headline", "Line", "Matrix", "Part", "Picture", "Section",
+    "Table", "Text", "write_page",
+]  # fmt: skip
 
 import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from thawline.errors import MissingExtraError
+from thawline.files import write_text
+from thawline.report.charts import draw_lines
 
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
-CHART_SIZE = (4.6, 3.0)
-"""Inches."""
-MATRIX_CELLS = 20
-"""More classes than this and the numbers in a matrix could not be read: only its colours are drawn."""
-LEGEND_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The first thing to read: one score, and facts about the run."""
+
+    score: str
+    label: str
+    facts: Sequence[tuple[str, str]]
+    """(name, value) each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +66,28 @@ class Chart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One value, and perhaps an earlier one to compare it with."""
+
+    name: str
+    value: float
+    earlier: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """Values by name, as horizontal bars in the order given."""
+
+    title: str
+    bars: Sequence[Bar]
+    full: float | None = None
+    """Value of a full bar. None: the largest one."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """Counts by two names, coloured by their share of the row."""
+    """Counts by two names; cells are coloured by their share of the row."""
 
     title: str
     rows: Sequence[str]
@@ -77,13 +106,21 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Images in as many columns as there is space for."""
+
+    title: str
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Text:
-    """Text as it is, in the type of code."""
+    """Preformatted text."""
 
     text: str
 
 
-Part = Table | Chart | Matrix | Picture | Text
+Part = Table | Chart | Bars | Matrix | Gallery | Picture | Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +130,16 @@ class Section:
     title: str
     parts: Sequence[Part]
     note: str = ""
+    is_folded: bool = False
+    """Shown as its heading alone until it is clicked."""
 
 
-def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Write the page, whole or not at all. Returns: its path.
+def write_page(
+    path: Path, title: str, sections: Sequence[Section], *, headline: Headline | None = None
+) -> Path:
+    """Write the page atomically.
 
+    Returns: `path`.
     Raises: MissingExtraError: without jinja2 or matplotlib.
     """
     try:
@@ -105,97 +147,53 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     except ImportError as error:
         raise MissingExtraError("The report", "jinja2", "report") from error
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["cell"] = _cell
+    environment.tests["number"] = _is_number
     template = environment.from_string(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    html = template.render(
-        title=title,
-        sections=[
-            {"title": one.title, "note": one.note, "parts": [_rendered(part) for part in one.parts]}
-            for one in sections
-        ],
-    )
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(html, encoding="utf-8")
-    beside.replace(path)
+    rendered = [
+        (section, [_rendered(part, f"c{i}-{j}") for j, part in enumerate(section.parts)])
+        for i, section in enumerate(sections)
+    ]
+    write_text(path, template.render(title=title, headline=headline, sections=rendered))
     return path
 
 
-def _rendered(part: Part) -> dict[str, Any]:
-    """What the template needs of a part."""
-    if isinstance(part, Table):
-        rows = [
-            [{"text": _cell(value), "is_number": _is_number(value)} for value in row] for row in part.rows
+def _rendered(part: Part, prefix: str) -> dict[str, Any]:
+    """Return a part's values for the template, with its `kind`."""
+    values: dict[str, Any] = {"kind": type(part).__name__.lower(), **vars(part)}
+    if isinstance(part, Chart):
+        lines = [(line.name, line.x, line.y) for line in part.lines]
+        values["svg"] = draw_lines(lines, prefix=prefix, x_label=part.x_label, y_range=part.y_range)
+    elif isinstance(part, Bars):
+        full = part.full or max((bar.value for bar in part.bars), default=1.0) or 1.0
+        values["bars"] = [
+            {
+                "bar": bar,
+                "share": _share(bar.value, full),
+                "earlier": None if bar.earlier is None else _share(bar.earlier, full),
+            }
+            for bar in part.bars
         ]
-        return {"kind": "table", "header": part.header, "rows": rows, "caption": part.caption}
-    if isinstance(part, Text):
-        return {"kind": "text", "text": part.text}
-    if isinstance(part, Picture):
-        source = _data_uri(part.path.read_bytes(), MIME[part.path.suffix.lower()])
-        return {"kind": "picture", "source": source, "caption": part.caption or part.path.stem}
-    drawn = _draw_chart(part) if isinstance(part, Chart) else _draw_matrix(part)
-    return {"kind": "chart", "source": _data_uri(drawn, MIME[".svg"]), "caption": part.title}
+    elif isinstance(part, Matrix):
+        values["cells"] = [
+            (name, [(count, count / (sum(row) or 1)) for count in row])
+            for name, row in zip(part.rows, part.counts, strict=True)
+        ]
+    elif isinstance(part, Gallery):
+        values["pictures"] = [_embedded(picture) for picture in part.pictures]
+    elif isinstance(part, Picture):
+        values |= _embedded(part)
+    return values
 
 
-def _draw_chart(chart: Chart) -> bytes:
-    figure, axes = _figure(CHART_SIZE)
-    for line in chart.lines:
-        few = len(line.x) <= 30
-        axes.plot(
-            line.x, line.y, label=_plain(line.name), linewidth=1.4, marker="." if few else None, markersize=4
-        )
-    axes.set_title(_plain(chart.title), fontsize=10)
-    axes.set_xlabel(chart.x_label, fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3, linewidth=0.5)
-    if chart.y_range is not None:
-        axes.set_ylim(*chart.y_range)
-    if 1 < len(chart.lines) <= LEGEND_LINES:
-        axes.legend(fontsize=7, frameon=False)
-    return _svg(figure)
+def _embedded(picture: Picture) -> dict[str, str]:
+    data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
+    source = f"data:{MIME[picture.path.suffix.lower()]};base64,{data}"
+    return {"source": source, "caption": picture.caption or picture.path.stem}
 
 
-def _draw_matrix(matrix: Matrix) -> bytes:
-    side = max(3.4, 0.45 * max(len(matrix.rows), len(matrix.columns)) + 1.6)
-    figure, axes = _figure((side, side))
-    shares = [[count / (sum(row) or 1) for count in row] for row in matrix.counts]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(
-        range(len(matrix.columns)), [*map(_plain, matrix.columns)], rotation=60, ha="right", fontsize=7
-    )
-    axes.set_yticks(range(len(matrix.rows)), [*map(_plain, matrix.rows)], fontsize=7)
-    axes.set_xlabel(matrix.column_label, fontsize=8)
-    axes.set_ylabel(matrix.row_label, fontsize=8)
-    axes.set_title(_plain(matrix.title), fontsize=10)
-    if len(matrix.rows) <= MATRIX_CELLS:
-        for i, row in enumerate(matrix.counts):
-            for j, count in enumerate(row):
-                ink = "white" if shares[i][j] > 0.5 else "black"
-                axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=ink)
-    return _svg(figure)
-
-
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure of its own: pyplot's global state would stay behind in the user's process."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("The report", "matplotlib", "report") from error
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
-
-
-def _plain(name: str) -> str:
-    """A name as it is: matplotlib would set what stands between dollars as mathematics."""
-    return name.replace("$", r"\$")
-
-
-def _svg(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def _data_uri(data: bytes, mime: str) -> str:
-    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+def _share(value: float, full: float) -> str:
+    return f"{100 * min(max(value / full, 0.0), 1.0):.2f}%"
 
 
 def _is_number(value: object) -> bool:

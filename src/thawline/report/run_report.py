@@ -1,13 +1,13 @@
-"""The report of a run, made of what lies in its folder; what is not there is left out.
+"""The report of a run, made of the files in its folder; sections whose files are missing are left out.
 
-result.json             last evaluation                       → Result
-metrics.jsonl           every logged value                    → Curves
-detection_metrics.json  `DetectionMetrics.to_dict()`          → Detection
-pictures/*.png, *.jpg   samples, worst images, …              → Pictures
-align/*.png             what `thawline align` drew            → Routing and alignment
-plan.json               steps, schedule, parameter groups     → Plan
-config.yaml             the recipe                            → Recipe
-env.json                machine and versions, by start        → Environment
+config.yaml, result.json, plan.json  base, tuner, data, score, time      → headline
+result.json                          metrics over all rows and by part   → Result
+metrics.jsonl                        every logged value                  → Training, More curves
+detection_metrics.json               `DetectionMetrics.to_dict()`        → Detection
+predictions.jsonl                    rows of text with their predictions → Predictions
+pictures/                            gallery of images, training images  → Images
+align/*.png                          output of `thawline align`          → Routing and alignment
+plan.json, config.yaml, env.json     schedule, recipe, versions          → Plan, Recipe, Environment
 """
 
 from __future__ import annotations
@@ -16,13 +16,34 @@ __all__ = ["ALIGN", "DETECTION_METRICS", "PICTURES", "build_report"]
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from thawline.errors import DataError
+from thawline.files import read_json
 from thawline.metrics.detection import RECALLS, DetectionMetrics
-from thawline.report.page import MIME, Chart, Line, Matrix, Part, Picture, Section, Table, Text, write_page
+from thawline.report.gallery import GALLERY
+from thawline.report.page import (
+    MIME,
+    Bar,
+    Bars,
+    Chart,
+    Gallery,
+    Headline,
+    Line,
+    Matrix,
+    Part,
+    Picture,
+    Section,
+    Table,
+    Text,
+    write_page,
+)
 from thawline.tables import evaluation_rows
 
 DETECTION_METRICS = "detection_metrics.json"
@@ -30,99 +51,184 @@ PICTURES = "pictures"
 ALIGN = "align"
 
 NOT_CURVES = ("step", "epoch", "seconds")
-WORST = 12
+SCORES = ("AP", "choice_accuracy", "accuracy", "exact_match", "rouge_l")
+"""Metrics in which a run is summed up: the first one it has."""
+MOST_BARS = 40
+"""Of more tasks or classes, the first and the last ones are shown."""
+N_SAMPLES = 12
+"""Predictions shown, half of them wrong ones where there are some."""
+LONGEST_SAMPLE = 300
+"""Characters of a text that are shown."""
 PR_CLASSES = 12
-"""Classes with a precision-recall curve of their own, the most frequent ones."""
+"""Classes that get a precision-recall curve: the most frequent ones."""
+MATRIX_CLASSES = 24
+"""Of more classes, the most frequent confusions are listed instead of a matrix."""
+TOP_CONFUSIONS = 30
+CLASS_COLUMNS = (
+    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "precision", "recall", "f1",
+)  # fmt: skip
 
 
 def build_report(folder: str | Path) -> Path:
-    """Write report.html into a run's folder. Returns: its path.
+    """Write report.html into a run's folder.
 
-    Raises: DataError: if there is nothing of a run in the folder, or a file in it is damaged.
+    Returns: its path.
+    Raises: DataError: if the folder holds none of a run's files, or one of them is damaged.
         MissingExtraError: without jinja2 or matplotlib.
     """
     folder = Path(folder)
-    makers = (_result, _curves, _detection, _pictures, _plan, _recipe, _environment)
+    makers = (_result, _training, _detection, _predictions, _images, _more_curves, _settings)
     try:
         sections = [section for maker in makers for section in maker(folder)]
-    except (ValueError, KeyError, TypeError) as error:
+        headline = _headline(folder)
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DataError(f"A file in '{folder}' is damaged: {type(error).__name__}: {error}.") from error
     if not sections:
         raise DataError(
-            f"'{folder}' holds nothing to report: expected metrics.jsonl, result.json or other files."
+            f"'{folder}' holds nothing to report: expected metrics.jsonl, result.json or other run files."
         )
-    return write_page(folder / "report.html", folder.resolve().name, sections)
+    return write_page(folder / "report.html", folder.resolve().name, sections, headline=headline)
+
+
+def _headline(folder: Path) -> Headline | None:
+    recipe, result, plan = _recipe(folder), read_json(folder / "result.json"), read_json(folder / "plan.json")
+    metrics = result.get("metrics") or read_json(folder / DETECTION_METRICS).get("statistics") or {}
+    name = _main_metric(metrics)
+    if name is None and not recipe:
+        return None
+    base, tuner, data = (_section(recipe, key) for key in ("base", "tuner", "data"))
+    trained = result.get("trainable") or plan.get("trainable_parameters")
+    rows = plan.get("rows", {})
+    facts = {
+        "Base": _base_name(base),
+        "Tuner": _tuner_name(tuner, trained),
+        "Data": _join(
+            Path(str(data.get("path", ""))).name, f"{rows['train']:,} rows to learn from" if rows else ""
+        ),
+        "Held out": f"{rows['held_out']:,} rows" if rows else "",
+        "Training": _join(
+            f"{result['steps']:,} steps" if "steps" in result else "", _duration(result.get("seconds"))
+        ),
+        "Status": result.get("status", "not finished"),
+    }
+    return Headline(
+        score="–" if name is None else f"{metrics[name]:.3f}",
+        label="not evaluated yet" if name is None else f"{name} on the held-out rows",
+        facts=[(fact, value) for fact, value in facts.items() if value],
+    )
 
 
 def _result(folder: Path) -> Iterator[Section]:
-    result = _read(folder / "result.json")
-    if result is None:
+    result = read_json(folder / "result.json")
+    if not result:
         return
-    parts: list[Part] = [Table(header=("metric", "value"), rows=list(result.get("metrics", {}).items()))]
-    by_part, start = result.get("parts") or {}, result.get("start")
-    if len(by_part) > 1 or start:
-        header, *rows = evaluation_rows(result["metrics"], by_part, start)
+    metrics, by_part, start = result.get("metrics", {}), result.get("parts") or {}, result.get("start")
+    parts: list[Part] = list(_part_bars(metrics, by_part, start))
+    parts.append(Table(header=("metric", "value"), rows=list(metrics.items())))
+    is_shown_by_class = (folder / DETECTION_METRICS).is_file() and not start
+    if (len(by_part) > 1 or start) and not is_shown_by_class:
+        header, *rows = evaluation_rows(metrics, by_part, start)
         parts.append(Table(header=header, rows=rows))
-    told = [f"{key} {result[key]}" for key in ("status", "steps", "seconds") if key in result]
-    yield Section(title="Result", parts=parts, note=", ".join(told))
+    yield Section(title="Result", parts=parts)
 
 
-def _curves(folder: Path) -> Iterator[Section]:
+def _part_bars(
+    metrics: Mapping[str, float],
+    by_part: Mapping[str, Mapping[str, float]],
+    start: Mapping[str, Any] | None,
+) -> Iterator[Bars]:
+    """Yield one group of bars per metric that sums up some parts, best part first."""
+    if len(by_part) < 2:
+        return
+    before = (start or {}).get("parts", {})
+    left = dict(by_part)
+    for name in (*SCORES, "loss"):
+        found = {part: values[name] for part, values in left.items() if name in values}
+        if not found:
+            continue
+        left = {part: values for part, values in left.items() if part not in found}
+        is_loss = name == "loss"
+        ordered = sorted(found, key=lambda part: found[part] if is_loss else -found[part])
+        shown = (
+            ordered if len(ordered) <= MOST_BARS else ordered[: MOST_BARS // 2] + ordered[-MOST_BARS // 2 :]
+        )
+        notes = [f"The vertical mark is the value {start.get('name', 'at start')}."] if start else []
+        if len(shown) < len(ordered):
+            notes.append(f"{len(ordered)} in all; the {MOST_BARS // 2} first and last ones are shown.")
+        yield Bars(
+            title=f"{name} by {'class' if 'AP' in metrics else 'task'}",
+            bars=[
+                Bar(name=part, value=found[part], earlier=before.get(part, {}).get(name)) for part in shown
+            ],
+            full=None if is_loss else 1.0,
+            note=" ".join(notes),
+        )
+
+
+def _training(folder: Path) -> Iterator[Section]:
+    lines = _lines(folder)
+    charts = [
+        Chart(title="Loss", lines=_named(lines, {"loss": "training", "eval_loss": "held-out"})),
+        Chart(
+            title="Average precision, held-out images",
+            lines=_named(lines, {name: name[5:] for name in lines if name.startswith("eval_AP")}),
+        ),
+        Chart(
+            title="Scores, held-out rows",
+            lines=_named(lines, {f"eval_{m}{name}": m + name for name in SCORES[1:] for m in ("", "macro_")}),
+        ),
+        Chart(title="Loss terms", lines=_named(lines, {n: n[5:] for n in lines if n.startswith("loss_")})),
+    ]
+    charts = [chart for chart in charts if chart.lines]
+    if charts:
+        yield Section(title="Training", parts=charts)
+
+
+def _named(lines: Mapping[str, Line], names: Mapping[str, str]) -> list[Line]:
+    """Return the lines that are there, under other names."""
+    return [replace(lines[key], name=name) for key, name in names.items() if key in lines]
+
+
+def _more_curves(folder: Path) -> Iterator[Section]:
+    groups: dict[str, list[Line]] = {}
+    for name, line in _lines(folder).items():
+        if not re.fullmatch(rf"loss|loss_.*|eval_(loss|AP.*|(macro_)?({'|'.join(SCORES[1:])}))", name):
+            groups.setdefault(name.removeprefix("eval_"), []).append(line)
+    if groups:
+        charts = [Chart(title=name, lines=group) for name, group in groups.items()]
+        yield Section(title="More curves", parts=charts, is_folded=True)
+
+
+def _lines(folder: Path) -> dict[str, Line]:
+    """Return a line for every logged value, by its name, without values that are not finite."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
-        return
+        return {}
     text = file.read_text(encoding="utf-8")
-    # What follows the last line break was cut off as the run was killed.
+    # A process that was killed leaves a last line without its end.
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
-    lines: dict[str, Line] = {}
-    for key in dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES):
-        points = [(row["step"], row[key]) for row in rows if _is_finite(row.get(key))]
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row if name not in NOT_CURVES):
+        points = [(row["step"], row[name]) for row in rows if _is_finite(row.get(name))]
         if points:
-            lines[key] = Line(name=key, x=[x for x, _ in points], y=[y for _, y in points])
-    if lines:
-        yield Section(title="Curves", parts=[_chart(names, lines) for names in _chart_groups(lines)])
-
-
-def _chart(names: Sequence[str], lines: Mapping[str, Line]) -> Chart:
-    return Chart(title=" and ".join(names[:3]), lines=[lines[name] for name in names])
-
-
-def _chart_groups(lines: Mapping[str, Line]) -> list[list[str]]:
-    """A chart per value; the training and evaluation of one value share theirs."""
-    groups: dict[str, list[str]] = {}
-    for name in lines:
-        groups.setdefault(name.removeprefix("eval_"), []).append(name)
-    return list(groups.values())
+            found[name] = Line(name=name, x=[x for x, _ in points], y=[y for _, y in points])
+    return found
 
 
 def _detection(folder: Path) -> Iterator[Section]:
-    values = _read(folder / DETECTION_METRICS)
-    if values is None:
+    values = read_json(folder / DETECTION_METRICS)
+    if not values:
         return
     metrics = DetectionMetrics.from_dict(values)
-    names = [entry.name for entry in metrics.classes]
-    columns = (
-        "AP",
-        "AP50",
-        "AP75",
-        "AP_small",
-        "AP_medium",
-        "AP_large",
-        "AR100",
-        "precision",
-        "recall",
-        "f1",
-    )
     parts: list[Part] = [
-        Table(header=list(metrics.statistics), rows=[list(metrics.statistics.values())]),
         Table(
-            header=("class", "boxes", *columns),
+            header=("class", "boxes", *CLASS_COLUMNS),
             rows=[
-                [entry.name, entry.n_boxes, *(getattr(entry, key) for key in columns)]
+                [entry.name, entry.n_boxes, *(getattr(entry, key) for key in CLASS_COLUMNS)]
                 for entry in metrics.classes
             ],
-            caption=f"precision, recall and f1 at score {metrics.threshold:.3f}, where F1 over all is best",
-        ),
+            caption=f"Precision, recall and f1 at score {metrics.threshold:.3f}, the best F1 overall",
+        )
     ]
     frequent = sorted(metrics.classes, key=lambda entry: -entry.n_boxes)[:PR_CLASSES]
     curves = [
@@ -131,74 +237,171 @@ def _detection(folder: Path) -> Iterator[Section]:
         if not any(map(math.isnan, entry.precision_at_recall))
     ]
     if curves:
-        title = "precision over recall, IoU 0.5"
+        title = "Precision over recall at IoU 0.5"
         parts.append(Chart(title=title, lines=curves, x_label="recall", y_range=(0, 1.02)))
-    parts += [
-        Matrix(
-            title=f"confusion at score {metrics.threshold:.2f}",
-            rows=[*names, "nothing"],
-            columns=[*names, "nothing"],
+    parts.append(_confusion(metrics))
+    yield Section(
+        title="Detection",
+        parts=parts,
+        note=f"{metrics.n_images:,} images, {metrics.n_boxes:,} annotated boxes",
+    )
+
+
+def _confusion(metrics: DetectionMetrics) -> Part:
+    names = [*(entry.name for entry in metrics.classes), "nothing"]
+    if len(metrics.classes) <= MATRIX_CLASSES:
+        return Matrix(
+            title=f"Confusions at score {metrics.threshold:.2f}",
+            rows=names,
+            columns=names,
             counts=metrics.confusion,
             row_label="true",
-            column_label="predicted",
-        ),
-        Table(
-            header=("image", "hits", "confused", "false", "missed", "f1"),
-            rows=[
-                [str(one.index), one.n_hits, one.n_confused, one.n_false, one.n_missed, one.f1]
-                for one in metrics.images[:WORST]
-            ],
-            caption="worst images, by their place in the held-out split",
-        ),
+            column_label="detected",
+        )
+    cells = (
+        (count, names[i], names[j])
+        for i, row in enumerate(metrics.confusion)
+        for j, count in enumerate(row)
+        if i != j and count
+    )
+    top = sorted(cells, key=lambda cell: -cell[0])[:TOP_CONFUSIONS]
+    return Table(
+        header=("annotated", "detected", "times"),
+        rows=[[true, found, count] for count, true, found in top],
+        caption=f"Most frequent confusions at score {metrics.threshold:.2f}",
+    )
+
+
+def _predictions(folder: Path) -> Iterator[Section]:
+    file = folder / "predictions.jsonl"
+    if not file.is_file():
+        return
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [row | {"found": row.get("prediction", row.get("choice"))} for row in rows if "answer" in row]
+    rows = [row for row in rows if row["found"] is not None]
+    if not rows:
+        return
+    wrong = [row for row in rows if row["found"] != row["answer"]]
+    right = [row for row in rows if row["found"] == row["answer"]]
+    n_wrong = min(len(wrong), max(N_SAMPLES // 2, N_SAMPLES - len(right)))
+    chosen = _spread(wrong, n_wrong) + _spread(right, N_SAMPLES - n_wrong)
+    keys = [key for key in ("task", "input", "answer", "found") if any(row.get(key) for row in chosen)]
+    yield Section(
+        title="Predictions",
+        parts=[
+            Table(
+                header=("", *(key if key != "found" else "prediction" for key in keys)),
+                rows=[
+                    [
+                        "✓" if row["found"] == row["answer"] else "✗",
+                        *(_shortened(row.get(key)) for key in keys),
+                    ]
+                    for row in chosen
+                ],
+            )
+        ],
+        note=f"{len(right):,} of {len(rows):,} predictions equal the answer exactly; some of each.",
+    )
+
+
+def _images(folder: Path) -> Iterator[Section]:
+    pictures = folder / PICTURES
+    galleries = [(f"{name.capitalize()} images", _files(pictures / name)) for name in GALLERY]
+    single = [
+        file for file in _files(pictures) if file.stem not in GALLERY or not any(g for _, g in galleries)
     ]
-    note = f"{metrics.n_images} images, {metrics.n_boxes} boxes"
-    yield Section(title="Detection", parts=parts, note=note)
+    parts: list[Part] = [
+        Gallery(title=title, pictures=[Picture(path=file) for file in files])
+        for title, files in galleries
+        if files
+    ]
+    parts += [Picture(path=file) for file in single]
+    if parts:
+        yield Section(title="Images", parts=parts, note="Annotations on the left, detections on the right.")
+    if files := _files(folder / ALIGN):
+        yield Section(title="Routing and alignment", parts=[Picture(path=file) for file in files])
 
 
-def _pictures(folder: Path) -> Iterator[Section]:
-    for name, title in ((PICTURES, "Pictures"), (ALIGN, "Routing and alignment")):
-        files = sorted(path for path in (folder / name).glob("*") if path.suffix.lower() in MIME)
-        if files:
-            yield Section(title=title, parts=[Picture(path=path) for path in files])
-
-
-def _plan(folder: Path) -> Iterator[Section]:
-    plan = _read(folder / "plan.json")
-    if plan is not None:
-        yield Section(title="Plan", parts=[Table(header=("", ""), rows=list(_flat(plan)))])
-
-
-def _recipe(folder: Path) -> Iterator[Section]:
+def _settings(folder: Path) -> Iterator[Section]:
+    if plan := read_json(folder / "plan.json"):
+        yield Section(title="Plan", parts=[Table(header=("", ""), rows=list(_flat(plan)))], is_folded=True)
     file = folder / "config.yaml"
     if file.is_file():
-        yield Section(title="Recipe", parts=[Text(text=file.read_text(encoding="utf-8"))])
+        yield Section(title="Recipe", parts=[Text(text=file.read_text(encoding="utf-8"))], is_folded=True)
+    if starts := read_json(folder / "env.json"):
+        note = f"Started {len(starts)} times; this is the last one." if len(starts) > 1 else ""
+        table = Table(header=("", ""), rows=list(_flat(starts[-1])))
+        yield Section(title="Environment", parts=[table], note=note, is_folded=True)
 
 
-def _environment(folder: Path) -> Iterator[Section]:
-    starts = _read(folder / "env.json")
-    if starts:
-        note = f"started {len(starts)} times; this is the last" if len(starts) > 1 else ""
-        yield Section(
-            title="Environment", parts=[Table(header=("", ""), rows=list(_flat(starts[-1])))], note=note
-        )
+def _recipe(folder: Path) -> dict[str, Any]:
+    file = folder / "config.yaml"
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+
+
+def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = recipe.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _base_name(base: Mapping[str, Any]) -> str:
+    if "variant" not in base:
+        return Path(str(base.get("model", ""))).name
+    size = f", {base['size']} px" if base.get("size") else ""
+    weights = f"from {Path(base['weights']).name}" if base.get("weights") else "from random weights"
+    return f"DEIMv2 {str(base['variant']).capitalize()}{size}, {weights}"
+
+
+def _tuner_name(tuner: Mapping[str, Any], trained: int | None) -> str:
+    method = str(tuner.get("method", ""))
+    names = {"none": "all weights", "frozen": "frozen base"}
+    rank = f"r = {tuner['r']}" if tuner.get("r") else ""
+    return _join(names.get(method, method), rank, f"{trained:,} parameters trained" if trained else "")
+
+
+def _main_metric(metrics: Mapping[str, float]) -> str | None:
+    return next((name for name in (*SCORES, "loss") if _is_finite(metrics.get(name))), None)
+
+
+def _duration(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    )
+
+
+def _join(*texts: str) -> str:
+    return ", ".join(text for text in texts if text)
+
+
+def _spread(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+    """Return at most `n` rows, evenly spaced."""
+    step = max(len(rows) / n, 1) if n else 1
+    return [rows[int(i * step)] for i in range(min(n, len(rows)))]
+
+
+def _shortened(text: object) -> str:
+    text = "" if text is None else str(text)
+    return text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]}…"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in MIME)
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, object]]:
-    """Nested values as rows of a dotted name and a value; lists of plain values stay in one row."""
+    """Yield nested values as a dotted name and a value each; lists of plain values stay whole."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
         for i, inner in enumerate(value):
             yield from _flat(inner, f"{name}.{i}")
-    elif isinstance(value, list):
-        yield name, " ".join(map(str, value))
     else:
-        yield name, value
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        yield name, " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _is_finite(value: object) -> bool:
