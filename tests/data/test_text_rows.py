@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.text import byte_tokenizer
-from thawline.data.text.rows import (
+from thawline.data.text import (
     IGNORED,
     Example,
     TextEncoder,
@@ -105,9 +105,7 @@ def test_a_faulty_row_is_named_by_file_and_line(tmp_path: Path, row, message) ->
 
 
 def test_faulty_chats_missing_files_and_unknown_formats_say_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"a.jsonl:1: cannot tell the format from the keys 'q'. Known: messages"
-    ):
+    with pytest.raises(DataError, match=r"a.jsonl:1: no format has the keys 'q'. Known: messages"):
         load_examples(write(tmp_path / "a.jsonl", {"q": "a"}))
     with pytest.raises(DataError, match="turn 1 needs 'role' and 'content'"):
         load_examples(write(tmp_path / "a.jsonl", {"messages": [{"from": "human"}]}))
@@ -308,7 +306,9 @@ def test_a_manifest_gives_choices_and_instruction(tmp_path: Path) -> None:
     assert (own.prompt, sky.prompt) == ("Which? b:", "What colour? noon:")
     manifest[0]["choices"] = "blue"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="manifest.json: the choices of 'sky' must be texts, got 'blue'"):
+    with pytest.raises(
+        DataError, match="manifest.json: `choices` of 'sky' must be a list of texts, got 'blue'"
+    ):
         load_examples(tmp_path)
 
 
@@ -444,8 +444,8 @@ def test_only_a_line_break_ends_a_row(tmp_path: Path, text: str, answer: str) ->
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input": "x", "output": "1", "choices": "12"}, "'choices' must be a list of texts, got '12'"),
-        ({"input": "x", "output": "1", "choices": [1, 2]}, "'choices' must be a list of texts"),
+        ({"input": "x", "output": "1", "choices": "12"}, "`choices` must be a list of texts, got '12'"),
+        ({"input": "x", "output": "1", "choices": [1, 2]}, "`choices` must be a list of texts"),
         (
             {
                 "messages": [
@@ -469,5 +469,5 @@ def test_a_chat_template_that_does_not_work_is_said_to(template: str) -> None:
     encode = TextEncoder(byte_tokenizer())
     encode.chat_template = template
     chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"})
-    with pytest.raises(DataError, match="chats:7: the chat template does not take this chat: "):
+    with pytest.raises(DataError, match="chats:7: the chat template does not accept this chat: "):
         encode(Example(messages=chat, format="messages", where="chats:7"))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from tests.support.text import byte_tokenizer
-from thawline.data.text.rows import IGNORED, collate_tokens
+from thawline.data.text.encode import IGNORED, collate_tokens
 from thawline.training.text.scoring import generate_answers, score_answers, score_labels
 
 ROWS = [

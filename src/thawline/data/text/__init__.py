@@ -1,11 +1,11 @@
-"""Text datasets: rows of any format, their tokens, and which task and row comes when."""
+"""Text datasets: rows of any format, their tokens, and the order in which tasks and rows are drawn."""
 
 from __future__ import annotations
 
 __all__ = [
-    "Example",
     "FORMATS",
     "IGNORED",
+    "Example",
     "Split",
     "TextEncoder",
     "collate_tokens",
@@ -16,13 +16,11 @@ __all__ = [
     "split_examples",
 ]
 
+from thawline.data.text.encode import IGNORED, TextEncoder, collate_tokens
 from thawline.data.text.rows import (
     FORMATS,
-    IGNORED,
     Example,
     Split,
-    TextEncoder,
-    collate_tokens,
     format_prompt,
     load_examples,
     prompt_example,

@@ -1,12 +1,11 @@
-"""Rows of a `datasets` dataset: on the disk, of the Hub, or a Parquet or CSV file; only this file knows the
-library."""
+"""Rows read by the `datasets` library: saved datasets, datasets of the Hub, Parquet and CSV files."""
 
 from __future__ import annotations
 
 __all__ = ["TABLES", "dataset_rows", "is_dataset", "table_rows"]
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ logger = logging.getLogger(__name__)
 HUB = "hf://"
 
 TABLES = ("parquet", "csv")
-"""Suffixes of files that the library reads for us; also its names for them."""
+"""Suffixes of the files that the library reads, which are also its names for them."""
 
 UNLABELLED = -1
-"""What stands for a class that was not given, as in the test splits of GLUE."""
+"""Class id of a row without a label, as in the test splits of GLUE."""
 
 
 def is_dataset(path: str | Path) -> bool:
-    """Whether `path` is "hf://…", or a folder that `save_to_disk` wrote."""
+    """Return True for "hf://…" and for folders written by `save_to_disk`."""
     names = ("dataset_dict.json", "state.json")
     return str(path).startswith(HUB) or any((Path(path) / name).is_file() for name in names)
 
@@ -32,14 +31,14 @@ def is_dataset(path: str | Path) -> bool:
 def dataset_rows(
     path: str, answers: Collection[str] = ()
 ) -> Iterator[tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]]:
-    """The splits of a dataset, each with its rows and their place.
+    """Yield the name of every split of a dataset with its rows, each as place and content.
 
-    Class labels become their names, and those of the answers' column, all together, `choices` of rows that
-    have none. A split without any label is left out.
+    Class ids become class names, and all names of the answer column become the `choices` of rows without
+    choices. A split without any label is left out.
 
     Args:
-        path: a folder, or "hf://OWNER/NAME", with "/CONFIG" behind it where the dataset has several.
-        answers: what the column of the answers may be called.
+        path: a folder, or "hf://OWNER/NAME", followed by "/CONFIG" if the dataset has several.
+        answers: possible names of the answer column.
     """
     found = _load(path)
     splits = found.items() if isinstance(found, dict) else [(str(found.split or ""), found)]
@@ -53,18 +52,12 @@ def dataset_rows(
 
 
 def table_rows(file: Path, answers: Collection[str] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Place and content of every row of a Parquet or CSV file; class labels as in `dataset_rows`."""
-    rows = _checked(
-        str(file),
-        lambda library: library.load_dataset(
-            file.suffix.removeprefix("."), data_files=str(file), split="train"
-        ),
-    )
-    return _rows(rows, str(file), answers)
+    """Yield place and content of every row of a Parquet or CSV file, with classes as in `dataset_rows`."""
+    return _rows(_load(str(file)), str(file), answers)
 
 
 def _classes(rows: Any) -> dict[str, list[str]]:
-    """The names of classes, by column."""
+    """Return the class names of every column of classes."""
     return {key: feature.names for key, feature in rows.features.items() if hasattr(feature, "names")}
 
 
@@ -73,27 +66,24 @@ def _rows(rows: Any, where: str, answers: Collection[str]) -> Iterator[tuple[str
     own = next((names for key, names in classes.items() if key in answers), None)
     choices = {} if own is None else {"choices": own}
     for i, row in enumerate(rows):
-        # A class that was not given is no text, and so is refused by its reader.
+        # A missing class stays a number, which `load_examples` refuses.
         named = {key: names[row[key]] for key, names in classes.items() if row[key] not in (None, UNLABELLED)}
         yield f"{where}:{i}", {**choices, **row, **named}
 
 
 def _load(path: str) -> Any:
-    if not path.startswith(HUB):
-        return _checked(path, lambda library: library.load_from_disk(path))
-    parts = path.removeprefix(HUB).split("/")
-    name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
-    return _checked(path, lambda library: library.load_dataset(name, config))
-
-
-def _checked(path: str, load: Callable[[Any], Any]) -> Any:
-    """What `load` makes of the library. Raises: DataError: in one line."""
+    """Load what `dataset_rows` or `table_rows` were given. Raises: DataError: with the reason in one line."""
     try:
         import datasets
     except ImportError as error:
         raise MissingExtraError("A dataset", "datasets", "text") from error
     try:
-        return load(datasets)
+        if path.startswith(HUB):
+            parts = path.removeprefix(HUB).split("/")
+            return datasets.load_dataset("/".join(parts[:2]), "/".join(parts[2:]) or None)
+        if Path(path).is_dir():
+            return datasets.load_from_disk(path)
+        return datasets.load_dataset(Path(path).suffix[1:], data_files=path, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = error.__cause__ or error  # of a broken file the library only says that it failed
+        reason = error.__cause__ or error  # the library's own message about a broken file gives no reason
         raise DataError(f"Cannot load '{path}': {str(reason).strip().splitlines()[0]}") from error

@@ -1,9 +1,8 @@
-"""Few-shot splits: k examples of a task, or of each of its classes, drawn by a seed.
+"""Few-shot splits: k examples per task, or per class of a task, drawn by a seed.
 
-Both readings of k are the field's: per task, whatever the classes (GPT-3, T-Few and what follows them; the
-default), or per class (LM-BFF, CrossFit's classification tasks). A task's draw depends on the seed and the
-task's name alone, so it is the same whatever other tasks are there; and 16 shots are among the 64 of the
-same seed.
+Both meanings of k are common: per task, whatever the classes (GPT-3, T-Few and their successors; the
+default), or per class (LM-BFF, CrossFit's classification tasks). A task's draw depends only on the seed and
+the task's name, so it does not change with the other tasks; 16 shots are among the 64 of the same seed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from thawline.errors import DataError
 def few_shot(
     examples: Sequence[Example], k: int, *, per: Literal["task", "class"] = "task", seed: int = 0
 ) -> list[Example]:
-    """Draw k examples of every task, or of every answer of every task, in the order given.
+    """Draw k examples per task, or per answer of every task, and return them in the order given.
 
     Raises: DataError: naming a task, or a class of it, with fewer than k examples.
     """

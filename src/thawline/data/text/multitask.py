@@ -1,12 +1,12 @@
-"""Mixtures of tasks: which task comes when, and which of its rows, as pure functions of a seed.
+"""Mixtures of tasks: the order in which tasks and their rows are drawn, as a pure function of a seed.
 
-    sizes of the tasks ── mixture_weights ──► a share for each ── TaskSampler ──► rows, epoch by epoch
+    sizes of the tasks ── mixture_weights ──► weight of each ── TaskSampler ──► rows, epoch by epoch
 
-A row's place is drawn from seed and epoch alone, so nothing about chance has to be saved: a run that goes on
-in the middle of an epoch draws what it would have drawn (compare data/draws.py).
+The order depends only on seed and epoch, so no random state has to be saved: a run resumed in the middle of
+an epoch draws the same rows (compare data/draws.py).
 
-Shares: n_t^(1/T) over its sum, n_t the task's rows, at most the cap. T = 1 is proportional to size, T → ∞
-equal; the cap is the artificial limit on a task's size of T5 (Raffel et al. 2020, 3.5.2).
+Weights: n_t^(1/T) over its sum, with n_t the rows of task t, at most the cap. T = 1 is proportional to size,
+T → ∞ uniform; the cap is T5's artificial limit on a task's size (Raffel et al. 2020, 3.5.2).
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ from thawline.data.draws import ORDER, Draw, chance
 from thawline.errors import ConfigError, did_you_mean
 
 SAMPLING: dict[str, str] = {
-    "each": "every row once an epoch",
-    "size": "tasks in proportion to their rows",
-    "temperature": "tasks in proportion to their rows to the power of 1/temperature",
-    "equal": "all tasks alike",
+    "each": "every row once per epoch",
+    "size": "tasks in proportion to their number of rows",
+    "temperature": "tasks in proportion to their number of rows to the power of 1/temperature",
+    "equal": "all tasks equally often",
 }
-"""How often a task is drawn → what that means."""
+"""Way of sampling tasks → its meaning."""
 
 
 def mixture_weights(
     sizes: Sequence[int], sampling: str, *, temperature: float = 1.0, cap: int | None = None
 ) -> np.ndarray:
-    """The share of each task in a mixture, (K,) float64, summing to 1.
+    """Return the weight of each task in a mixture, (K,) float64, summing to 1.
 
     Args:
-        sizes: rows of each task.
+        sizes: number of rows of each task.
         sampling: one of SAMPLING; `each` is `size` in expectation.
-        temperature: of `temperature`: 1 is `size`, large values near `equal`.
-        cap: no task counts as having more rows than this.
+        temperature: for `temperature`: 1 equals `size`, large values approach `equal`.
+        cap: maximum size with which a task counts.
     """
     if sampling not in SAMPLING:
         raise ConfigError(f"Unknown sampling '{sampling}'. {did_you_mean(sampling, SAMPLING)}")
     counted = np.minimum(np.asarray(sizes, dtype=np.float64), np.inf if cap is None else cap)
     power = {"temperature": 1 / temperature, "equal": 0.0}.get(sampling, 1.0)
-    # Over the largest first: a small temperature would overflow.
+    # Divided by the largest first: a small temperature would overflow.
     weights = (counted / counted.max()) ** power
     return weights / weights.sum()
 
 
 class TaskSampler(Sampler[int]):
-    """Row numbers of a mixture, epoch by epoch; `set_epoch` turns to another, as with DistributedSampler.
+    """Sample row numbers of a mixture, epoch by epoch; `set_epoch` selects one, as with DistributedSampler.
 
-    Tasks are drawn independently, by their share; a task's rows come in an order of its own and are all used
-    before one is used again. An epoch has as many rows as there are, a capped task counting up to its cap.
+    Tasks are drawn independently, by their weight; the rows of a task are shuffled and all used before one is
+    used again. An epoch has as many rows as the data, with a capped task counting up to its cap.
 
     Args:
-        tasks: number of the task of every row, (N,).
+        tasks: task number of every row, (N,).
         sampling, temperature, cap: see `mixture_weights`.
-        seed: of every draw.
-        same_task: draw a task for this many rows in a row: a batch's, where batches are of one task.
+        seed: seed of every draw.
+        same_task: number of consecutive rows of one task: the batch size, where batches are of one task.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TaskSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration draws."""
+        """Select the epoch that the next iteration draws."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -91,7 +91,7 @@ class TaskSampler(Sampler[int]):
         return iter(self.draw(self.epoch).tolist())
 
     def draw(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch in order, (len(self),) int64."""
+        """Return the rows of an epoch in order, (len(self),) int64."""
         generator = chance(self.seed, Draw(epoch, 0), ORDER)
         n_draws = -(-self.n_rows // self.same_task)
         drawn = generator.choice(len(self.rows), size=n_draws, p=self.weights)

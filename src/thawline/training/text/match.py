@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from thawline.data.text.rows import Example, collate_tokens, prompt_example
+from thawline.data.text.encode import collate_tokens
+from thawline.data.text.rows import Example, prompt_example
 from thawline.errors import ConfigError, DataError
 from thawline.recipe import MatchSettings, TextBase, TextData
 from thawline.training.text.objective import load_pretrained, load_processor

@@ -22,13 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from thawline.data.text.rows import (
-    IGNORED,
-    Example,
-    TextEncoder,
-    collate_tokens,
-    prompt_example,
-)
+from thawline.data.text.encode import IGNORED, TextEncoder, collate_tokens
+from thawline.data.text.rows import Example, prompt_example
 from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.metrics.text import METRICS, exact_match, most_likely, rouge_l
 from thawline.recipe import TextBase, TextData, TextSettings

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from thawline.data.text.rows import IGNORED
+from thawline.data.text.encode import IGNORED
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 """Makes a batch of rows."""
