@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import peft
 import pytest
@@ -27,6 +29,7 @@ from thawline.recipe import (
     load_recipe,
     section_types,
 )
+from thawline.recipe.adapters import MhrFields, PacaFields
 from thawline.recipe.training import TRAINING_ARGUMENTS
 
 MINIMAL = {"base": "models/llama", "data": "rows.jsonl"}
@@ -74,7 +77,7 @@ def test_1e_minus_4_is_a_number(tmp_path: Path) -> None:
         ({"data": {"path": "d", "sampling_temperature": 0}}, "must be positive, got 0"),
         ({"objective": {"kind": "match", "scale": 0}}, "`objective.scale` must be positive, got 0"),
         ({"objective": {"kind": "match", "choice_template": "x"}}, "must hold {choice}, got 'x'"),
-        ({"tuner": {"r": 0}}, "`tuner.r` must be a number of at least 1, got 0"),
+        ({"tuner": {"r": 0}}, "tuner.r=0: expected a whole number of at least 1"),
         ({"data": None}, "`data` in the recipe must hold keys and values, got None"),
         ({"data": {}}, "`data.path` is missing"),
         ({"training": {"epochs": 0}}, "`training.epochs` must be positive, got 0"),
@@ -118,31 +121,42 @@ def test_adapters_carry_pefts_names() -> None:
     assert ours <= {field.name for field in dataclasses.fields(peft.LoraConfig)}
 
 
-def test_paca_mirrors_its_config() -> None:
+def test_paca_and_its_config_have_the_same_fields() -> None:
     from thawline import PacaConfig
 
-    theirs = {field.name: field for field in dataclasses.fields(PacaConfig)}
     inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
-    ours = {field.name: field for field in dataclasses.fields(Paca)}
-    # Away from the pretrained values columns start in tests only.
-    assert set(theirs) - inherited - {"init_weights"} == set(ours) - {"method", "start_from"}
-    for name in set(theirs) & set(ours) - {"target_modules"}:
-        assert ours[name].default == theirs[name].default, name
+    theirs = {field.name for field in dataclasses.fields(PacaConfig)} - inherited
+    ours = {field.name for field in dataclasses.fields(Paca)}
+    # Columns that start away from the pretrained values are for tests only.
+    assert theirs - {"init_weights"} == ours - {"method", "start_from"}
 
 
-def test_mhr_mirrors_its_config() -> None:
+def test_mhr_and_its_config_have_the_same_fields() -> None:
     from thawline import MHRConfig
     from thawline.tuners.build import RECIPE_ONLY
 
-    theirs = {field.name: field for field in dataclasses.fields(MHRConfig)}
     inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
-    ours = {field.name: field for field in dataclasses.fields(Mhr)}
+    theirs = {field.name for field in dataclasses.fields(MHRConfig)} - inherited
+    ours = {field.name for field in dataclasses.fields(Mhr)}
     # Tasks come from the data, `mode` and `uniform_mix` from training; biases are not trained.
     left_out = {"n_tasks", "task_names", "mode", "uniform_mix", "bias", "init_weights"}
-    assert set(theirs) - inherited - left_out == set(ours) - set(RECIPE_ONLY)
-    for name in set(theirs) & set(ours) - {"target_modules", "n_heads"}:
-        same_default = theirs[name].default
-        assert ours[name].default == (same_default if same_default is not dataclasses.MISSING else None), name
+    assert theirs - left_out == ours - set(RECIPE_ONLY)
+
+
+def test_choices_are_those_of_the_tables_that_hold_them() -> None:
+    from thawline.tuners.mhr.routing import ROUTERS
+    from thawline.tuners.paca.selection import SELECTIONS
+
+    assert get_args(get_type_hints(PacaFields)["selection"]) == tuple(SELECTIONS)
+    assert get_args(get_type_hints(MhrFields)["router"]) == tuple(ROUTERS)
+
+
+@pytest.mark.parametrize("settings", [Paca(), Mhr(), Lora()], ids=lambda settings: settings.method)
+def test_settings_of_a_tuner_do_not_change(settings: Adapter) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError, match="'r'"):
+        settings.r = 3
+    assert dataclasses.replace(settings, r=3).r == 3
+    assert copy.deepcopy(settings) == settings
 
 
 def test_training_fields_are_the_trainers_by_shorter_names() -> None:

@@ -28,6 +28,7 @@ from thawline.ops.mixing import (
     mix_skills,
     mix_skills_of_many,
 )
+from thawline.tuners._scaling import ScaledLayer
 from thawline.tuners._steps import n_steps
 from thawline.tuners.mhr.config import MHRConfig
 from thawline.tuners.mhr.ids import AVERAGE, Groups, Ids, read_ids
@@ -44,7 +45,7 @@ class Mixed(NamedTuple):
     B: Tensor
 
 
-class MHRLinear(nn.Module, BaseTunerLayer):
+class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
     """A linear (or GPT-2's Conv1D) that adds each task's mixture of skills to its frozen output.
 
     Attributes:
@@ -54,7 +55,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("mhr_A", "mhr_B", "mhr_router")
-    other_param_names = ("r", "alpha", "scaling", "routers", "mixed")
+    other_param_names = ("r", "scaling", "base_scaling", "routers", "mixed")
 
     def __init__(self, base_layer: nn.Module, name: str, task_ids: TaskIds) -> None:
         super().__init__()
@@ -65,8 +66,8 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         self.mhr_A, self.mhr_B = nn.ParameterDict(), nn.ParameterDict()
         self.mhr_router = nn.ModuleDict()
         self.r: dict[str, int] = {}
-        self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.base_scaling: dict[str, float] = {}
         self.routers: dict[str, Router] = {}
         self.mixed: dict[str, Mixed] = {}
         self.merged_adapters: list[str] = []
@@ -77,8 +78,8 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         self, adapter_name: str, config: MHRConfig, router: Router, owns_router: bool, r: int, alpha: float
     ) -> None:
         """Add an adapter, its skills initialised as `config` says."""
-        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
-        self.scaling[adapter_name] = alpha / r
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = self.base_scaling[adapter_name] = alpha / r
         self.routers[adapter_name] = router
         if owns_router:
             self.mhr_router[adapter_name] = router
@@ -420,24 +421,6 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
         self.task_ids.forget(adapter_name)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Scale the adapter by `scale` times its own alpha / r."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters, or with None give them back their own."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                own = self.alpha[name] / self.r[name]
-                self.scaling[name] = own if scale is None else self.scaling[name] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """One task's update is a LoRA; `thawline.to_lora` writes it exactly."""

@@ -19,7 +19,7 @@ __all__ = ["LAYERS", "PacaConv2d", "PacaLayer", "PacaLinear"]
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from thawline.errors import ConfigError
 from thawline.ops.partial_conv import ConvGeometry, conv_columns, tap_channels
 from thawline.ops.partial_linear import tap_columns
+from thawline.tuners._scaling import ScaledLayer
 from thawline.tuners._steps import watch, watched
 from thawline.tuners.paca.resident import Change, Resident, is_sharded
 
@@ -56,7 +57,7 @@ class State:
         self.released = False  # the base layer went its own way
 
 
-class PacaLayer(nn.Module, BaseTunerLayer):
+class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     """A frozen layer and the adapters that move some of its columns.
 
     Args:
@@ -67,7 +68,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("thawline_paca_delta",)
-    other_param_names = ("r", "scaling", "thawline_paca_indices")
+    other_param_names = ("r", "scaling", "base_scaling", "thawline_paca_indices")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -176,28 +177,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take the adapter's columns out and forget it."""
         self.evict()
-        self.base_scaling.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         self._rethink()
 
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Scale the adapter's change by `scale` times its own alpha / r."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.base_scaling[adapter]
-            self.sync()
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-        self.sync()
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters, or with None give them back their own."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self.base_scaling[name] if scale is None else self.scaling[name] / scale
+    def _rescale(self, adapter_names: Iterable[str], scale_of: Callable[[str], float]) -> None:
+        super()._rescale(adapter_names, scale_of)
         self.sync()
 
     # Merging: the columns are in the weight already, so it is a change of flag.

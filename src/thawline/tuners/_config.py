@@ -1,0 +1,53 @@
+"""What `PacaConfig` and `MHRConfig` have in common, as PEFT asks of a config."""
+
+from __future__ import annotations
+
+__all__ = ["TunerConfig"]
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peft.config import PeftConfig
+
+from thawline.errors import ConfigError
+from thawline.tuners._card import add_import_line
+from thawline.tuners._peft import TunerType
+
+
+@dataclass(kw_only=True)
+class TunerConfig(PeftConfig):
+    """Base of our configs: the targets, the type, and advice for those who come from another method."""
+
+    tuner_type: ClassVar[TunerType]
+    """Type of the tuner."""
+    foreign_fields: ClassVar[dict[str, str]] = {}
+    """Field of another method → what to write instead."""
+
+    target_modules: list[str] | set[str] | str | None = None
+    """Names, a regular expression, or "all-linear". None: PEFT's own choice for LoRA on this architecture."""
+    exclude_modules: list[str] | set[str] | str | None = None
+    """Names or a regular expression of modules to leave out although `target_modules` matches them."""
+    init_weights: bool = True
+    """True: the adapted model starts as its base. False: it starts with random changes, for tests."""
+
+    def __new__(cls, *args: Any, **fields: Any) -> TunerConfig:
+        for name in fields:
+            if name in cls.foreign_fields or name.startswith("lora_"):
+                advice = cls.foreign_fields.get(name, "leave it out")
+                raise ConfigError(f"`{name}` is not a field of {cls.__name__}: {advice}.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.tuner_type
+        for name in ("target_modules", "exclude_modules"):  # PEFT compares names as sets
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern", "heads_pattern"):
+            if hasattr(self, name):
+                setattr(self, name, dict(getattr(self, name) or {}))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and the import line into the folder's model card."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_import_line(save_directory)
