@@ -34,13 +34,13 @@ def averaged_over_fractions(image: np.ndarray, width: int, height: int) -> tuple
 def test_pictures_are_as_close_to_pillows_as_area_resizing_makes_them(
     records: list[ImageRecord], monkeypatch: pytest.MonkeyPatch, epoch: int
 ) -> None:
-    policy = replace(published_schedule("pico", 10).augment_policy(), size=320, mosaic_size=160)
+    settings = replace(published_schedule("pico", 10).settings, size=320)
     draws = [Draw(epoch, position) for position in range(8)]
-    pillow = PillowImages(PillowFiles(records), policy)
+    pillow = PillowImages(PillowFiles(records), settings)
     reference = [pillow[draw] for draw in draws]
 
     def levels_off() -> float:
-        data = TrainingImages(DetectionDataset(records), policy)
+        data = TrainingImages(DetectionDataset(records), settings)
         return float(
             np.mean(
                 [np.abs(data[d].image.astype(int) - r.image) for d, r in zip(draws, reference, strict=True)]
@@ -48,7 +48,7 @@ def test_pictures_are_as_close_to_pillows_as_area_resizing_makes_them(
         )
 
     for draw, expected in zip(draws, reference, strict=True):
-        boxes = TrainingImages(DetectionDataset(records), policy)[draw].boxes_xyxy
+        boxes = TrainingImages(DetectionDataset(records), settings)[draw].boxes_xyxy
         # A view's visible part begins and ends at whole pixels of the picture.
         np.testing.assert_allclose(boxes, expected.boxes_xyxy, atol=1.5)
     quick = levels_off()
@@ -60,7 +60,7 @@ def test_pictures_are_as_close_to_pillows_as_area_resizing_makes_them(
 def test_the_command_prints_a_table_and_writes_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = replace(published_schedule("atto", 10).settings, base_size=64)
+    small = replace(published_schedule("atto", 10).settings, size=64)
     monkeypatch.setitem(loader.PUBLISHED, "atto", small)
     out = str(tmp_path / "loader.json")
     sizes = ["--images", "4", "--batch_size", "2", "--rounds", "1"]

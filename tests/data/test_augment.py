@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 
 from tests.support.painted import Painted, assert_boxes_follow_pixels
 from thawline.data.detection import augment, mosaic
-from thawline.data.detection.augment import AugmentPolicy, TrainingImages
+from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.geometry import View
 from thawline.data.detection.photometric import Colour
 from thawline.data.draws import Draw
 from thawline.errors import ConfigError
+from thawline.recipe.resolved import Augmentation, Window
 
-STRONG = AugmentPolicy(size=160, strong=(0, 20), mosaic=(0, 10), colour_prob=0)
+STRONG = Augmentation(size=160, strong_epochs=Window(0, 20), mosaic_epochs=Window(0, 10), colour_prob=0)
 MOSAIC, NO_MOSAIC, PLAIN = 0, 10, 20  # epochs in and after the windows
 
 
@@ -140,7 +141,8 @@ def test_each_epoch_applies_exactly_the_listed_operations(
     spy(View, "crop", "crop")
     spy(augment, "compose", "mosaic")
     spy(Colour, "draw", "colour")
-    data = TrainingImages(images, AugmentPolicy(size=32, strong=(4, 12), mosaic=(4, 8)))
+    settings = Augmentation(size=32, strong_epochs=Window(4, 12), mosaic_epochs=Window(4, 8))
+    data = TrainingImages(images, settings)
     together = set()
     for position in range(9):
         seen.clear()
@@ -153,9 +155,9 @@ def test_each_epoch_applies_exactly_the_listed_operations(
 def test_mirroring_zooming_and_cropping_come_with_their_probabilities(
     images: Painted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = AugmentPolicy(size=32, strong=(0, 400), mosaic=(0, 0))
-    assert (policy.flip_prob, policy.zoom_out_prob, policy.crop_prob) == (0.5, 0.5, 0.8)  # as published
-    policy = replace(policy, flip_prob=0.3, zoom_out_prob=0.6)
+    settings = Augmentation(size=32, strong_epochs=Window(0, 400))
+    assert (settings.flip_prob, settings.zoom_out_prob, settings.crop_prob) == (0.5, 0.5, 0.8)  # as published
+    settings = replace(settings, flip_prob=0.3, zoom_out_prob=0.6)
     counts: Counter[str] = Counter()
 
     def count(name: str) -> None:
@@ -163,14 +165,14 @@ def test_mirroring_zooming_and_cropping_come_with_their_probabilities(
 
         def call(view: View, *args):
             counts[name] += 1
-            counts["mirrored"] += view.mirrored and name == "crop"
+            counts["mirrored"] += view.hflip and name == "crop"
             return real(view, *args)
 
         monkeypatch.setattr(View, name, call)
 
     count("zoom_out")
     count("crop")
-    data = TrainingImages(images, policy)
+    data = TrainingImages(images, settings)
     draws = [Draw(epoch, position) for epoch in range(250) for position in range(len(data))]
     for draw in draws:
         data[draw]
@@ -191,10 +193,10 @@ def test_mosaics_come_with_their_probability() -> None:
 
 
 def test_a_draw_gives_the_same_pixels_in_any_order_and_any_process(images: Painted) -> None:
-    policy = replace(STRONG, colour_prob=0.5)
+    settings = replace(STRONG, colour_prob=0.5)
 
     def read(draws: list[Draw], workers: int) -> dict[Draw, np.ndarray]:
-        data = TrainingImages(images, policy, seed=11, batch_size=2, n_lanes=2)
+        data = TrainingImages(images, settings, seed=11, batch_size=2, n_lanes=2)
         loader = DataLoader(data, sampler=draws, batch_size=2, num_workers=workers, collate_fn=list)
         return {s.draw: np.concatenate([s.image.ravel(), s.boxes_xyxy.ravel()]) for b in loader for s in b}
 
@@ -213,7 +215,7 @@ def test_another_seed_gives_other_pictures(images: Painted) -> None:
 
 
 def test_an_epoch_holds_every_image_once_in_a_new_order(images: Painted) -> None:
-    data = TrainingImages(images, replace(STRONG, strong=(0, 0), mosaic=(0, 0)))
+    data = TrainingImages(images, replace(STRONG, strong_epochs=Window(0, 0), mosaic_epochs=Window(0, 0)))
     sampler = data.sampler()
     orders = []
     for epoch in range(3):
@@ -250,12 +252,12 @@ def test_tiles_are_kept_up_to_the_capacity_oldest_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mosaic_prob": 1.5}, "mosaic_prob=1.5"),
+        ({"mosaic_prob": 1.5}, "mosaic_prob.*1.5"),
         ({"size": 0}, "size=0"),
-        ({"mosaic": (0, 30)}, r"mosaic=\(0, 30\).*inside"),
+        ({"mosaic_epochs": Window(0, 30)}, r"mosaic_epochs=\(0, 30\).*inside"),
     ],
 )
-def test_impossible_policies_are_refused(settings: dict, message: str) -> None:
+def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(STRONG, **settings)
 

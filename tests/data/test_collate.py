@@ -13,18 +13,24 @@ from torch.nn import functional as F
 
 from tests.support.painted import Painted
 from thawline.data.detection import collate
-from thawline.data.detection.augment import AugmentPolicy, TrainingImages, TrainingSample
-from thawline.data.detection.collate import BatchPolicy, Collate, build_loader, multi_scale_sizes, to_float
+from thawline.data.detection.augment import TrainingImages, TrainingSample
+from thawline.data.detection.collate import Collate, build_loader, multi_scale_sizes, to_float
 from thawline.data.draws import Draw
 from thawline.errors import ConfigError
+from thawline.recipe.resolved import Augmentation, Window
 
 SIZE = 96
-BOTH = BatchPolicy(mixup=(2, 5), copyblend=(2, 8), multi_scale=(0, 9), sizes=(64, 96, 96, 128))
+BOTH = Augmentation(
+    size=SIZE,
+    mixup_epochs=Window(2, 5), mixup_prob=0.5,
+    copyblend_epochs=Window(2, 8), copyblend_prob=0.5,
+    multi_scale_repeat=2, stop_epoch=9,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[TrainingSample]:
-    data = TrainingImages(Painted(5), AugmentPolicy(size=SIZE))
+    data = TrainingImages(Painted(5), Augmentation(size=SIZE))
     return [data[Draw(0, position)] for position in range(5)]
 
 
@@ -105,10 +111,10 @@ def test_copyblend_leaves_small_objects_alone() -> None:
 def test_mixup_comes_first_and_copyblend_for_half_of_the_rest(samples: list[TrainingSample]) -> None:
     n_own = [len(s.labels) for s in samples]
 
-    policy = replace(BOTH, sizes=())
+    settings = replace(BOTH, multi_scale_repeat=None)
 
     def kind(epoch: int, position: int) -> str:
-        numbers = [len(t["labels"]) for t in Collate(policy)(at(samples, epoch, position))["targets"]]
+        numbers = [len(t["labels"]) for t in Collate(settings)(at(samples, epoch, position))["targets"]]
         if numbers == n_own:
             return "none"
         return "copyblend" if numbers == [n + 3 for n in n_own] else "mixup"
@@ -137,9 +143,9 @@ def test_multi_scale_sizes_are_those_of_the_authors_log(shared: Path) -> None:
 def test_multi_scale_draws_each_size_as_often_as_it_is_listed_and_stops(
     samples: list[TrainingSample],
 ) -> None:
-    only = BatchPolicy(multi_scale=(0, 9), sizes=(64, 96, 96, 128))
+    only = Augmentation(size=128, multi_scale_repeat=2, stop_epoch=9)
     sides = [Collate(only)(at(samples[:1], 8, i))["pixel_values"].shape[-1] for i in range(400)]
-    shares = [sides.count(side) / 400 for side in (64, 96, 128)]
+    shares = [sides.count(side) / 400 for side in (96, 128, 160)]
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.1)
     assert {Collate(only)(at(samples[:1], 9, i))["pixel_values"].shape[-1] for i in range(20)} == {SIZE}
 
@@ -147,8 +153,9 @@ def test_multi_scale_draws_each_size_as_often_as_it_is_listed_and_stops(
 def test_published_multi_scale_takes_the_nearest_pixel_as_torch_does(samples: list[TrainingSample]) -> None:
     plain = Collate()(samples)["pixel_values"]
     for size in (64, 128, 75):
-        nearest = BatchPolicy(multi_scale=(0, 1), sizes=(size,), nearest=True)
-        batch = Collate(nearest)(samples)
+        nearest = Collate(Augmentation(multi_scale_repeat=1, stop_epoch=1, published=True))
+        nearest.sizes = (size,)
+        batch = nearest(samples)
         expected = F.interpolate(plain.float(), size=size, mode="nearest").to(torch.uint8)
         assert torch.equal(batch["pixel_values"], expected)
         assert torch.equal(batch["targets"][0]["boxes"], Collate()(samples)["targets"][0]["boxes"])
@@ -174,7 +181,7 @@ def test_bytes_become_the_networks_input(samples: list[TrainingSample], normalis
 
 
 def test_the_loader_turns_epochs_and_leaves_out_the_short_batch() -> None:
-    data = TrainingImages(Painted(5), AugmentPolicy(size=32), batch_size=2)
+    data = TrainingImages(Painted(5), Augmentation(size=32), batch_size=2)
     loader = build_loader(data, Collate(), batch_size=2)
     epochs = []
     for epoch in range(2):
@@ -185,6 +192,6 @@ def test_the_loader_turns_epochs_and_leaves_out_the_short_batch() -> None:
     assert len(build_loader(data, Collate(), batch_size=9)) == 1
 
 
-def test_impossible_policies_are_refused() -> None:
-    with pytest.raises(ConfigError, match="mixup_prob=-1"):
-        BatchPolicy(mixup_prob=-1)
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="mixup_prob.*-1"):
+        Augmentation(mixup_prob=-1)

@@ -97,15 +97,15 @@ def test_colour_leaves_what_lies_beyond_the_image_black() -> None:
         assert (picture[:, 8:] == 155).all()
 
 
-@pytest.mark.parametrize(("mirrored", "upended"), [(True, False), (False, True), (True, True)])
-def test_flips_are_exact(mirrored: bool, upended: bool) -> None:
+@pytest.mark.parametrize(("hflip", "vflip"), [(True, False), (False, True), (True, True)])
+def test_flips_are_exact(hflip: bool, vflip: bool) -> None:
     image = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
-    view = View(left=0, top=0, width=24, height=24, mirrored=mirrored, upended=upended)
+    view = View(left=0, top=0, width=24, height=24, hflip=hflip, vflip=vflip)
     picture, boxes = view.render(image, np.array([[2.0, 3, 10, 20]]), 24)
-    expected = image[:: -1 if upended else 1, :: -1 if mirrored else 1]
+    expected = image[:: -1 if vflip else 1, :: -1 if hflip else 1]
     assert np.array_equal(picture, expected)
-    x = [14, 22] if mirrored else [2, 10]
-    y = [4, 21] if upended else [3, 20]
+    x = [14, 22] if hflip else [2, 10]
+    y = [4, 21] if vflip else [3, 20]
     assert boxes.tolist() == [[x[0], y[0], x[1], y[1]]]
 
 

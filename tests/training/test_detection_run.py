@@ -25,6 +25,7 @@ from thawline.errors import ConfigError, DataError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.recipe import RunConfig
+from thawline.recipe.resolved import TrainingSettings, Window
 from thawline.run import evaluate, run, saved_config
 from thawline.training.build import build_model, build_objective, build_trainer
 from thawline.training.detection import schedule as schedules
@@ -332,8 +333,8 @@ def test_the_published_run_starts_stage_2_from_the_best_of_stage_1(
     recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = replace(
-        PUBLISHED["atto"], epochs=4, stop_epoch=2, flat_epoch=1, no_aug_epochs=2, policy=(0, 1, 2),
-        warmup_steps=2, matcher_change_epoch=3, ema_warmup_steps=2,
+        PUBLISHED["atto"], epochs=4, stop_epoch=2, flat_epoch=1, no_aug_epochs=2, warmup_steps=2,
+        strong_epochs=Window(0, 2), mosaic_epochs=Window(0, 1), matcher_change_epoch=3, ema_warmup_steps=2,
     )  # fmt: skip
     monkeypatch.setitem(schedules.PUBLISHED, "atto", short)
     config = recipe(objective={"preset": "published"}, epochs=None, keep_checkpoints=9)
@@ -361,7 +362,8 @@ def test_going_back_to_stage_1_restores_everything_but_the_rate(
         stop_epoch=1,
         flat_epoch=1,
         no_aug_epochs=1,
-        policy=(0, 1, 1),
+        strong_epochs=Window(0, 1),
+        mosaic_epochs=Window(0, 1),
         warmup_steps=2,
     )
     monkeypatch.setitem(schedules.PUBLISHED, "atto", short)
@@ -377,21 +379,30 @@ def test_going_back_to_stage_1_restores_everything_but_the_rate(
 
 
 def test_switches_take_augmentation_away(recipe) -> None:
-    def policies(**objective: object):
+    def settings_of(**objective: object) -> TrainingSettings:
         built = build_objective(recipe(variant="s", objective=objective, epochs=100))
-        return built.schedule.augment_policy(), built.schedule.batch_policy()
+        return built.schedule.settings
 
-    images, batches = policies()
-    assert images.has_mosaic(10)
-    assert batches.mixup[1] > batches.mixup[0]
-    assert batches.sizes
-    images, batches = policies(dense_o2o=False, multi_scale=False)
-    assert not any(map(images.has_mosaic, range(100)))
-    assert images.is_strong(10)
-    assert batches.mixup == batches.copyblend == (0, 0)
-    assert batches.sizes == ()
-    images, _ = policies(strong_augmentation=False)
-    assert not any(map(images.is_strong, range(100)))
+    settings = settings_of()
+    assert settings.mosaic_epochs.covers(10)
+    assert settings.mixup_epochs.stop > settings.mixup_epochs.start
+    assert settings.multi_scale_epochs.stop > 0
+    settings = settings_of(dense_o2o=False, multi_scale=False)
+    assert not any(map(settings.mosaic_epochs.covers, range(100)))
+    assert settings.strong_epochs.covers(10)
+    assert settings.mixup_epochs == settings.copyblend_epochs == (0, 0)
+    assert settings.multi_scale_epochs == (0, 0)
+    settings = settings_of(strong_augmentation=False)
+    assert not any(map(settings.strong_epochs.covers, range(100)))
+
+
+def test_values_of_the_recipe_reach_the_settings_by_name(recipe) -> None:
+    objective = {"mosaic_prob": 0.1, "colour_prob": 0.2, "vertical_flip_prob": 0.3, "min_box_size": 4}
+    training = {"lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125, "max_grad_norm": 3.0}
+    config = recipe(objective={**objective, "merged_mosaic": True}, **training)
+    settings = build_objective(config).schedule.settings
+    for name, value in {**objective, **training, "merged_mosaic": True, "size": 64, "batch_size": 2}.items():
+        assert getattr(settings, name) == value, name
 
 
 @pytest.mark.parametrize(("variant", "tuner"), [("atto", "none"), ("s", "paca")])

@@ -10,7 +10,7 @@ from thawline.errors import ConfigError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.training.detection.groups import build_groups
-from thawline.training.detection.schedule import derive_settings, published_schedule
+from thawline.training.detection.schedule import derive_schedule, published_schedule
 
 
 class Tiny(nn.Module):
@@ -28,7 +28,8 @@ class Tiny(nn.Module):
 
 
 def names(model: nn.Module, variant: str, *, published: bool) -> list[set[str]]:
-    settings = PUBLISHED[variant] if published else derive_settings(9, variant=variant, n_images=64)
+    derived = derive_schedule(9, variant=variant, n_images=64).settings
+    settings = PUBLISHED[variant] if published else derived
     return [set(group.parameters) for group in build_groups(model, settings)]
 
 
@@ -97,7 +98,7 @@ def test_groups_hold_every_trainable_parameter_once_and_no_frozen_one(published:
 
 
 def test_a_tuners_parameters_train_at_the_full_rate_inside_the_backbone() -> None:
-    settings = derive_settings(9, variant="s", n_images=64, start="backbone")
+    settings = derive_schedule(9, variant="s", n_images=64, start="backbone").settings
     groups = build_groups(Tiny(vit=True), settings, fast=["backbone.dinov3.conv.weight"])
     assert "backbone.dinov3.conv.weight" in groups[3].parameters
     assert groups[3].lr == settings.lr > groups[0].lr
@@ -106,7 +107,7 @@ def test_a_tuners_parameters_train_at_the_full_rate_inside_the_backbone() -> Non
 @pytest.mark.parametrize("published", [False, True])
 def test_groups_come_in_the_order_of_the_schedules_rates(published: bool) -> None:
     schedule = published_schedule("l", 7)
-    settings = schedule.settings if published else derive_settings(9, variant="l", n_images=64)
+    settings = schedule.settings if published else derive_schedule(9, variant="l", n_images=64).settings
     groups = build_groups(Tiny(vit=True), settings)
     if published:
         assert [group.lr for group in groups] == schedule.base_lrs

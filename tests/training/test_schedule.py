@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from thawline.data.detection.collate import Collate
 from thawline.errors import ConfigError
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.training.detection.schedule import (
     derive_schedule,
-    derive_settings,
     flat_cosine,
     published_schedule,
 )
@@ -88,9 +88,11 @@ def test_flat_cosine_is_continuous_and_never_rises_after_warm_up() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_derived_at_the_published_length_is_the_published_recipe(variant: str) -> None:
     published = PUBLISHED[variant]
-    derived = derive_settings(published.epochs, variant=variant, n_images=COCO_IMAGES, start="backbone")
-    same = ["epochs", "stop_epoch", "no_aug_epochs", "lr", "backbone_lr", "policy", "matcher_change_epoch"]
-    same += ["batch_size", "warmup_steps", "mixup_epochs", "copyblend_epochs", "mosaic_prob", "base_size"]
+    schedule = derive_schedule(published.epochs, variant=variant, n_images=COCO_IMAGES, start="backbone")
+    derived = schedule.settings
+    same = ["epochs", "stop_epoch", "no_aug_epochs", "lr", "backbone_lr", "strong_epochs", "mosaic_epochs"]
+    same += ["batch_size", "warmup_steps", "mixup_epochs", "copyblend_epochs", "mosaic_prob", "size"]
+    same += ["matcher_change_epoch"]
     assert {key: getattr(derived, key) for key in same} == {key: getattr(published, key) for key in same}
     assert derived.ema_decay == pytest.approx(published.ema_decay)
     assert derived.ema_warmup_steps == published.ema_warmup_steps
@@ -119,13 +121,13 @@ def test_derived_windows_lie_in_the_run_and_leave_its_end_clean(variant: str, ep
     ("n_images", "batch_size"), [(COCO_IMAGES, 32), (511, 16), (255, 8), (100, 4), (18, 4), (3, 3), (1, 1)]
 )
 def test_derived_batch_leaves_sixteen_steps_an_epoch_where_it_can(n_images: int, batch_size: int) -> None:
-    assert derive_settings(10, variant="s", n_images=n_images).batch_size == batch_size
+    assert derive_schedule(10, variant="s", n_images=n_images).settings.batch_size == batch_size
 
 
 def test_derived_rates_follow_the_root_of_the_batch_and_spare_what_is_pretrained() -> None:
     def rates(start: str, n_images: int, batch: int) -> tuple[float, float]:
-        s = derive_settings(20, variant="s", n_images=n_images, batch_size=batch, start=start)  # type: ignore[arg-type]
-        return s.lr, s.backbone_lr
+        schedule = derive_schedule(20, variant="s", n_images=n_images, batch_size=batch, start=start)  # type: ignore[arg-type]
+        return schedule.settings.lr, schedule.settings.backbone_lr
 
     lr, backbone = PUBLISHED["s"].lr, PUBLISHED["s"].backbone_lr
     assert rates("backbone", 5000, 32) == (lr, backbone)
@@ -146,29 +148,32 @@ def test_derived_warm_up_and_average_are_at_most_a_twentieth_of_a_short_run() ->
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_published_augmentation_follows_the_windows(variant: str) -> None:
     schedule = published_schedule(variant, 10)
-    images, batches = schedule.augment_policy(), schedule.batch_policy()
-    a, b, c = schedule.settings.policy
-    strong = [images.is_strong(epoch) for epoch in (a - 1, a, b - 1, b, c - 1, c)]
+    settings = schedule.settings
+    (a, b), (_, c) = settings.mosaic_epochs, settings.strong_epochs
+    strong = [settings.strong_epochs.covers(epoch) for epoch in (a - 1, a, b - 1, b, c - 1, c)]
     assert strong == [False, True, True, True, True, False]
-    assert [images.has_mosaic(epoch) for epoch in (a - 1, a, b - 1, b)] == [False, True, True, False]
-    assert images.mosaic_size == images.size // 2
-    assert batches.nearest
+    assert [settings.mosaic_epochs.covers(epoch) for epoch in (a - 1, a, b - 1, b)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    assert settings.mosaic_size == settings.size // 2
+    assert settings.published
+    sizes = Collate(settings).sizes
     if variant in ("atto", "femto", "pico"):
-        assert batches.mixup == batches.copyblend == (0, 0)
-        assert batches.sizes == ()
+        assert settings.mixup_epochs == settings.copyblend_epochs == (0, 0)
+        assert sizes == ()
     elif variant != "n":
-        assert batches.mixup == (a, b)
-        assert batches.copyblend == (a, c)
-        assert batches.multi_scale == (0, schedule.settings.stop_epoch)
-        assert {min(batches.sizes), max(batches.sizes)} == {480, 800}
+        assert settings.mixup_epochs == (a, b)
+        assert settings.copyblend_epochs == (a, c)
+        assert settings.multi_scale_epochs == (0, settings.stop_epoch)
+        assert {min(sizes), max(sizes)} == {480, 800}
 
 
 def test_another_input_size_carries_everything_that_is_measured_in_it() -> None:
-    schedule = derive_schedule(20, variant="s", n_images=64, size=320)
-    assert schedule.augment_policy().size == 320
-    assert schedule.augment_policy().mosaic_size == 160
-    assert set(schedule.batch_policy().sizes) == set(range(224, 401, 32))
-    assert not schedule.batch_policy().nearest
+    settings = derive_schedule(20, variant="s", n_images=64, size=320).settings
+    assert settings.size == 320
+    assert settings.mosaic_size == 160
+    assert set(Collate(settings).sizes) == set(range(224, 401, 32))
+    assert not settings.published
 
 
 def test_schedule_describes_itself_in_plain_values() -> None:
@@ -194,9 +199,8 @@ def test_impossible_schedules_are_refused(call, message: str) -> None:
 
 def test_small_boxes_are_learned_unless_few() -> None:
     def limit(sides: list[float], **changes: int) -> int:
-        return derive_settings(
-            20, variant="atto", n_images=64, box_sides=np.array(sides), **changes
-        ).min_box_size
+        schedule = derive_schedule(20, variant="atto", n_images=64, box_sides=np.array(sides), **changes)
+        return schedule.settings.min_box_size
 
     # Pixels of Atto's 320; published 12.
     assert limit([0.5] * 100) == 12
@@ -204,4 +208,4 @@ def test_small_boxes_are_learned_unless_few() -> None:
     assert limit([6.5 / 320] * 80 + [0.5] * 20) == 6
     assert limit([6.5 / 320] * 80 + [0.5] * 20, size=640) == 12
     assert limit([0.001] * 100) == 1
-    assert limit([]) == derive_settings(20, variant="atto", n_images=64).min_box_size == 12
+    assert limit([]) == derive_schedule(20, variant="atto", n_images=64).settings.min_box_size == 12

@@ -38,7 +38,8 @@ from thawline.data.detection.records import ImageRecord
 from thawline.data.draws import Draw
 from thawline.measure import machine_stamp, median_ratio, paired_rounds, write_results
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.training.detection.schedule import Window, published_schedule
+from thawline.recipe.resolved import Window
+from thawline.training.detection.schedule import published_schedule
 
 PHASES: dict[str, Callable[[dict[str, Window]], int]] = {
     "with Mosaic": lambda windows: windows["mosaic"].start,
@@ -104,13 +105,13 @@ class PillowImages(TrainingImages):
         )
         boxes = np.concatenate([t.boxes_xyxy + (at * 2) for t, at in zip(tiles, corners, strict=True)])
         boxes = np.clip(affine_boxes(boxes, matrix), 0, np.array(canvas.size * 2))
-        keep = large_enough(boxes, self.policy.min_box_size)
+        keep = large_enough(boxes, self.settings.min_box_size)
         labels = np.concatenate([tile.labels for tile in tiles])[keep]
         view = replace(view, left=0, top=0, width=canvas.width, height=canvas.height)
         return *self._finish_picture(_recolour(canvas, colour), boxes[keep], view), labels
 
     def _tile(self, sample: Sample) -> Tile:
-        side = self.policy.mosaic_size or self.policy.size // 2
+        side = self.settings.mosaic_size
         height, width = sample.image.shape[:2]
         factor = side / min(height, width)
         small = Image.fromarray(sample.image).resize(
@@ -122,10 +123,10 @@ class PillowImages(TrainingImages):
     def _finish_picture(
         self, picture: Image.Image, boxes: np.ndarray, view: View
     ) -> tuple[np.ndarray, np.ndarray]:
-        if view.mirrored:
+        if view.hflip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             boxes[:, [0, 2]] = view.width - boxes[:, [2, 0]]
-        size = self.policy.size
+        size = self.settings.size
         pixels = np.asarray(picture.resize((size, size), _BILINEAR))
         return pixels, (boxes * ([size / view.width, size / view.height] * 2)).astype(np.float32)
 
@@ -174,15 +175,15 @@ def measure_phase(
     """
     schedule = published_schedule(variant, 1000)
     epoch = PHASES[phase](schedule.windows)
-    policy, ours, theirs = schedule.augment_policy(), DetectionDataset(records), PillowFiles(records)
-    merged = replace(policy, merged_mosaic=True)
+    settings, ours, theirs = schedule.settings, DetectionDataset(records), PillowFiles(records)
+    merged = replace(settings, merged_mosaic=True)
     one_lane: dict[str, int] = {"batch_size": batch_size, "n_lanes": 1}
     chains: dict[str, TrainingImages] = {
-        "pillow": PillowImages(theirs, policy, **one_lane),
-        "thawline": TrainingImages(ours, policy, **one_lane),
+        "pillow": PillowImages(theirs, settings, **one_lane),
+        "thawline": TrainingImages(ours, settings, **one_lane),
         "merged": TrainingImages(ours, merged, **one_lane),
     }
-    blend = Collate(schedule.batch_policy())
+    blend = Collate(settings)
     normalised = variant in ("s", "m", "l", "x")
     finish: dict[str, Callable[[list[TrainingSample]], object]] = {
         "pillow": lambda samples: _as_floats(samples, normalised=normalised),

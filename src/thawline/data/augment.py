@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 __all__ = [
-    "AugmentPolicy",
     "TrainingImages",
     "TrainingSample",
 ]
 
 from thawline.data.detection.augment import (
-    AugmentPolicy,
     TrainingImages,
     TrainingSample,
 )

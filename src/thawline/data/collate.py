@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 __all__ = [
-    "BatchPolicy",
     "Collate",
     "build_loader",
     "multi_scale_sizes",
@@ -11,7 +10,6 @@ __all__ = [
 ]
 
 from thawline.data.detection.collate import (
-    BatchPolicy,
     Collate,
     build_loader,
     multi_scale_sizes,

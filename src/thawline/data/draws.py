@@ -7,7 +7,7 @@ resumed run, another number of workers, or a single sample looked at in a notebo
 
 from __future__ import annotations
 
-__all__ = ["Draw", "EpochSampler", "chance", "coins", "epoch_order"]
+__all__ = ["Draw", "EpochSampler", "coins", "epoch_order", "rng_for"]
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -50,7 +50,7 @@ class EpochSampler(Sampler[Draw]):
         return (Draw(epoch, position) for position in range(self.n_images))
 
 
-def chance(seed: int, draw: Draw, stream: int = SAMPLE) -> np.random.Generator:
+def rng_for(seed: int, draw: Draw, stream: int = SAMPLE) -> np.random.Generator:
     """The random numbers of one draw."""
     key = np.array([seed, draw.epoch << 32 | draw.position], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
@@ -59,7 +59,7 @@ def chance(seed: int, draw: Draw, stream: int = SAMPLE) -> np.random.Generator:
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, n_images: int) -> np.ndarray:
     """Which image stands at each position of an epoch: a permutation, (n_images,) int64."""
-    return chance(seed, Draw(epoch, 0), ORDER).permutation(n_images)
+    return rng_for(seed, Draw(epoch, 0), ORDER).permutation(n_images)
 
 
 def coins(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:

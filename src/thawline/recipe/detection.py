@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from thawline.errors import ConfigError
 from thawline.recipe.checks import at_least, fraction, require
+from thawline.recipe.resolved import TrainingSettings, check_probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +95,18 @@ class DetectionSettings:
     """Share of the batches with MixUp, in its epochs."""
     copyblend_prob: float | None = None
     """Share of the other batches with CopyBlend, in its epochs."""
-    colour_prob: float = 0.5
+    colour_prob: float = TrainingSettings.colour_prob
     """Chance of each change of colour; 0 where colour is what tells classes apart."""
-    vertical_flip_prob: float = 0.0
+    vertical_flip_prob: float = TrainingSettings.vertical_flip_prob
     """Chance of turning an image upside down: for pictures from the air or the microscope."""
     min_box_size: int | None = None
     """Pixels of the input: boxes with a shorter side are not learned. None: the published one, or less where
     that would leave out more than a twentieth of the boxes."""
-    merged_mosaic: bool = False
+    merged_mosaic: bool = TrainingSettings.merged_mosaic
     """Warp each tile of a Mosaic once, bilinearly, instead of by the published steps."""
 
     def __post_init__(self) -> None:
-        for name in ("mosaic_prob", "mixup_prob", "copyblend_prob", "colour_prob", "vertical_flip_prob"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"`objective.{name}` must be a probability, 0 to 1, got {value!r}.")
+        check_probabilities(self, "objective.")
         if self.min_box_size is not None:
             at_least("objective.min_box_size", self.min_box_size, 1)
 
@@ -131,7 +129,7 @@ class DetectionTraining:
     """Full learning rate of the backbone. None: derived."""
     weight_decay: float | None = None
     """AdamW's decoupled weight decay. None: the published one."""
-    max_grad_norm: float = 0.1
+    max_grad_norm: float = TrainingSettings.max_grad_norm
     """Gradients are clipped to this norm. 0: not."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of training. auto: bf16 on a GPU that supports it, else fp32."""

@@ -6,16 +6,14 @@ __all__ = [
     "DetectionSchedule",
     "Window",
     "derive_schedule",
-    "derive_settings",
     "flat_cosine",
     "published_schedule",
 ]
 
+from thawline.recipe.resolved import Window
 from thawline.training.detection.schedule import (
     DetectionSchedule,
-    Window,
     derive_schedule,
-    derive_settings,
     flat_cosine,
     published_schedule,
 )

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from thawline.data.detection.augment import AugmentPolicy, TrainingImages
-from thawline.data.detection.collate import BatchPolicy, Collate
+from thawline.data.detection.augment import TrainingImages
+from thawline.data.detection.collate import Collate
 from thawline.data.detection.dataset import DetectionDataset
 from thawline.data.detection.drawing import Panel, panel_grid, save_picture
 from thawline.data.detection.duplicates import Looks, look_at, pairs_alike
@@ -31,6 +31,7 @@ from thawline.data.detection.formats.raw import RawSet, assemble, relative_name
 from thawline.data.detection.records import KINDS, DetectionSet, ImageRecord, Problem, describe
 from thawline.data.draws import Draw
 from thawline.ops.boxes import cxcywh_to_xyxy
+from thawline.recipe.resolved import Augmentation, Window
 from thawline.tables import aligned
 
 SMALL, LARGE = 32**2, 96**2
@@ -161,9 +162,18 @@ def save_augmented(data: DetectionSet, folder: Path, size: int = INPUT) -> Path 
     if not records:
         return None
     half = PICTURES // 2
-    policy = AugmentPolicy(size=size, strong=(0, 2), mosaic=(0, 1), mosaic_prob=1.0)
-    images = TrainingImages(DetectionDataset(records), policy, batch_size=half)
-    collate = Collate(BatchPolicy(mixup=(0, 1), copyblend=(1, 2), copyblend_prob=1.0))
+    settings = Augmentation(
+        size=size,
+        strong_epochs=Window(0, 2),
+        mosaic_epochs=Window(0, 1),
+        mosaic_prob=1.0,
+        mixup_epochs=Window(0, 1),
+        mixup_prob=0.5,
+        copyblend_epochs=Window(1, 2),
+        copyblend_prob=1.0,
+    )
+    images = TrainingImages(DetectionDataset(records), settings, batch_size=half)
+    collate = Collate(settings)
     panels = []
     for epoch, name in enumerate(("Mosaic, MixUp", "zoom-out, crop, CopyBlend")):
         draws = [Draw(epoch, position) for position in range(min(half, len(images)))]

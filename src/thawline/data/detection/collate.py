@@ -1,19 +1,17 @@
-"""From training pictures to a batch: MixUp or CopyBlend, then one of several sizes.
+"""Batches of augmented images: MixUp or CopyBlend, then one of several sizes.
 
-Both belong to DEIM's Dense O2O: more boxes per picture, so that one-to-one matching learns from more of
-them. A batch gets MixUp, or, failing that, CopyBlend, or neither. Pixels stay uint8 with the channels last
-in memory, which is how convolutions like them best; `to_float` turns them into the network's input on its
-device.
+Both belong to DEIM's Dense O2O: more boxes per image, so that one-to-one matching learns from more of them.
+A batch gets MixUp, else CopyBlend, or neither. Pixels stay uint8, channels last in memory, the fastest layout
+for convolutions; `to_float` turns them into the network's input on its device.
 
 Source: Huang et al., DEIM, CVPR 2025, and the recipe files of DEIMv2.
 """
 
 from __future__ import annotations
 
-__all__ = ["BatchPolicy", "Collate", "build_loader", "multi_scale_sizes", "to_float"]
+__all__ = ["Collate", "build_loader", "multi_scale_sizes", "to_float"]
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,10 +21,10 @@ from torch.utils.data import DataLoader
 
 from thawline.data.detection.augment import TrainingImages, TrainingSample
 from thawline.data.detection.images import opencv
-from thawline.data.draws import BATCH, EpochSampler, chance
-from thawline.errors import ConfigError
+from thawline.data.draws import BATCH, EpochSampler, rng_for
+from thawline.recipe.resolved import Augmentation
 
-# Share of its own pixels that an image keeps in MixUp, and the picture below in CopyBlend.
+# Share of its own pixels that an image keeps in MixUp, and the image below in CopyBlend.
 _BLEND = (0.45, 0.55)
 _COPIES = 3
 _MIN_COPY_AREA = 100.0
@@ -35,58 +33,39 @@ _SIZE_STEP = 32
 _SIZE_RANGE = 0.25
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchPolicy:
-    """What happens to a batch, how often, and when: (start, stop) is the epochs start … stop - 1."""
-
-    mixup: tuple[int, int] = (0, 0)
-    mixup_prob: float = 0.5
-    copyblend: tuple[int, int] = (0, 0)
-    copyblend_prob: float = 0.5
-    """Of the batches that do not get MixUp."""
-    multi_scale: tuple[int, int] = (0, 0)
-    sizes: tuple[int, ...] = ()
-    """Sides of the square a batch may get, each as likely as it is listed. Empty: as the pictures are."""
-    nearest: bool = False
-    """Change the size with the nearest pixel, as published, instead of bilinearly."""
-
-    def __post_init__(self) -> None:
-        for name in ("mixup_prob", "copyblend_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"`{name}={getattr(self, name)}`: expected a probability, 0 to 1.")
-
-
 class Collate:
     """Makes a batch of samples; what it draws follows from the first sample's draw.
 
     Args:
-        policy: what happens.
-        seed: of everything random.
+        settings: operations on batches, with their probabilities and epochs. `None`: none.
+        seed: seeds everything random.
     """
 
-    def __init__(self, policy: BatchPolicy | None = None, *, seed: int = 0) -> None:
-        self.policy = policy or BatchPolicy()
+    def __init__(self, settings: Augmentation | None = None, *, seed: int = 0) -> None:
+        self.settings = settings or Augmentation()
         self.seed = seed
+        repeat = self.settings.multi_scale_repeat
+        self.sizes = () if repeat is None else multi_scale_sizes(self.settings.size, repeat)
 
     def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
-        """A batch for the network.
+        """Return a batch for the network.
 
         Returns: `pixel_values`, (B, 3, S, S) uint8, channels last in memory; `targets`, for each image
             `labels` (N,) int64 and `boxes` (N, 4) float32, cxcywh in 0–1.
         """
-        policy, epoch = self.policy, samples[0].draw.epoch
-        rng = chance(self.seed, samples[0].draw, BATCH)
+        settings, epoch = self.settings, samples[0].draw.epoch
+        rng = rng_for(self.seed, samples[0].draw, BATCH)
         images = np.stack([sample.image for sample in samples])
         boxes = [sample.boxes_xyxy for sample in samples]
         labels = [sample.labels for sample in samples]
-        mixes, copies = rng.random(2) < (policy.mixup_prob, policy.copyblend_prob)
-        if _covers(policy.mixup, epoch) and mixes:
+        mixes, copies = rng.random(2) < (settings.mixup_prob, settings.copyblend_prob)
+        if mixes and settings.mixup_epochs.covers(epoch):
             images, boxes, labels = mix_up(images, boxes, labels, rng)
-        elif _covers(policy.copyblend, epoch) and copies:
+        elif copies and settings.copyblend_epochs.covers(epoch):
             boxes, labels = copy_blend(images, boxes, labels, rng)
         scale = 1 / images.shape[1]
-        if policy.sizes and _covers(policy.multi_scale, epoch):
-            images = _resize_all(images, int(rng.choice(policy.sizes)), nearest=policy.nearest)
+        if self.sizes and settings.multi_scale_epochs.covers(epoch):
+            images = _resize_all(images, int(rng.choice(self.sizes)), nearest=settings.published)
         return {
             "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
             "targets": [_target(*of_image, scale) for of_image in zip(labels, boxes, strict=True)],
@@ -234,10 +213,6 @@ def build_loader(
 def _one_thread(worker: int) -> None:
     """OpenCV would start as many threads as there are cores, in each worker."""
     opencv().setNumThreads(1)
-
-
-def _covers(window: tuple[int, int], epoch: int) -> bool:
-    return window[0] <= epoch < window[1]
 
 
 def _resize_all(images: np.ndarray, size: int, *, nearest: bool) -> np.ndarray:

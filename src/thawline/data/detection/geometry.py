@@ -35,9 +35,9 @@ class View:
     top: int
     width: int
     height: int
-    mirrored: bool = False
+    hflip: bool = False
     """Left and right swapped."""
-    upended: bool = False
+    vflip: bool = False
     """Top and bottom swapped."""
 
     @classmethod
@@ -142,10 +142,10 @@ class View:
         return self._flip(picture, moved, size)
 
     def _flip(self, picture: np.ndarray, boxes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.mirrored:
+        if self.hflip:
             picture = opencv().flip(picture, 1)
             boxes[:, [0, 2]] = size - boxes[:, [2, 0]]
-        if self.upended:
+        if self.vflip:
             picture = opencv().flip(picture, 0)
             boxes[:, [1, 3]] = size - boxes[:, [3, 1]]
         return picture, boxes

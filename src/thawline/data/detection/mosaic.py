@@ -26,7 +26,7 @@ import numpy as np
 
 from thawline.data.detection.geometry import View, affine_boxes, large_enough, random_affine, shrink
 from thawline.data.detection.images import opencv
-from thawline.data.draws import LANE, Draw, chance, coins, epoch_order
+from thawline.data.draws import LANE, Draw, coins, epoch_order, rng_for
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +103,7 @@ class Lanes:
         images = epoch_order(self.seed, epoch, self.n_images)[positions]
         if len(images) < self.history:
             lane = Draw(epoch, position // self.batch_size % self.n_lanes)
-            fill = chance(self.seed, lane, LANE).integers(self.n_images, size=self.history)
+            fill = rng_for(self.seed, lane, LANE).integers(self.n_images, size=self.history)
             images = np.concatenate([images, fill[len(images) :]])
         return [int(index) for index in rng.choice(images, 3)]
 
@@ -199,8 +199,8 @@ def _warp_tiles(
 def _canvas_matrix(canvas: View, size: int) -> np.ndarray:
     """Canvas → picture, mirroring included, (2, 3)."""
     across, down = size / canvas.width, size / canvas.height
-    x = [-across, 0, size] if canvas.mirrored else [across, 0, 0]
-    y = [0, -down, size] if canvas.upended else [0, down, 0]
+    x = [-across, 0, size] if canvas.hflip else [across, 0, 0]
+    y = [0, -down, size] if canvas.vflip else [0, down, 0]
     return np.array([x, y], np.float64)
 
 

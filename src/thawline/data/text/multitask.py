@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from thawline.data.draws import ORDER, Draw, chance
+from thawline.data.draws import ORDER, Draw, rng_for
 from thawline.errors import ConfigError, did_you_mean
 
 SAMPLING: dict[str, str] = {
@@ -92,7 +92,7 @@ class TaskSampler(Sampler[int]):
 
     def draw(self, epoch: int) -> np.ndarray:
         """Return the rows of an epoch in order, (len(self),) int64."""
-        generator = chance(self.seed, Draw(epoch, 0), ORDER)
+        generator = rng_for(self.seed, Draw(epoch, 0), ORDER)
         n_draws = -(-self.n_rows // self.same_task)
         drawn = generator.choice(len(self.rows), size=n_draws, p=self.weights)
         tasks = np.repeat(drawn, self.same_task)[: self.n_rows]

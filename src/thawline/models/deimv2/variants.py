@@ -22,7 +22,8 @@ from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
 from thawline.models.deimv2.network.lite_encoder import LiteEncoderConfig
 from thawline.models.deimv2.network.sta import AdaptedViTConfig
 from thawline.models.deimv2.network.vit import ViTConfig
-from thawline.models.deimv2.published import PUBLISHED, TrainingSettings
+from thawline.models.deimv2.published import PUBLISHED
+from thawline.recipe.resolved import TrainingSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -71,7 +72,7 @@ def _lite(
     schedule = PUBLISHED[name]
     config = DEIMv2Config(
         variant=name,
-        image_size=(schedule.base_size, schedule.base_size),
+        image_size=(schedule.size, schedule.size),
         backbone=backbone,
         encoder=LiteEncoderConfig(hidden_dim=dim),
         decoder=DecoderConfig(

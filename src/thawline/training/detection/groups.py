@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from thawline.errors import ConfigError
-from thawline.models.deimv2.published import GroupRule, TrainingSettings
+from thawline.recipe.resolved import GroupRule, TrainingSettings
 
 _NAMES = ("backbone", "backbone, undecayed", "others, undecayed", "others")
 _EMBEDDINGS = re.compile(r"(?:cls_token|mask_token|storage_tokens|class_embed\.weight)$")

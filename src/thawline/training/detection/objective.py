@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from thawline.data.detection.augment import AugmentPolicy, TrainingImages
-from thawline.data.detection.collate import BatchPolicy, Collate, to_float
+from thawline.data.detection.augment import TrainingImages
+from thawline.data.detection.collate import Collate, to_float
 from thawline.data.detection.dataset import DetectionDataset, Sample, load_detection
 from thawline.data.detection.drawing import Panel, panel_grid, save_picture
 from thawline.data.detection.geometry import resize
@@ -38,11 +38,11 @@ from thawline.errors import ConfigError, DataError
 from thawline.metrics.detection import STATISTICS, DetectionEvaluator, DetectionMetrics
 from thawline.models.deimv2.checkpoints.read import read_checkpoint
 from thawline.models.deimv2.model import DEIMv2
-from thawline.models.deimv2.published import TrainingSettings
 from thawline.models.deimv2.variants import get_variant
 from thawline.ops.boxes import cxcywh_to_xyxy
 from thawline.recipe import DetectionBase, DetectionData, DetectionSettings, DetectionTraining
-from thawline.training.detection.schedule import DetectionSchedule, derive_settings, published_schedule
+from thawline.recipe.resolved import override
+from thawline.training.detection.schedule import DetectionSchedule, derive_schedule, published_schedule
 from thawline.training.objective import Evaluation
 
 logger = logging.getLogger(__name__)
@@ -100,21 +100,11 @@ class DetectionObjective:
     @cached_property
     def schedule(self) -> DetectionSchedule:
         """Rates and windows of the run."""
-        settings = self._adjusted(self._published() if self.is_published else self._derived())
+        schedule = self._published() if self.settings.preset == "published" else self._derived()
+        settings = override(schedule.settings, self.base, self.settings, self.training)
         n_batches = max(1, len(self.records) // self._per_forward(settings.batch_size))
-        return DetectionSchedule(
-            variant=self.base.variant,
-            settings=settings,
-            steps_per_epoch=math.ceil(
-                math.ceil(n_batches / _n_devices()) / self.training.gradient_accumulation
-            ),
-            published=self.is_published,
-        )
-
-    @property
-    def is_published(self) -> bool:
-        """Whether the run repeats the authors', slips included."""
-        return self.settings.preset == "published"
+        steps = math.ceil(math.ceil(n_batches / _n_devices()) / self.training.gradient_accumulation)
+        return dataclasses.replace(schedule, settings=settings, steps_per_epoch=steps)
 
     @property
     def device_batch_size(self) -> int:
@@ -131,15 +121,9 @@ class DetectionObjective:
     @cached_property
     def train_rows(self) -> TrainingImages:
         """Training pictures, by draw."""
-        policy: AugmentPolicy = self.schedule.augment_policy(merged_mosaic=self.settings.merged_mosaic)
-        policy = dataclasses.replace(
-            policy,
-            colour_prob=self.settings.colour_prob,
-            vertical_flip_prob=self.settings.vertical_flip_prob,
-        )
         return TrainingImages(
             DetectionDataset(self.records),
-            policy,
+            self.schedule.settings,
             seed=self.seed,
             batch_size=self.device_batch_size,
             n_lanes=8 * _n_devices(),
@@ -148,8 +132,7 @@ class DetectionObjective:
     @cached_property
     def collate(self) -> Collate:
         """Samples to a batch."""
-        policy: BatchPolicy = self.schedule.batch_policy()
-        return Collate(policy, seed=self.seed)
+        return Collate(self.schedule.settings, seed=self.seed)
 
     def first_batch(self, epoch: int = 0) -> dict[str, Any]:
         """The first batch of an epoch, as the network will get it."""
@@ -263,18 +246,18 @@ class DetectionObjective:
             return 0
         return min(8, max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()) - 1))
 
-    def _published(self) -> TrainingSettings:
-        settings, epochs = published_schedule(self.base.variant, 1).settings, self.training.epochs
-        if epochs not in (None, settings.epochs):
+    def _published(self) -> DetectionSchedule:
+        schedule, epochs = published_schedule(self.base.variant, 1), self.training.epochs
+        if epochs not in (None, schedule.epochs):
             raise ConfigError(
                 f"`training.epochs={epochs}`: the published run of '{self.base.variant}' has "
-                f"{settings.epochs}, and its windows are made for them. Leave it out, or take "
+                f"{schedule.epochs}, and its windows are made for them. Leave it out, or use "
                 "`objective.preset: derived`."
             )
-        return settings
+        return schedule
 
-    def _derived(self) -> TrainingSettings:
-        return derive_settings(
+    def _derived(self) -> DetectionSchedule:
+        return derive_schedule(
             self.training.epochs or USUAL_EPOCHS,
             variant=self.base.variant,
             n_images=len(self.records),
@@ -283,30 +266,6 @@ class DetectionObjective:
             start=self.start,
             box_sides=_shorter_sides(self.records),
         )
-
-    def _adjusted(self, settings: TrainingSettings) -> TrainingSettings:
-        """With what the recipe says otherwise."""
-        of_training, of_objective = self.training, self.settings
-        changes: dict[str, Any] = {
-            "base_size": self.size,
-            "batch_size": of_training.batch_size,
-            "lr": of_training.lr,
-            "backbone_lr": of_training.backbone_lr,
-            "weight_decay": of_training.weight_decay,
-            "max_grad_norm": of_training.max_grad_norm,
-            "mosaic_prob": of_objective.mosaic_prob,
-            "mixup_prob": of_objective.mixup_prob,
-            "copyblend_prob": of_objective.copyblend_prob,
-            "min_box_size": of_objective.min_box_size,
-        }
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if not of_objective.multi_scale:
-            changes["multi_scale_repeat"] = None
-        if not (of_objective.dense_o2o and of_objective.strong_augmentation):
-            start, _, stop = settings.policy
-            changes["policy"] = (start, start, stop if of_objective.strong_augmentation else start)
-            changes["mixup_epochs"] = changes["copyblend_epochs"] = (0, 0)
-        return dataclasses.replace(settings, **changes)
 
     def _fit(self, sample: Sample) -> Sample:
         return dataclasses.replace(sample, image=resize(sample.image, self.size, self.size))

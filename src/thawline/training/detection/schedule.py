@@ -1,4 +1,4 @@
-"""When what happens in a detection run: the rates of every step and the epochs of every window.
+"""Learning-rate and augmentation schedules of detection: the rates of every step, the epochs of every window.
 
 Two forms of one schedule. `published_schedule` repeats what ran when the published weights were made, slips
 included, because their AP depends on it. `derive_schedule` scales the same shape to a user's own data, and
@@ -18,28 +18,25 @@ from __future__ import annotations
 
 __all__ = [
     "DetectionSchedule",
-    "Window",
     "derive_schedule",
-    "derive_settings",
     "flat_cosine",
     "published_schedule",
 ]
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
-from thawline.data.detection.augment import AugmentPolicy
-from thawline.data.detection.collate import BatchPolicy, multi_scale_sizes
 from thawline.errors import ConfigError, did_you_mean
-from thawline.models.deimv2.published import PUBLISHED, TrainingSettings
+from thawline.models.deimv2.published import PUBLISHED
+from thawline.recipe.resolved import TrainingSettings, Window
 
 # Step 0 of the published runs still had the start value of a linear warm-up over this many steps.
 _PUBLISHED_FIRST_STEP = 1 / 500
 
-# Derived settings, see `derive_settings`.
+# Derived settings, see `derive_schedule`.
 _MIN_BATCHES_PER_EPOCH = 16
 _MIN_BATCH_SIZE = 4
 _MAX_WARMUP_SHARE = 0.05
@@ -49,39 +46,31 @@ _LOWEST_PRETRAINED_SHARE = 0.25
 _MAX_SHARE_OF_SMALL_BOXES = 0.05
 
 
-class Window(NamedTuple):
-    """Epochs start … stop - 1."""
-
-    start: int
-    stop: int
-
-    def covers(self, epoch: int) -> bool:
-        """Whether `epoch` lies inside."""
-        return self.start <= epoch < self.stop
-
-
 @dataclass(frozen=True, kw_only=True)
 class DetectionSchedule:
-    """A run's settings, laid out over its steps.
+    """Settings of a run, laid out over its steps.
 
     Args:
         variant: a size of DEIMv2.
-        settings: what to lay out.
+        settings: the run's settings.
         steps_per_epoch: optimiser steps.
-        published: repeat the slips of the published runs, see the top of this file.
     """
 
     variant: str
     settings: TrainingSettings
     steps_per_epoch: int
-    published: bool = False
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch < 1:
             raise ConfigError(
                 f"`steps_per_epoch={self.steps_per_epoch}`: expected 1 or more. "
-                "An epoch holds images // batch size steps; is the data set empty?"
+                "An epoch holds images // batch size steps; is the dataset empty?"
             )
+
+    @property
+    def published(self) -> bool:
+        """Whether the run repeats the slips of the published runs, see the top of this file."""
+        return self.settings.published
 
     @property
     def epochs(self) -> int:
@@ -109,18 +98,17 @@ class DetectionSchedule:
         `stage_1`, `stage_2`.
         """
         s, end = self.settings, self.settings.epochs
-        start, mosaic_stop, strong_stop = s.policy
         flat = min(s.flat_epoch, end)
         final = max(flat, end - s.no_aug_epochs)
         return {
             "flat": Window(0, flat),
             "cosine": Window(flat, final),
             "final": Window(final, end),
-            "strong": Window(start, strong_stop),
-            "mosaic": Window(start, mosaic_stop),
-            "mixup": Window(*s.mixup_epochs),
-            "copyblend": Window(*s.copyblend_epochs),
-            "multi_scale": Window(0, s.stop_epoch if s.multi_scale_repeat is not None else 0),
+            "strong": s.strong_epochs,
+            "mosaic": s.mosaic_epochs,
+            "mixup": s.mixup_epochs,
+            "copyblend": s.copyblend_epochs,
+            "multi_scale": s.multi_scale_epochs,
             "overlap_matcher": Window(min(s.matcher_change_epoch, end), end),
             "stage_1": Window(0, s.stop_epoch),
             "stage_2": Window(s.stop_epoch, end),
@@ -147,35 +135,8 @@ class DetectionSchedule:
         factor = self.factor_at(step)
         return [lr * factor for lr in self.base_lrs]
 
-    def augment_policy(self, *, merged_mosaic: bool = False) -> AugmentPolicy:
-        """What happens to an image, and in which epochs."""
-        s, windows = self.settings, self.windows
-        return AugmentPolicy(
-            size=s.base_size,
-            strong=windows["strong"],
-            mosaic=windows["mosaic"],
-            mosaic_prob=s.mosaic_prob,
-            mosaic_size=s.mosaic_size,
-            min_box_size=s.min_box_size,
-            merged_mosaic=merged_mosaic,
-        )
-
-    def batch_policy(self) -> BatchPolicy:
-        """What happens to a batch, and in which epochs."""
-        s, windows = self.settings, self.windows
-        repeat = s.multi_scale_repeat
-        return BatchPolicy(
-            mixup=windows["mixup"],
-            mixup_prob=s.mixup_prob,
-            copyblend=windows["copyblend"],
-            copyblend_prob=s.copyblend_prob,
-            multi_scale=windows["multi_scale"],
-            sizes=() if repeat is None else multi_scale_sizes(s.base_size, repeat),
-            nearest=self.published,
-        )
-
-    def describe(self) -> dict[str, object]:
-        """The whole schedule as plain values, for people and for JSON."""
+    def describe(self) -> dict[str, Any]:
+        """Return the whole schedule as plain values, for people and for JSON."""
         s = self.settings
         return {
             "variant": self.variant,
@@ -224,9 +185,7 @@ def published_schedule(variant: str, steps_per_epoch: int) -> DetectionSchedule:
         steps_per_epoch: COCO's 118,287 images make 924 steps at the lite sizes' batch of 128, 3,696 at 32.
     Raises: ConfigError: unknown size.
     """
-    return DetectionSchedule(
-        variant=variant, settings=_published(variant), steps_per_epoch=steps_per_epoch, published=True
-    )
+    return DetectionSchedule(variant=variant, settings=_published(variant), steps_per_epoch=steps_per_epoch)
 
 
 def derive_schedule(
@@ -239,35 +198,7 @@ def derive_schedule(
     start: Literal["scratch", "backbone", "detector"] = "scratch",
     box_sides: np.ndarray | None = None,
 ) -> DetectionSchedule:
-    """The schedule for a user's own data; all of it follows from these.
-
-    Args: as of `derive_settings`.
-    Raises: ConfigError: unknown size, or no epochs, images or batch.
-    """
-    settings = derive_settings(
-        epochs,
-        variant=variant,
-        n_images=n_images,
-        batch_size=batch_size,
-        size=size,
-        start=start,
-        box_sides=box_sides,
-    )
-    steps = max(1, n_images // settings.batch_size)
-    return DetectionSchedule(variant=variant, settings=settings, steps_per_epoch=steps)
-
-
-def derive_settings(
-    epochs: int,
-    *,
-    variant: str,
-    n_images: int,
-    batch_size: int | None = None,
-    size: int | None = None,
-    start: Literal["scratch", "backbone", "detector"] = "scratch",
-    box_sides: np.ndarray | None = None,
-) -> TrainingSettings:
-    """The recipe of a size, scaled to a user's own data.
+    """Scale the published schedule of a size to a user's own data.
 
     - **Windows** keep their share of the run: an epoch of the published run moves to the same fraction of
       `epochs`, but the last epoch is always without strong augmentation. At the published length they are
@@ -301,46 +232,51 @@ def derive_settings(
     if size is not None and (size < 32 or size % 32):
         raise ConfigError(f"`size={size}`: expected a multiple of 32, the coarsest stride; 320, 416, 640, …")
     batch = batch_size if batch_size is not None else _batch_size(published.batch_size, n_images)
-    n_steps = epochs * max(1, n_images // batch)
+    steps_per_epoch = max(1, n_images // batch)
+    n_steps = epochs * steps_per_epoch
 
     def scaled(epoch: int) -> int:
         return min(round(epoch * epochs / published.epochs), max(1, epochs - 1))
 
-    per_batch = math.sqrt(batch / published.batch_size)
+    def scaled_window(window: Window) -> Window:
+        return Window(*map(scaled, window))
+
     pretrained = min(1.0, max(_LOWEST_PRETRAINED_SHARE, math.sqrt(n_images / _MANY_IMAGES)))
+    per_batch = math.sqrt(batch / published.batch_size)
+    lr = published.lr * per_batch
     # 1 / (1 - decay) is how many steps the average reaches back.
     ema_steps = (1 / (1 - published.ema_decay)) * published.batch_size / batch
     ema_steps = max(1.0, min(ema_steps, _MAX_EMA_SHARE * n_steps))
-    lr = published.lr * per_batch
-    backbone_lr = published.backbone_lr * per_batch * pretrained
-    mosaic_start, mosaic_stop, strong_stop = published.policy
-    base_size = published.base_size if size is None else size
+    size = published.size if size is None else size
     min_box_size = published.min_box_size
     if box_sides is not None and len(box_sides):
-        smallest = base_size * float(np.quantile(box_sides, _MAX_SHARE_OF_SMALL_BOXES))
+        smallest = size * float(np.quantile(box_sides, _MAX_SHARE_OF_SMALL_BOXES))
         min_box_size = max(1, min(min_box_size, math.floor(smallest)))
-    return replace(
+    flat_epoch = published.flat_epoch
+    settings = replace(
         published,
+        published=False,
+        group_rules=(),
         epochs=epochs,
-        base_size=base_size,
+        size=size,
         min_box_size=min_box_size,
         batch_size=batch,
-        val_batch_size=2 * batch,
         stop_epoch=scaled(published.stop_epoch),
         no_aug_epochs=epochs - scaled(published.epochs - published.no_aug_epochs),
-        flat_epoch=scaled(mosaic_stop if published.flat_epoch > published.epochs else published.flat_epoch),
+        flat_epoch=scaled(flat_epoch if flat_epoch <= published.epochs else published.mosaic_epochs.stop),
         lr_gamma=published.lr_gamma if published.lr_gamma < 1 else 0.5,
-        policy=(scaled(mosaic_start), scaled(mosaic_stop), scaled(strong_stop)),
+        strong_epochs=scaled_window(published.strong_epochs),
+        mosaic_epochs=scaled_window(published.mosaic_epochs),
+        mixup_epochs=scaled_window(published.mixup_epochs),
+        copyblend_epochs=scaled_window(published.copyblend_epochs),
         matcher_change_epoch=scaled(published.matcher_change_epoch),
-        mixup_epochs=(scaled(published.mixup_epochs[0]), scaled(published.mixup_epochs[1])),
-        copyblend_epochs=(scaled(published.copyblend_epochs[0]), scaled(published.copyblend_epochs[1])),
         warmup_steps=min(published.warmup_steps, math.ceil(_MAX_WARMUP_SHARE * n_steps)),
         lr=lr * pretrained if start == "detector" else lr,
-        backbone_lr=lr if start == "scratch" else backbone_lr,
+        backbone_lr=lr if start == "scratch" else published.backbone_lr * per_batch * pretrained,
         ema_decay=1 - 1 / ema_steps,
         ema_warmup_steps=max(1, round(ema_steps / 10)),
-        group_rules=(),
     )
+    return DetectionSchedule(variant=variant, settings=settings, steps_per_epoch=steps_per_epoch)
 
 
 def _published(variant: str) -> TrainingSettings:

@@ -1,0 +1,166 @@
+"""Settings of a detection run with every value filled in: each is declared here and read where it acts.
+
+`thawline.models.deimv2.published` holds the authors' values for each size and
+`thawline.training.detection.schedule` scales them to other data. A recipe overrides them by name
+(`override`). Augmentation, collation, schedule, optimiser and EMA read the result directly.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Augmentation", "GroupRule", "TrainingSettings", "Window", "check_probabilities", "override"]
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from thawline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from thawline.recipe.detection import DetectionBase, DetectionSettings, DetectionTraining
+
+
+class Window(NamedTuple):
+    """Epochs start … stop - 1, counted from 0."""
+
+    start: int
+    stop: int
+
+    def covers(self, epoch: int) -> bool:
+        """Return whether `epoch` lies inside."""
+        return self.start <= epoch < self.stop
+
+
+NEVER = Window(0, 0)
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """Parameters of the optimiser whose name matches a pattern, and what differs for them."""
+
+    pattern: str
+    """Searched in the parameter's name; the first rule that matches wins."""
+    is_backbone: bool = False
+    """Trains at the backbone's rate."""
+    has_decay: bool = True
+    """Decays; else its weight decay is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Operations on images and batches: their probabilities and the epochs that have them."""
+
+    size: int = 640
+    """Side of the square input, pixels."""
+    strong_epochs: Window = NEVER
+    """Epochs with colour changes, and zoom-out and IoU crop or Mosaic."""
+    mosaic_epochs: Window = NEVER
+    """Epochs with Mosaic, inside `strong_epochs`."""
+    mosaic_prob: float = 0.5
+    """Share of images that become a Mosaic in `mosaic_epochs`; the others get zoom-out and crop."""
+    mixup_epochs: Window = NEVER
+    mixup_prob: float = 0.0
+    """Share of batches with MixUp in `mixup_epochs`."""
+    copyblend_epochs: Window = NEVER
+    copyblend_prob: float = 0.0
+    """Share of the batches without MixUp that get CopyBlend in `copyblend_epochs`."""
+    stop_epoch: int = 0
+    """Start of stage 2, which has a single size; the best checkpoint of stage 1 is loaded again."""
+    multi_scale_repeat: int | None = None
+    """How often `size` is in the list that multi-scale draws from; `None` is no multi-scale."""
+    colour_prob: float = 0.5
+    """Probability of each colour change on its own."""
+    zoom_out_prob: float = 0.5
+    max_zoom_out: float = 4.0
+    """Largest side of the zoomed-out view over the image's."""
+    crop_prob: float = 0.8
+    flip_prob: float = 0.5
+    """Probability of a left-right flip."""
+    vertical_flip_prob: float = 0.0
+    min_box_size: int = 1
+    """Boxes with a side below this many pixels are dropped after cropping and after resizing."""
+    merged_mosaic: bool = False
+    """One bilinear warp per Mosaic tile instead of the published steps."""
+    published: bool = False
+    """Repeat the slips of the published runs: multi-scale takes the nearest pixel, and what
+    `thawline.training.detection.schedule` lists."""
+
+    def __post_init__(self) -> None:
+        check_probabilities(self)
+        for name in ("size", "max_zoom_out"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}={getattr(self, name)}`: expected 1 or more.")
+        (start, stop), strong = self.mosaic_epochs, self.strong_epochs
+        if start < stop and not strong[0] <= start < stop <= strong[1]:
+            raise ConfigError(
+                f"`mosaic_epochs={(start, stop)}`: expected a window inside `strong_epochs={tuple(strong)}`."
+            )
+
+    @property
+    def mosaic_size(self) -> int:
+        """Short side of the four images of a Mosaic, pixels."""
+        return self.size // 2
+
+    @property
+    def multi_scale_epochs(self) -> Window:
+        """Epochs with batches of several sizes: stage 1, where there is multi-scale."""
+        return Window(0, self.stop_epoch if self.multi_scale_repeat is not None else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Augmentation):
+    """Every setting of a training run. Defaults are those most published runs share."""
+
+    epochs: int
+    flat_epoch: int
+    """End of the constant rate; the cosine starts here."""
+    no_aug_epochs: int
+    """Epochs at the end with the final rate."""
+    lr: float
+    """Rate of everything but the backbone, at `batch_size`."""
+    backbone_lr: float
+    matcher_change_epoch: int
+    """From here on queries are matched by score and overlap alone."""
+    group_rules: tuple[GroupRule, ...]
+    """Optimiser groups in order; what no rule matches is the last group. Empty: the clean groups."""
+    warmup_steps: int = 2000
+    lr_gamma: float = 0.5
+    """Final rate over full rate."""
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 0.1
+    batch_size: int = 32
+    """Images per step over all devices."""
+    ema_decay: float = 0.9999
+    ema_warmup_steps: int = 1000
+
+
+def override(
+    settings: TrainingSettings,
+    base: DetectionBase,
+    objective: DetectionSettings,
+    training: DetectionTraining,
+) -> TrainingSettings:
+    """Return `settings` with the values that a recipe gives: fields of the same name that are not None."""
+    names = {field.name for field in fields(settings)}
+    given: dict[str, Any] = {
+        name: value
+        for section in (base, objective, training)
+        for name, value in vars(section).items()
+        if name in names and value is not None
+    }
+    if not objective.multi_scale:
+        given["multi_scale_repeat"] = None
+    start = settings.strong_epochs.start
+    if not objective.strong_augmentation:
+        given["strong_epochs"] = Window(start, start)
+    if not (objective.dense_o2o and objective.strong_augmentation):
+        given["mosaic_epochs"] = Window(start, start)
+        given["mixup_epochs"] = given["copyblend_epochs"] = NEVER
+    return replace(settings, **given)
+
+
+def check_probabilities(section: Any, prefix: str = "") -> None:
+    """Check that the fields ending in `_prob` are None or in 0 … 1. Raises: ConfigError."""
+    for name in (field.name for field in fields(section) if field.name.endswith("_prob")):
+        value = getattr(section, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"`{prefix}{name}` must be a probability, 0 to 1, got {value!r}.")
