@@ -1,8 +1,8 @@
-"""Which image comes when, and where its chance comes from: pure functions of a seed.
+"""Order of the data and random numbers of each sample, as pure functions of a seed.
 
-A `Draw` names a sample: the epoch and the place within it. Which image that is, and every random number of
-its augmentation, follow from the seed and the draw alone. So nothing about chance has to be saved: a
-resumed run, another number of workers, or a single sample looked at in a notebook all give the same pixels.
+A `Draw` names a sample: the epoch and the position in it. The image at that position and every random number
+of its augmentation follow from the seed and the draw alone, so no random state has to be saved: a resumed
+run, another number of workers, or a single sample inspected in a notebook all give the same pixels.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ __all__ = ["Draw", "EpochSampler", "coins", "epoch_order", "rng_for"]
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-# What a generator is for; streams of one draw are independent of each other.
+# Purposes of a generator; the streams of one draw are independent of each other.
 ORDER, LANE, SAMPLE, BATCH = range(4)
 
 
 class Draw(NamedTuple):
-    """The sample at `position` of `epoch`, both from 0."""
+    """Sample at `position` of `epoch`, both counted from 0."""
 
     epoch: int
     position: int
 
 
 class EpochSampler(Sampler[Draw]):
-    """The draws of one epoch, in order. `set_epoch` turns to another, as with DistributedSampler.
+    """Sampler of the draws of one epoch, in order; `set_epoch` selects it, as with DistributedSampler.
 
     Args:
         n_images: length of an epoch.
@@ -39,31 +40,30 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration draws."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.n_images
 
     def __iter__(self) -> Iterator[Draw]:
-        epoch = self.epoch
-        return (Draw(epoch, position) for position in range(self.n_images))
+        return map(Draw, repeat(self.epoch), range(self.n_images))
 
 
 def rng_for(seed: int, draw: Draw, stream: int = SAMPLE) -> np.random.Generator:
-    """The random numbers of one draw."""
+    """Return the random generator of one draw and purpose."""
     key = np.array([seed, draw.epoch << 32 | draw.position], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, n_images: int) -> np.ndarray:
-    """Which image stands at each position of an epoch: a permutation, (n_images,) int64."""
+    """Return the image at each position of an epoch: a permutation, (n_images,) int64."""
     return rng_for(seed, Draw(epoch, 0), ORDER).permutation(n_images)
 
 
 def coins(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
-    """One number in [0, 1) for each position of an epoch; the same for a position whoever asks.
+    """Return a number in [0, 1) for each position of an epoch, which depends on nothing else.
 
     A hash (SplitMix64, Steele et al., OOPSLA 2014), because a generator per position would be slow to make.
     """

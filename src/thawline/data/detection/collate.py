@@ -34,7 +34,7 @@ _SIZE_RANGE = 0.25
 
 
 class Collate:
-    """Makes a batch of samples; what it draws follows from the first sample's draw.
+    """Collation of samples into a batch; what it draws follows from the first sample's draw.
 
     Args:
         settings: operations on batches, with their probabilities and epochs. `None`: none.
@@ -79,11 +79,12 @@ def to_float(
     std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Bytes to the network's input, where they are: / 255, and normalised for the networks that want it.
+    """Convert bytes to the network's input on their device: divide by 255 and, if given, normalise.
 
     Args:
         pixel_values: (B, 3, H, W) uint8, any memory format, which is kept.
         mean, std: of each channel in 0–1, or both `None`.
+        dtype: of the result.
     """
     pixels = pixel_values.to(torch.float32)
     if mean is None or std is None:
@@ -99,10 +100,10 @@ def to_float(
 
 
 def multi_scale_sizes(base_size: int, repeat: int) -> tuple[int, ...]:
-    """The sizes a batch may get: multiples of 32 up to a quarter off `base_size`, and often itself.
+    """Return the sizes a batch may get: multiples of 32 up to a quarter off `base_size`, and it repeatedly.
 
     Args:
-        base_size: side of the picture, pixels.
+        base_size: side of the image, pixels.
         repeat: how often `base_size` is in the list.
     """
     low, high = (
@@ -114,12 +115,13 @@ def multi_scale_sizes(base_size: int, repeat: int) -> tuple[int, ...]:
 def mix_up(
     images: np.ndarray, boxes: list[np.ndarray], labels: list[np.ndarray], rng: np.random.Generator
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Blend each image with the one before it, the first with the last; both sets of boxes count in full.
+    """Blend each image with the one before it, the first with the last; the boxes of both count in full.
 
     Args:
         images: (B, S, S, 3) uint8.
-        boxes: of each image, (N, 4).
-        labels: of each image, (N,).
+        boxes: (N, 4) for each image.
+        labels: (N,) for each image.
+        rng: random numbers.
     """
     own = rng.uniform(*_BLEND)
     cv2, before = opencv(), np.roll(np.arange(len(images)), 1)
@@ -134,19 +136,18 @@ def mix_up(
 def copy_blend(
     images: np.ndarray, boxes: list[np.ndarray], labels: list[np.ndarray], rng: np.random.Generator
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Blend up to three of the batch's objects into each image, anywhere, as large as they are.
+    """Blend up to three of the batch's objects into each image, anywhere, in their own size.
 
-    Writes to `images`.
-    A copied object brings a border of its surroundings along, as far as both images allow. Objects below 100
-    pixels² are not copied. They are all cut out first, so none is a copy of a copy.
+    Writes to `images`. A copied object brings a border of its surroundings along, as far as both images
+    allow. Objects below 100 pixels² are not copied. All are cut out first, so that none is a copy of a copy.
 
-    Args: as of `mix_up`.
-    Returns: boxes and labels with those of the copies behind each image's own.
+    Args: see `mix_up`.
+    Returns: boxes and labels, each image's own followed by those of its copies.
     """
     size = images.shape[1]
     owner = np.repeat(np.arange(len(boxes)), [len(of_image) for of_image in boxes])
     edges = np.concatenate(boxes)
-    # Whole pixels inside the picture; the copy's box is exactly these.
+    # Whole pixels inside the image; the copy's box is exactly these.
     low = np.clip(np.floor(edges[:, :2]), 0, size).astype(int)
     high = np.clip(np.ceil(edges[:, 2:]), 0, size).astype(int)
     pool = np.flatnonzero(((edges[:, 2:] - edges[:, :2]).prod(1) >= _MIN_COPY_AREA) & (high > low).all(1))
@@ -183,17 +184,17 @@ def build_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[Any]:
-    """A loader of training batches. Call its sampler's `set_epoch` before each epoch.
+    """Build a loader of training batches. Call its sampler's `set_epoch` before each epoch.
 
-    The last, smaller batch of an epoch is left out, unless it is the only one.
+    The last, smaller batch of an epoch is dropped, unless it is the only one.
 
     Args:
         images: built with the same batch size.
-        collate: as above.
+        collate: a `Collate`, or a function around one.
         batch_size: images per device.
-        sampler: of draws; `None` makes one.
-        workers: processes; 0 works in this one.
-        pin_memory: for copies to a GPU that nobody waits for.
+        sampler: sampler of draws; `None` makes one.
+        workers: number of worker processes; 0 loads in this process.
+        pin_memory: pin batches for asynchronous copies to a GPU.
     """
     return DataLoader(
         images,
@@ -205,13 +206,13 @@ def build_loader(
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread if workers else None,
-        # Without one of its own, each start of the workers would draw from the run's random state.
+        # Otherwise every start of the workers would draw from the run's random state.
         generator=torch.Generator(),
     )
 
 
 def _one_thread(worker: int) -> None:
-    """OpenCV would start as many threads as there are cores, in each worker."""
+    """Keep OpenCV from starting a thread per core in each worker."""
     opencv().setNumThreads(1)
 
 

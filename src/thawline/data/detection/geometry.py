@@ -1,8 +1,8 @@
-"""What moves pixels and boxes together.
+"""Geometric augmentation of pixels and boxes: zoom-out, IoU crop, flips, resizing, affine maps.
 
-Zoom-out, crop and flip only choose what is looked at, so they are collected in a `View` and cost nothing;
-`View.render` resizes the visible part once, straight to the network's size, and boxes go through the very
-numbers the pixels went through. Beyond the image it is black.
+Zoom-out, crop and flips only choose a region, so they are collected in a `View` and cost nothing;
+`View.render` resizes the visible part once, straight to the network's size, and moves boxes by the same
+numbers as the pixels. Beyond the image it is black.
 
 Boxes are xyxy in continuous coordinates: pixel i covers [i, i + 1).
 Zoom-out and crop: Liu et al., SSD, ECCV 2016, with torchvision's constants, which the published runs used.
@@ -20,7 +20,7 @@ import numpy as np
 
 from thawline.data.detection.images import opencv
 
-# IoU crop: overlaps to ask for (1: leave the image alone), tries for each, sides and their ratio.
+# IoU crop: required overlaps (1 leaves the image alone), tries for each, sides and their ratio.
 _OVERLAPS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 _TRIES = 40
 _SIDES = (0.3, 1.0)
@@ -29,24 +29,24 @@ _RATIOS = (0.5, 2.0)
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A rectangle in the pixels of an image, possibly larger than it, and whether it is mirrored."""
+    """Rectangle in the pixels of an image, possibly larger than it, with its flips."""
 
     left: int
     top: int
     width: int
     height: int
     hflip: bool = False
-    """Left and right swapped."""
+    """Left and right are swapped."""
     vflip: bool = False
-    """Top and bottom swapped."""
+    """Top and bottom are swapped."""
 
     @classmethod
     def of(cls, image: np.ndarray) -> View:
-        """All of an image, as it is."""
+        """Return the view of a whole image."""
         return cls(left=0, top=0, width=image.shape[1], height=image.shape[0])
 
     def zoom_out(self, rng: np.random.Generator, max_side: float) -> View:
-        """Step back: a view 1 to `max_side` times as large, with this one anywhere in it."""
+        """Return a view 1 to `max_side` times as large, with this one anywhere in it."""
         side, across, down = rng.random(3)
         side = 1 + side * (max_side - 1)
         width, height = int(self.width * side), int(self.height * side)
@@ -55,10 +55,10 @@ class View:
         return replace(self, left=left, top=top, width=width, height=height)
 
     def crop(self, rng: np.random.Generator, boxes: np.ndarray) -> View:
-        """A part of the view that holds a box's centre and overlaps one such box enough.
+        """Return a part of the view that holds the centre of a box and overlaps such a box enough.
 
-        An overlap is drawn, then tries are made; where all fail, another overlap is drawn. Without boxes, or
-        with the overlap 1, the view stays.
+        A required overlap is drawn and a number of crops are tried; if all fail, another overlap is drawn.
+        Without boxes, or with the overlap 1, the view stays.
 
         Args:
             boxes: (N, 4), pixels of the image.
@@ -77,7 +77,7 @@ class View:
         return self
 
     def _tries(self, rng: np.random.Generator) -> np.ndarray:
-        """Crops of admissible shape, xyxy in whole pixels."""
+        """Draw crops of admissible shape, xyxy in whole pixels."""
         sides = _SIDES[0] + (_SIDES[1] - _SIDES[0]) * rng.random((_TRIES, 2))
         place = rng.random((_TRIES, 2))
         whole = np.array([self.width, self.height])
@@ -89,13 +89,13 @@ class View:
         return np.concatenate([start, start + size], axis=1)[shaped]
 
     def holds_centre(self, boxes: np.ndarray) -> np.ndarray:
-        """Whose centre lies inside, (N,) bool."""
+        """Return which boxes have their centre inside, (N,) bool."""
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         low, high = [self.left, self.top], [self.left + self.width, self.top + self.height]
         return ((centres > low) & (centres < high)).all(1)
 
     def clip(self, boxes: np.ndarray) -> np.ndarray:
-        """Boxes cut at the view's edges, still in pixels of the image."""
+        """Clip boxes to the view, still in pixels of the image."""
         right, bottom = self.left + self.width, self.top + self.height
         low = np.array([self.left, self.top, self.left, self.top], boxes.dtype)
         return np.clip(boxes, low, np.array([right, bottom, right, bottom], boxes.dtype))
@@ -107,14 +107,14 @@ class View:
         size: int,
         colour: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The view as a square picture.
+        """Render the view as a square image.
 
         Args:
             image: (H, W, 3) uint8.
             boxes: (N, 4), pixels of the image, inside it.
-            size: side of the picture, pixels.
-            colour: changes pixels one by one; runs on the visible part where that is smallest, so that what
-                lies beyond the image stays black.
+            size: side of the result, pixels.
+            colour: pixelwise colour change; runs on the visible part before or after resizing, whichever has
+                fewer pixels, so that the area beyond the image stays black.
         Returns: (size, size, 3) uint8, and the boxes in its pixels, inside it.
         """
         left, right = max(self.left, 0), min(self.left + self.width, image.shape[1])
@@ -124,46 +124,42 @@ class View:
         y0, y1 = _span((top - self.top) * down, (bottom - self.top) * down, size)
 
         part = image[top:bottom, left:right]
-        before = colour is not None and (bottom - top) * (right - left) < (x1 - x0) * (y1 - y0)
-        if colour is not None and before:
+        colour_first = (bottom - top) * (right - left) < (x1 - x0) * (y1 - y0)
+        if colour is not None and colour_first:
             part = colour(part)
         part, used_width, used_height = shrink(part, x1 - x0, y1 - y0)
-        if colour is not None and not before:
+        if colour is not None and not colour_first:
             part = colour(part)
 
         scale = np.array([(x1 - x0) / used_width, (y1 - y0) / used_height] * 2)
         moved = (boxes - [left, top, left, top]) * scale + [x0, y0, x0, y0]
         moved = np.clip(moved, [x0, y0, x0, y0], [x1, y1, x1, y1]).astype(np.float32)
-        if part.shape[:2] == (size, size):
-            picture = part
-        else:
-            picture = np.zeros((size, size, 3), np.uint8)
-            picture[y0:y1, x0:x1] = part
-        return self._flip(picture, moved, size)
-
-    def _flip(self, picture: np.ndarray, boxes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        if part.shape[:2] != (size, size):
+            square = np.zeros((size, size, 3), np.uint8)
+            square[y0:y1, x0:x1] = part
+            part = square
         if self.hflip:
-            picture = opencv().flip(picture, 1)
-            boxes[:, [0, 2]] = size - boxes[:, [2, 0]]
+            part = opencv().flip(part, 1)
+            moved[:, [0, 2]] = size - moved[:, [2, 0]]
         if self.vflip:
-            picture = opencv().flip(picture, 0)
-            boxes[:, [1, 3]] = size - boxes[:, [3, 1]]
-        return picture, boxes
+            part = opencv().flip(part, 0)
+            moved[:, [1, 3]] = size - moved[:, [3, 1]]
+        return part, moved
 
 
 def large_enough(boxes: np.ndarray, min_size: float) -> np.ndarray:
-    """Boxes whose sides are both at least `min_size`, (N,) bool."""
+    """Return which boxes have both sides at least `min_size`, (N,) bool."""
     return (boxes[:, 2:] - boxes[:, :2] >= min_size).all(1)
 
 
 def shrink(image: np.ndarray, width: int, height: int) -> tuple[np.ndarray, int, int]:
-    """Resize quickly, for training: whole blocks of pixels are averaged, and bilinear does the rest.
+    """Resize quickly, for training: average whole blocks of pixels, then interpolate bilinearly.
 
     Averaging over fractions of pixels, OpenCV's INTER_AREA, is about six times as slow for the same
     closeness to Pillow's antialiased resize. The blocks leave out the last few rows and columns, less than
     one pixel of the result.
 
-    Returns: (height, width, C) and how many columns and rows of `image` it shows: boxes need them.
+    Returns: (height, width, C), and the number of columns and rows of `image` it shows, to scale boxes by.
     """
     cv2 = opencv()
     across, down = max(1, image.shape[1] // width), max(1, image.shape[0] // height)
@@ -177,7 +173,7 @@ def shrink(image: np.ndarray, width: int, height: int) -> tuple[np.ndarray, int,
 
 
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resize for evaluation, all of the image in the result: averaged where it shrinks, else bilinear."""
+    """Resize the whole image, for evaluation: area averaging where it shrinks, else bilinear."""
     cv2 = opencv()
     if image.shape[:2] == (height, width):
         return image
@@ -194,12 +190,15 @@ def random_affine(
     translate: float = 0.1,
     scale: tuple[float, float] = (0.5, 1.5),
 ) -> np.ndarray:
-    """Turn, scale and shift about the centre of a canvas: a map of continuous coordinates, (2, 3) float64.
+    """Draw a rotation, scaling and shift about the centre of a canvas.
 
     Args:
-        degrees: turns by up to this either way.
-        translate: shifts by up to this share of the canvas, in whole pixels.
+        rng: random numbers.
+        width, height: of the canvas, pixels.
+        degrees: largest rotation, either way.
+        translate: largest shift as a share of the canvas; shifts are whole pixels.
         scale: range of the factor.
+    Returns: map of continuous coordinates, (2, 3) float64.
     """
     angle = math.radians(rng.uniform(-degrees, degrees))
     shift = np.round(rng.uniform(-translate, translate, 2) * [width, height])
@@ -210,19 +209,19 @@ def random_affine(
 
 
 def affine_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """The upright boxes around the moved corners, (N, 4)."""
+    """Return the axis-aligned boxes around the moved corners, (N, 4)."""
     corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2) @ matrix[:, :2].T + matrix[:, 2]
     return np.concatenate([corners.min(1), corners.max(1)], axis=1)
 
 
 def _span(start: float, stop: float, size: int) -> tuple[int, int]:
-    """Whole pixels nearest to an interval, at least one, within [0, size)."""
+    """Round an interval to whole pixels, at least one, within [0, size)."""
     first = min(max(round(start), 0), size - 1)
     return first, max(min(round(stop), size), first + 1)
 
 
 def _overlaps(crops: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """IoU of M crops with N boxes, (M, N)."""
+    """Return the IoU of M crops with N boxes, (M, N)."""
     low = np.maximum(crops[:, None, :2], boxes[:, :2])
     high = np.minimum(crops[:, None, 2:], boxes[:, 2:])
     shared = np.clip(high - low, 0, None).prod(-1)

@@ -1,11 +1,11 @@
-"""Changes of colour: brightness, contrast, saturation, hue, and the order of the channels.
+"""Colour augmentation: brightness, contrast, saturation, hue, and the order of the channels.
 
-Each happens with its own chance, contrast before or after the others. What is linear in the pixels' values is
-multiplied together first and applied in one pass, so values are cut to 0–255 once per pass, not after every
-step.
+Each change has the same probability; contrast comes before or after saturation and hue. Linear changes are
+multiplied into one matrix and applied in one pass, so values are clipped to 0–255 once per pass instead of
+after every step.
 
 Source: SSD's distortion (Liu et al., ECCV 2016) with torchvision's constants, which the published runs
-used; the channels' order is part of it.
+used; the channel permutation is part of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PROBE_PIXELS = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class Colour:
-    """One draw. A factor of `None` leaves the pixels alone."""
+    """Drawn colour change. A factor of `None` leaves the pixels alone."""
 
     brightness: float | None = None
     """Factor on all values."""
@@ -35,7 +35,7 @@ class Colour:
     saturation: float | None = None
     """Factor on the distance to the pixel's own grey."""
     hue: float | None = None
-    """Shift around the colour circle, whose length is 1."""
+    """Shift around the hue circle, whose length is 1."""
     contrast_first: bool = True
     """Contrast before saturation and hue, or after."""
     channels: tuple[int, int, int] = (0, 1, 2)
@@ -43,34 +43,32 @@ class Colour:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, prob: float) -> Colour:
-        """Each change with probability `prob`."""
-        happens = rng.random(5) < prob
-        values = [rng.uniform(*bounds) for bounds in (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)]
-        brightness, contrast, saturation, hue = (
-            float(value) if change else None for value, change in zip(values, happens[:4], strict=True)
-        )
+        """Draw each change with probability `prob`."""
+        *changes, permutes = rng.random(5) < prob
+        values = [float(rng.uniform(*bounds)) for bounds in (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)]
+        drawn = (value if change else None for value, change in zip(values, changes, strict=True))
+        brightness, contrast, saturation, hue = drawn
         first = bool(rng.random() < 0.5)
-        order = rng.permutation(3)
-        channels = (int(order[0]), int(order[1]), int(order[2])) if happens[4] else (0, 1, 2)
+        red, green, blue = rng.permutation(3).tolist()
         return cls(
             brightness=brightness,
             contrast=contrast,
             saturation=saturation,
             hue=hue,
             contrast_first=first,
-            channels=channels,
+            channels=(red, green, blue) if permutes else (0, 1, 2),
         )
 
     def apply(self, pixels: np.ndarray, whole: np.ndarray | None = None) -> np.ndarray:
-        """Change pixels.
+        """Return the changed pixels.
 
         Args:
             pixels: (H, W, 3) uint8, RGB; not written to.
-            whole: the image they are part of; contrast turns about its mean grey. `None`: they are all of it.
+            whole: image that `pixels` is part of; contrast is relative to its mean grey. `None`: `pixels`.
         """
         if self == _UNCHANGED:
             return pixels
-        # The probe goes through everything the pixels go through, to know the mean where contrast needs it.
+        # The probe goes through the same changes as the pixels: contrast needs its mean at that point.
         both = [pixels, _probe(pixels if whole is None else whole)]
         linear = _Linear()
         if self.brightness is not None:
@@ -92,7 +90,7 @@ _UNCHANGED = Colour()
 
 
 class _Linear:
-    """A linear map of RGB values, built up step by step."""
+    """Linear map of RGB values, built up step by step."""
 
     def __init__(self) -> None:
         self.matrix = np.eye(3)

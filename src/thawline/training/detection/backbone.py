@@ -1,12 +1,12 @@
-"""A tuner on a detector's backbone, and the plain detector that comes out of it.
+"""Tuners on a detector's backbone, and merging the result into a plain detector.
 
-A detector's encoder and decoder always train: they have to learn the classes. What a recipe's tuner says is
-about the pretrained part of the backbone: the vision transformer of S to X (the convolutions beside it never
-come pretrained), all of HGNetv2 in the smaller sizes.
+The encoder and decoder of a detector always train, since they have to learn the classes. A recipe's tuner
+applies to the pretrained part of the backbone: the vision transformer of S to X (its convolutional adapter is
+never pretrained), all of HGNetv2 in the smaller sizes.
 
-| tuner | the pretrained part |
+| tuner | pretrained part of the backbone |
 |---|---|
-| none | trains, at the backbone's rate |
+| none | trains at the backbone's rate |
 | frozen | stays bit for bit: no gradient, no batch statistics, no random position scaling |
 | lora, paca, … | gets the adapter, which trains at the full rate |
 """
@@ -29,13 +29,13 @@ from thawline.tuners.build import attach_tuner
 
 
 def tune_backbone(model: DEIMv2, settings: TunerSettings) -> DEIMv2:
-    """Make of the backbone what the tuner says; everything else trains.
+    """Apply a tuner to the backbone and make everything else trainable.
 
     Args:
         model: changed in place.
-        settings: a tuner's section of a recipe. `target_modules: all-linear` means all convolutions of an
-            HGNetv2, which has no linear layers, but the depthwise ones; for PaCA also without those of fewer
-            input channels than `r` (the stem's), where all that there is to select is the whole layer.
+        settings: tuner section of a recipe. For an HGNetv2, which has no linear layers,
+            `target_modules: all-linear` means all convolutions except the depthwise ones; PaCA also leaves
+            out those with fewer input channels than `r` (the stem's), where it could only select all.
     Raises: ConfigError: the tuner does not fit the backbone.
     """
     model.requires_grad_(True)
@@ -43,28 +43,29 @@ def tune_backbone(model: DEIMv2, settings: TunerSettings) -> DEIMv2:
         return model
     backbone = model.backbone
     pretrained = backbone.vit if isinstance(backbone, AdaptedViT) else backbone
-    beside = [p for p in backbone.parameters() if id(p) not in {id(q) for q in pretrained.parameters()}]
+    pretrained_ids = {id(p) for p in pretrained.parameters()}
+    unpretrained = [p for p in backbone.parameters() if id(p) not in pretrained_ids]
     if isinstance(settings, Frozen):
         pretrained.requires_grad_(False)
-        _hold_still(pretrained)
+        _keep_in_eval(pretrained)
         return model
     if isinstance(settings, Adapter) and settings.target_modules == "all-linear" and pretrained is backbone:
         settings = dataclasses.replace(settings, target_modules=_convolutions(backbone, settings))
     model.backbone = attach_tuner(backbone, settings)
-    for parameter in beside:
+    for parameter in unpretrained:
         parameter.requires_grad_(True)
     return model
 
 
 def fast_parameters(model: DEIMv2, settings: TunerSettings) -> list[str]:
-    """Names of the backbone's parameters that train at the full rate: those an adapter added."""
+    """Return the names of the backbone parameters that train at the full rate: those an adapter added."""
     if isinstance(settings, (Full, Frozen)):
         return []
     return [f"backbone.{name}" for name, p in model.backbone.named_parameters() if p.requires_grad]
 
 
 def merged_detector(model: DEIMv2) -> DEIMv2:
-    """A copy on the CPU with any adapter merged into its backbone: plain weights, in eval mode."""
+    """Return a copy on the CPU, in eval mode, with any adapter merged into the backbone."""
     plain = copy.deepcopy(model).cpu()
     if hasattr(plain.backbone, "merge_and_unload"):
         plain.backbone = plain.backbone.merge_and_unload()
@@ -73,8 +74,8 @@ def merged_detector(model: DEIMv2) -> DEIMv2:
     return fresh.eval()
 
 
-def _hold_still(module: nn.Module) -> None:
-    """Keep a module in eval mode whatever its owner's `train()` says."""
+def _keep_in_eval(module: nn.Module) -> None:
+    """Keep a module in eval mode when `train()` is called on the model around it."""
     module.eval()
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -92,6 +93,6 @@ def _convolutions(backbone: nn.Module, settings: Adapter) -> list[str]:
     ]
     if not names:
         raise ConfigError(
-            f"`tuner.r={fewest}`: no convolution of the backbone has as many input channels. Use a smaller r."
+            f"`tuner.r={fewest}`: no convolution of the backbone has that many input channels. Lower `r`."
         )
     return names

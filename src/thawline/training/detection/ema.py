@@ -1,13 +1,15 @@
-"""An exponential moving average of a model's weights, which is what gets evaluated and kept.
+"""Exponential moving average of a model's weights: the weights that are evaluated and saved.
 
-The decay warms up: update n, counted from 1, uses d = decay · (1 - exp(-n / warmup_steps)), so that the
-average follows the first, fast steps and only later reaches 1 / (1 - decay) steps back. Averaged are the
-parameters that train and the floating buffers (batch-norm statistics); what never changes is not copied.
+After every optimiser step, average = d · average + (1 - d) · weights. The decay warms up: update n, counted
+from 1, uses d = decay · (1 - exp(-n / warmup_steps)), so that the average follows the first, fast steps and
+only later reaches 1 / (1 - decay) steps back. Trainable parameters and floating buffers (batch-norm
+statistics) are averaged; everything else never changes and is not copied. `EMA.applied` swaps the averaged
+weights into the model for an evaluation and puts the trained ones back.
 
-The published code runs over the entries of the state dict, so a tensor listed under k names is averaged k
-times a step: its decay is d^k. `once_per_name` repeats that (DEIMv2's lite sizes list one box head three
-times); without it every tensor is averaged once. The published code also sets a new decay at the start of
-stage 2, on an attribute nothing reads, so its decay never restarts; here nothing pretends to.
+The published code iterates over the state dict, so a tensor listed under k names is averaged k times per
+step: its decay is d^k. `once_per_name` repeats that (DEIMv2's lite sizes list one box head three times);
+without it every tensor is averaged once. The published code also sets a new decay at the start of stage 2,
+but on an attribute that nothing reads, so its decay never restarts; neither does it here.
 """
 
 from __future__ import annotations
@@ -26,12 +28,11 @@ from thawline.errors import CheckpointError, ConfigError
 
 
 class EMA:
-    """The average of `model`'s weights over its updates.
+    """Exponential moving average of `model`'s weights.
 
     Args:
-        model: on the device it trains on, with everything that is to train marked so: parameters that start
-        to
-            train later are not averaged.
+        model: on its training device, with `requires_grad` set: parameters made trainable later are not
+            averaged.
         decay: share of the average that one update keeps, after warm-up, in [0, 1).
         warmup_steps: updates after which the decay has reached 63 % of `decay`; 0 is no warm-up.
         once_per_name: average a tensor once for each of its names, as the published code does.
@@ -53,13 +54,13 @@ class EMA:
         self.decay = decay
         self.warmup_steps = warmup_steps
         self.n_updates = 0
-        self._places, self._names_of = _find(model)
+        self._places, self._names_of = _find_averaged(model)
         self._repeats = [len(names) if once_per_name else 1 for names in self._names_of]
         self._average = [_as_average(tensor) for tensor in self._live()]
 
     @property
     def current_decay(self) -> float:
-        """The decay the latest update used; 0 before the first."""
+        """Decay of the latest update; 0 before the first."""
         if self.n_updates == 0:
             return 0.0
         if self.warmup_steps == 0:
@@ -68,7 +69,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights of now. Call after every optimiser step; asks nothing of the device."""
+        """Average in the current weights. Call after every optimiser step; does not wait for the device."""
         self.n_updates += 1
         decay = self.current_decay
         live = [tensor.to(mine) for tensor, mine in zip(self._live(), self._average, strict=True)]
@@ -77,7 +78,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the averaged weights while the context lasts, then its own again."""
+        """Give the model the averaged weights inside the context, then its own again."""
         own = [tensor.detach().clone() for tensor in self._live()]
         self._write(self._average)
         try:
@@ -86,19 +87,19 @@ class EMA:
             self._write(own)
 
     def copy_to_model(self) -> None:
-        """Leave the averaged weights in the model, for good."""
+        """Write the averaged weights into the model for good."""
         self._write(self._average)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs. The tensors are live, not copies."""
+        """Return what a resumed run needs. The tensors are live, not copies."""
         tensors = {names[0]: mine for names, mine in zip(self._names_of, self._average, strict=True)}
         return {"n_updates": self.n_updates, "tensors": tensors}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state.
+        """Restore a saved state.
 
-        Raises: CheckpointError: it averaged other tensors than this model's.
+        Raises: CheckpointError: it averages other tensors than this model's.
         """
         tensors = state["tensors"]
         here = {names[0]: mine for names, mine in zip(self._names_of, self._average, strict=True)}
@@ -121,8 +122,8 @@ class EMA:
         torch._foreach_copy_(self._live(), values)
 
 
-def _find(model: nn.Module) -> tuple[list[tuple[nn.Module, str]], list[list[str]]]:
-    """Where the averaged tensors live, each once, and all the names each has in the state dict."""
+def _find_averaged(model: nn.Module) -> tuple[list[tuple[nn.Module, str]], list[list[str]]]:
+    """Find the averaged tensors: module and attribute of each, and all its names in the state dict."""
     saved = set(model.state_dict())
     names_of: dict[int, list[str]] = {}
     places: dict[int, tuple[nn.Module, str]] = {}
@@ -138,10 +139,10 @@ def _find(model: nn.Module) -> tuple[list[tuple[nn.Module, str]], list[list[str]
 
 
 def _is_averaged(buffer: Tensor) -> bool:
-    """Statistics are averaged; a table with infinities (DEIMv2's anchors) has no average and never moves."""
+    """Return whether a buffer is averaged: tables with infinities (DEIMv2's anchors) never change."""
     return buffer.is_floating_point() and bool(buffer.isfinite().all())
 
 
 def _as_average(tensor: Tensor) -> Tensor:
-    """A copy in at least float32: an update of a ten-thousandth would be lost in half precision."""
+    """Copy to at least float32: an update of a ten-thousandth would be lost in half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

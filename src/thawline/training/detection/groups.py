@@ -1,8 +1,8 @@
-"""Which parameters share a rate and a weight decay.
+"""Parameter groups of a detector's optimiser: parameters that share a learning rate and a weight decay.
 
 `published_groups` repeats the authors' groups, name pattern by name pattern. `clean_groups` is the default
-for a user's own data: whatever is pretrained at the backbone's rate; no decay for anything of one dimension
-(norms, biases, affine scales) and for embeddings. Both give four groups in the same order, so that one
+for a user's own data: pretrained parameters train at the backbone's rate; one-dimensional parameters (norms,
+biases, affine scales) and embeddings have no decay. Both give four groups in the same order, so that one
 schedule serves both: backbone, backbone undecayed, others undecayed, others.
 """
 
@@ -26,7 +26,7 @@ _EMBEDDINGS = re.compile(r"(?:cls_token|mask_token|storage_tokens|class_embed\.w
 
 @dataclass
 class ParameterGroup:
-    """Parameters that train alike."""
+    """Parameters with one learning rate and weight decay."""
 
     name: str
     lr: float
@@ -34,7 +34,7 @@ class ParameterGroup:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def for_optimizer(self) -> dict[str, Any]:
-        """The group as `torch.optim` takes it."""
+        """Return the group in the form that `torch.optim` takes."""
         return {
             "params": list(self.parameters.values()),
             "lr": self.lr,
@@ -46,13 +46,13 @@ class ParameterGroup:
 def build_groups(
     model: nn.Module, settings: TrainingSettings, *, fast: Iterable[str] = ()
 ) -> list[ParameterGroup]:
-    """The four groups of `model`'s trainable parameters; some may be empty.
+    """Build the four groups of `model`'s trainable parameters; some may be empty.
 
     Args:
         model: a detector, bare or with a tuner in its backbone.
-        settings: rates, decay and, in its `group_rules`, whether the groups are the published ones.
-        fast: names of parameters that train at the full rate although they sit in the backbone: a tuner's.
-    Raises: ConfigError: nothing trains.
+        settings: rates and decay; non-empty `group_rules` select the published groups.
+        fast: names of backbone parameters that train at the full rate: those of a tuner.
+    Raises: ConfigError: no parameter is trainable.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
@@ -65,10 +65,9 @@ def build_groups(
 def published_groups(
     trainable: dict[str, nn.Parameter], rules: Sequence[GroupRule], settings: TrainingSettings
 ) -> list[ParameterGroup]:
-    """The authors' groups: each parameter goes to the first rule whose pattern its name matches, or to the
-    last group.
+    """Build the authors' groups: each parameter belongs to the first rule that matches its name.
 
-    Returns: one group per rule, then that of the rest.
+    Returns: one group per rule, then the group of what no rule matches.
     """
     groups = [
         ParameterGroup(
@@ -89,10 +88,9 @@ def published_groups(
 def clean_groups(
     trainable: dict[str, nn.Parameter], settings: TrainingSettings, *, fast: Iterable[str] = ()
 ) -> list[ParameterGroup]:
-    """Groups by what a parameter is. Arguments and order as of `build_groups`."""
+    """Build groups by kind of parameter. Arguments and order: see `build_groups`."""
     fast = set(fast)
-    # Of the ViT sizes' backbone only the ViT comes pretrained; the convolutional adapter beside it never
-    # does.
+    # In the ViT sizes' backbone only the ViT is pretrained; the convolutional adapter never is.
     has_vit = any(".dinov3." in name for name in trainable)
     groups = [
         ParameterGroup(name, lr, decay)
