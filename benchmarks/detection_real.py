@@ -182,7 +182,7 @@ def train_ours(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
 def measure_last(config: Any, folder: Path) -> dict[str, Any]:
     """AP of last/: what a run says of itself is of model/, its best by the held-out images."""
     from thawline.models.deimv2 import DEIMv2
-    from thawline.training.build import build_objective
+    from thawline.training.objective import build_objective
 
     objective: Any = build_objective(config)
     model = DEIMv2.from_pretrained(folder / "last")
@@ -204,7 +204,7 @@ def train_port(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
 
     from thawline.bench.port import build_port
     from thawline.recipe import RunConfig
-    from thawline.training.build import build_objective
+    from thawline.training.objective import build_objective
 
     config = RunConfig.from_mapping(recipe(job, shared, folder))
     objective: Any = build_objective(config)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from thawline.errors import CheckpointError, ConfigError, DataError
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, predict, run
-from thawline.training.build import build_model, build_objective
+from thawline.training.checkpoints import newest_checkpoint, remove_incomplete_checkpoints
+from thawline.training.objective import build_objective
 from thawline.training.text.objective import TextObjective
-from thawline.training.trainer import newest_checkpoint, remove_torn_checkpoints
 
 FILES = {
     "config.yaml", "env.json", "metrics.jsonl", "model", "objective.json", "plan.json", "predictions.jsonl",
@@ -161,7 +161,7 @@ def test_a_torn_checkpoint_is_passed_over_and_removed(tmp_path: Path) -> None:
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
-    remove_torn_checkpoints(tmp_path)
+    remove_incomplete_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
 
 
@@ -282,10 +282,10 @@ def test_columns_that_look_at_data_are_chosen_by_training_rows(recipe, selection
             for layer in model.modules()
             if isinstance(layer, PacaLayer)
         ]
-        for model in (build_model(config, objective) for _ in range(2))
+        for model in (objective.build_model() for _ in range(2))
     ]
     assert indices[0] == indices[1]  # a resumed run finds the same
-    random = build_model(recipe("random", {"method": "paca", "r": 3}), objective)
+    random = build_objective(recipe("random", {"method": "paca", "r": 3})).build_model()
     assert indices[0] != [
         layer.thawline_paca_indices["default"].tolist()
         for layer in random.modules()

@@ -18,7 +18,7 @@ from thawline.cli import main
 from thawline.errors import CheckpointError, ConfigError, DataError, RoutingError
 from thawline.recipe import RunConfig, load_recipe
 from thawline.run import RunResult, evaluate, measure_alignment, predict, run
-from thawline.training.build import build_model, build_objective
+from thawline.training.objective import build_objective
 from thawline.training.text.match import MatchObjective
 from thawline.training.text.objective import TextObjective
 from thawline.tuners.mhr.adapt import find_adapter
@@ -104,7 +104,7 @@ def test_each_task_is_routed_by_its_own_row(recipe, pretrained) -> None:
         part = {name: value for name, value in together.parts[task].items() if name != "rows"}
         assert alone.metrics == pytest.approx(part)
     objective = build_objective(config)
-    model = build_model(config, objective)
+    model = objective.build_model()
     shared, name = find_adapter(model)
     assert shared.configs[name].task_names == ["first", "last"]
     rows = [objective.train_rows[0], objective.train_rows[-1]]
@@ -175,7 +175,7 @@ def test_the_table_of_an_adaptation_has_zero_shot_rows(
     page = (config.run_folder.parent / "rows" / "report.html").read_text()
     assert page.count(">  zero-shot<") == 4
     # One of the two is no new task.
-    assert "Trained on before: first. " in caplog.text
+    assert "Already trained: first. " in caplog.text
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(recipe, pretrained, monkeypatch) -> None:

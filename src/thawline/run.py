@@ -45,7 +45,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -55,30 +55,22 @@ from transformers import set_seed
 import thawline
 from thawline.analysis.gradients import check_alignable, plain_batch
 from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
-from thawline.errors import CheckpointError, ConfigError, RoutingError, did_you_mean
+from thawline.errors import CheckpointError, ConfigError, did_you_mean
+from thawline.files import write_text
 from thawline.recipe import Frozen, RunConfig, load_recipe
 from thawline.report.pictures import save_worst_images
 from thawline.report.run_report import PICTURES
-from thawline.tables import AT_START, ZERO_SHOT
-from thawline.training.build import (
-    build_model,
-    build_objective,
-    build_trainer,
-    load_tuned,
-    n_base_parameters,
-    n_parameters,
-    saved_model_folder,
-)
-from thawline.training.objective import Evaluation, Objective, RowObjective
-from thawline.training.text.rows import task_batches
-from thawline.training.trainer import (
-    StopOnSignal,
-    Trainer,
-    checkpoints,
+from thawline.training.callbacks import StopOnSignal
+from thawline.training.checkpoints import (
+    checkpoint_step,
+    find_checkpoints,
     newest_checkpoint,
-    remove_torn_checkpoints,
-    write_text,
+    remove_incomplete_checkpoints,
 )
+from thawline.training.evaluation import Evaluation
+from thawline.training.objective import Objective, build_objective
+from thawline.training.plan import build_plan, n_parameters, plan_rows
+from thawline.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +81,6 @@ NO_DATA = "-"
 
 USUAL_BATCH = 8
 """Rows evaluated at a time where the recipe leaves it open."""
-
-ALIGN_ROWS = 64
-"""Rows of each task that alignment is measured on."""
 
 MAY_CHANGE = ("folder", "training.report_to", "training.workers", "training.keep_checkpoints")
 """What a resumed run may set anew: everything else would make it another run."""
@@ -142,12 +131,13 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
 
     set_seed(config.seed)
     objective = build_objective(config)
-    model = build_model(config, objective)
+    model = objective.build_model()
     use_cache = getattr(getattr(model, "config", None), "use_cache", None)
     stop = StopOnSignal()
-    trainer = build_trainer(config, model, objective, [stop, *_recorders(config, model, objective)])
-    plan = _plan(trainer)
-    _describe(config, trainer, plan)
+    trainer = objective.build_trainer(model, [stop, *_recorders(objective, model)])
+    plan = build_plan(objective, trainer)
+    if not dry_run:
+        logger.info(_aligned(plan_rows(plan)))
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "plan.json", _to_json(plan))
@@ -160,14 +150,14 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
     start = time.perf_counter()
     if trainable:
         if trainer.is_world_process_zero():
-            remove_torn_checkpoints(folder)
+            remove_incomplete_checkpoints(folder)
         checkpoint = newest_checkpoint(folder)
         if resume:
             logger.info("Going on from %s.", checkpoint or "step 0: the run had saved no checkpoint")
-        if checkpoint is None and _evaluates_at_start(config, objective):
+        if checkpoint is None and objective.start_name is not None:
             found = trainer.starting_evaluation()
             if trainer.is_world_process_zero():
-                start_as = {"name": _start_name(config), "metrics": found.metrics, "parts": found.parts}
+                start_as = {"name": objective.start_name, "metrics": found.metrics, "parts": found.parts}
                 write_text(folder / START, _to_json(start_as))
         with stop.listen():
             try:
@@ -215,7 +205,7 @@ def evaluate(model: str | Path, *, config: RunConfig | None = None) -> Evaluatio
         raise ConfigError(
             f"'{config.data.path}' holds no held-out rows. Give `data.eval_path` or `data.eval_fraction`."
         )
-    tuned = _to_device(load_tuned(config, objective, _saved_folder(model)))
+    tuned = _to_device(objective.load_tuned(_saved_folder(model)))
     return objective.evaluate(
         tuned, config.training.eval_batch_size or config.training.batch_size or USUAL_BATCH
     )
@@ -254,21 +244,9 @@ def predict(
         sampling: forwarded to `generate` (do_sample, temperature, top_p, …).
     """
     config = config or saved_config(model)
-    described = _described(Path(model))
-    objective: Any = build_objective(config, read="none", described=described)
-    known = described.get("tasks", {})
-    if task is not None and task not in known:
-        raise RoutingError(f"'{model}' knows no task '{task}'. {did_you_mean(task, known)}")
-    tuned = _to_device(load_tuned(config, objective, _saved_folder(model)))
-    if task is None and objective.task_ids is not None and len(objective.task_ids) > 1:
-        raise RoutingError(f"Which task are the texts of? {did_you_mean('', objective.task_ids)}")
-    task = task or next(iter(objective.task_ids or known), "")
-    # Of a run without tasks to speak of, choices are for the asking only, as ever.
-    if not choices and (objective.task_ids is not None or config.objective.kind == "match" or len(known) > 1):
-        choices = known.get(task, ())
-    return objective.predict(
-        tuned, texts, described=described, choices=choices, task=task, batch_size=batch_size, **sampling
-    )
+    objective = build_objective(config, read="none", described=_described(Path(model)))
+    tuned = _to_device(objective.load_tuned(_saved_folder(model)))
+    return objective.predict(tuned, texts, choices=choices, task=task, batch_size=batch_size, **sampling)
 
 
 def measure_alignment(folder: str | Path) -> list[dict[str, Any]]:
@@ -287,15 +265,16 @@ def measure_alignment(folder: str | Path) -> list[dict[str, Any]]:
     file = folder / ALIGNMENT
     if file.is_file():
         raise ConfigError(f"'{file}' is there already. Move it away to measure anew.")
-    saved = checkpoints(folder)
+    saved = find_checkpoints(folder)
     if not saved:
         raise CheckpointError(f"'{folder}' has no checkpoints. Train with `training.align_every`.")
     config = load_recipe(folder / "config.yaml")
     objective = build_objective(config, described=_described(folder))
     recorder: AlignmentRecorder | None = None
-    for step, checkpoint in saved:
-        model = _to_device(load_tuned(config, objective, checkpoint))
-        recorder = recorder or _recorder(config, model, objective, every=1)
+    for checkpoint in saved:
+        step = checkpoint_step(checkpoint)
+        model = _to_device(objective.load_tuned(checkpoint))
+        recorder = recorder or _recorder(objective, model, every=1)
         recorder(model, step, writes=False)
         logger.info("step %d measured", step)
     assert recorder is not None
@@ -303,27 +282,23 @@ def measure_alignment(folder: str | Path) -> list[dict[str, Any]]:
     return recorder.rows
 
 
-def _recorders(config: RunConfig, model: nn.Module, objective: Objective) -> list[AlignmentRecorder]:
-    """The one that the recipe asks for, if it does."""
-    every = getattr(config.training, "align_every", None)
+def _recorders(objective: Objective, model: nn.Module) -> list[AlignmentRecorder]:
+    """Return the alignment recorder that the recipe asks for, if it does."""
+    every = objective.align_every
     return (
-        [] if every is None else [_recorder(config, model, objective, every, config.run_folder / ALIGNMENT)]
+        [] if every is None else [_recorder(objective, model, every, objective.config.run_folder / ALIGNMENT)]
     )
 
 
 def _recorder(
-    config: RunConfig, model: nn.Module, objective: Objective, every: int, file: Path | None = None
+    objective: Objective, model: nn.Module, every: int, file: Path | None = None
 ) -> AlignmentRecorder:
-    rows = cast(RowObjective, objective)
-    if config.objective.kind == "detection":
-        raise ConfigError("Alignment is between tasks of text; a detector has one task.")
-    batches = task_batches(rows, ALIGN_ROWS, config.training.batch_size or USUAL_BATCH, config.seed)
+    batches, own_loss, loss = objective.alignment_batches(), objective.loss, None
     check_alignable(model, batches)
-    own, loss = rows.loss, None
-    if own is not None:
+    if own_loss is not None:
 
         def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-            return own(model, plain_batch(model, batch))
+            return own_loss(model, plain_batch(model, batch))
 
     return AlignmentRecorder(batches, loss, every=every, file=file)
 
@@ -352,8 +327,26 @@ def _saved_folder(model: str | Path) -> Path | None:
     path = Path(model)
     if (path / "config.yaml").is_file():
         only_evaluated = isinstance(load_recipe(path / "config.yaml").tuner, Frozen)
-        return None if only_evaluated and not _holds_detector(path) else saved_model_folder(path)
+        return None if only_evaluated and not _holds_detector(path) else _saved_model_folder(path)
     return path if (path / "adapter_config.json").is_file() else None
+
+
+def _saved_model_folder(run_folder: Path) -> Path:
+    """Return where a run keeps what it trained: model/, or what there is before it has finished.
+
+    That is a detector's best/ or last/, else the newest checkpoint.
+
+    Raises: CheckpointError: if it holds none of them.
+    """
+    for name in ("model", "best", "last"):
+        if (run_folder / name).is_dir():
+            return run_folder / name
+    checkpoint = newest_checkpoint(run_folder)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"'{run_folder}' holds neither model/ nor a checkpoint: nothing was trained yet."
+        )
+    return checkpoint
 
 
 def _holds_detector(folder: Path) -> bool:
@@ -430,59 +423,6 @@ def _save_model(trainer: Trainer, target: Path) -> None:
         beside.rename(target)
 
 
-def _plan(trainer: Trainer) -> dict[str, Any]:
-    """What is about to happen, as plain values."""
-    trainable, total = n_parameters(trainer.model)
-    plan: dict[str, Any] = {
-        "model": type(_base_of(trainer.model)).__name__,
-        "parameters": total,
-        "base_parameters": n_base_parameters(trainer.model),
-        "trainable_parameters": trainable,
-        "device": str(trainer.args.device),
-        "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
-        "rows": {
-            "train": len(trainer.objective.train_rows),
-            "held_out": len(trainer.objective.held_out_rows),
-        },
-    }
-    return plan | trainer.plan() if trainable else plan
-
-
-def _evaluates_at_start(config: RunConfig, objective: Objective) -> bool:
-    wanted = getattr(config.training, "eval_at_start", False)
-    if wanted is None:
-        wanted = getattr(config.tuner, "start_from", None) is not None
-    return bool(wanted and objective.held_out_rows)
-
-
-def _start_name(config: RunConfig) -> str:
-    return AT_START if getattr(config.tuner, "adapt", "none") == "none" else ZERO_SHOT
-
-
-def _describe(config: RunConfig, trainer: Trainer, plan: Mapping[str, Any]) -> None:
-    trainable, total = plan["trainable_parameters"], plan["parameters"]
-    logger.info("run      %s", config.run_folder)
-    logger.info(
-        "base     %s: %s, %s parameters", config.base.label, plan["model"], f"{plan['base_parameters']:,}"
-    )
-    logger.info(
-        "tuner    %s: %s trainable (%.2f %%)", config.tuner.method, f"{trainable:,}", 100 * trainable / total
-    )
-    logger.info(
-        "data     %s: %s",
-        config.data.path,
-        "{train:,} rows to learn, {held_out:,} held out".format(**plan["rows"]),
-    )
-    if trainable:
-        logger.info(
-            "training %s steps of %d rows, %s on %s",
-            f"{plan['steps']:,}", plan["rows_a_step"], plan["precision"], plan["device"],
-        )  # fmt: skip
-        for line in trainer.plan_lines(plan):
-            logger.info(line)
-        logger.info("sample   %s  (⟦learned⟧)", trainer.objective.preview())
-
-
 def environment() -> dict[str, Any]:
     """Machine, versions and command of this process."""
     packages = ("torch", "transformers", "peft", "accelerate")
@@ -498,8 +438,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _aligned(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(heading) for heading, _ in rows)
+    return "\n".join(f"{heading:{width}}  {words}" for heading, words in rows)
 
 
 def _read_result(folder: Path) -> RunResult:

@@ -17,11 +17,12 @@ from tests.support.text import save_tiny_bert, write_tasks
 from thawline.analysis.recorder import ALIGNMENT, read_trajectory
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, run
+from thawline.training.objective import build_objective
+from thawline.training.text.base import RowObjective
 from thawline.training.text.match import MatchObjective
 from thawline.training.text.objective import TextObjective
-from thawline.training.text.rows import TaskRows
 
-KINDS: dict[str, type[TaskRows]] = {"text": TextObjective, "match": MatchObjective}
+KINDS: dict[str, type[RowObjective]] = {"text": TextObjective, "match": MatchObjective}
 
 SAVED = "model/adapter_model.safetensors"
 
@@ -82,9 +83,8 @@ def test_two_processes_make_one_run_of_tasks(kind: str, tiny_llama: Path, tmp_pa
     assert first["told"] == second["told"]
     assert first["told"]["steps"] == 12  # two epochs of 36 rows, six a step
     # Every other batch is one process's, in the order that one process alone would take them.
-    alone = KINDS[kind]
     config = RunConfig.from_mapping(mapping)
-    objective = alone(config.objective, config.base, config.data, seed=config.seed)
+    objective = build_objective(config)
     sampler = objective.train_sampler(3)
     order = []
     for epoch in range(2):

@@ -27,9 +27,9 @@ from thawline.models.deimv2.published import PUBLISHED
 from thawline.recipe import RunConfig
 from thawline.recipe.resolved import TrainingSettings, Window
 from thawline.run import evaluate, run, saved_config
-from thawline.training.build import build_model, build_objective, build_trainer
 from thawline.training.detection import schedule as schedules
 from thawline.training.detection.backbone import merged_detector
+from thawline.training.objective import build_objective
 
 NAMES = ("red", "green", "blue")
 # Atto with little to do: the run is what is tested.
@@ -339,7 +339,7 @@ def test_the_published_run_starts_stage_2_from_the_best_of_stage_1(
     monkeypatch.setitem(schedules.PUBLISHED, "atto", short)
     config = recipe(objective={"preset": "published"}, epochs=None, keep_checkpoints=9)
     objective = build_objective(config)
-    trainer = build_trainer(config, build_model(config, objective), objective, [])
+    trainer = objective.build_trainer(objective.build_model())
     loaded = []
     monkeypatch.setattr(trainer, "_load_stage_1", lambda: loaded.append(trainer.epoch))
     monkeypatch.setattr(trainer, "_score", lambda *_: [0.1, 0.3, 0.2, 0.1][trainer.epoch - 1])
@@ -369,7 +369,7 @@ def test_going_back_to_stage_1_restores_everything_but_the_rate(
     monkeypatch.setitem(schedules.PUBLISHED, "atto", short)
     config = recipe(objective={"preset": "published"}, epochs=None, max_steps=6)
     objective = build_objective(config)
-    trainer = build_trainer(config, build_model(config, objective), objective, [])
+    trainer = objective.build_trainer(objective.build_model())
     trainer.train()
     saved = torch.load(trainer.folder / "stage_1.pt", weights_only=True)
     trainer._load_stage_1()
@@ -414,7 +414,7 @@ def test_norms_of_several_gpus_change_neither_names_nor_numbers(
     method = {"method": tuner} if tuner == "none" else {"method": tuner, "r": 4}
     config = recipe(variant=variant, base={"weights": str(tmp_path / "start"), "overrides": {}}, tuner=method)
     objective = build_objective(config)
-    alone, together = (build_model(config, objective) for _ in range(2))
+    alone, together = (objective.build_model() for _ in range(2))
     together = nn.SyncBatchNorm.convert_sync_batchnorm(together)
     assert any(isinstance(module, nn.SyncBatchNorm) for module in together.modules())
     assert list(together.state_dict()) == list(alone.state_dict())

@@ -14,7 +14,8 @@ from transformers import BertConfig, BertModel
 
 from tests.support.text import byte_tokenizer
 from thawline.errors import ConfigError, DataError
-from thawline.recipe import MatchSettings, TextBase, TextData
+from thawline.recipe import MatchSettings, RunConfig, TextBase, TextData
+from thawline.training.objective import build_objective
 from thawline.training.text.match import MatchObjective, match_loss, mean_pooled
 
 SETS = {"colour": ["red", "green", "blue"], "size": ["large", "small"], "either": ["red", "small", "a", "b"]}
@@ -52,7 +53,8 @@ def rows(tmp_path: Path) -> Path:
 
 def objective(bert: Path, rows: Path, **settings: object) -> MatchObjective:
     data = TextData(path=str(rows), eval_fraction=0.3, max_length=30)
-    return MatchObjective(MatchSettings(**settings), TextBase(model=str(bert)), data)  # type: ignore[arg-type]
+    config = RunConfig(objective=MatchSettings(**settings), base=TextBase(model=str(bert)), data=data)
+    return build_objective(config)
 
 
 def embed(model: nn.Module, text: str) -> torch.Tensor:
@@ -114,8 +116,12 @@ def test_the_mean_is_over_a_texts_own_tokens(bert: Path) -> None:
 
 def test_what_cannot_be_matched_is_refused(bert: Path, rows: Path) -> None:
     with pytest.raises(ConfigError, match="has no head, got `base.head: classifier`"):
-        MatchObjective(
-            MatchSettings(), TextBase(model=str(bert), head="classifier"), TextData(path=str(rows))
+        build_objective(
+            RunConfig(
+                objective=MatchSettings(),
+                base=TextBase(model=str(bert), head="classifier"),
+                data=TextData(path=str(rows)),
+            )
         )
     (rows / "open.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
     with pytest.raises(
@@ -124,7 +130,7 @@ def test_what_cannot_be_matched_is_refused(bert: Path, rows: Path) -> None:
         objective(bert, rows)
     asked = objective(bert, rows.joinpath("size.jsonl"))
     with pytest.raises(ConfigError, match="picks among choices, and the task's rows share none"):
-        asked.predict(asked.load_base(), ["x"], described={})
+        asked.predict(asked.load_base(), ["x"])
 
 
 def test_minilm_matches_real_text_without_training(shared: Path) -> None:
@@ -135,7 +141,8 @@ def test_minilm_matches_real_text_without_training(shared: Path) -> None:
     data = TextData(
         path=str(shared / "data/text"), tasks=["clinc_domain", "nlu_qa_intent"], max_task_eval_rows=60
     )
-    asked = MatchObjective(MatchSettings(), TextBase(model=str(base)), data, read="held-out")
+    config = RunConfig(objective=MatchSettings(), base=TextBase(model=str(base)), data=data)
+    asked = build_objective(config, read="held-out")
     found = asked.evaluate(asked.load_base(), batch_size=64)
     # Guessing reaches 0.10 and 0.20; measured 0.40 and 0.57 or more.
     assert found.parts["clinc_domain"]["choice_accuracy"] > 0.3

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from thawline.errors import CheckpointError, ConfigError
 from thawline.recipe import PEFT_METHODS, TUNERS, Frozen, Full, Lora, Mhr, Paca, PeftMethod
-from thawline.training.build import n_base_parameters, n_parameters
+from thawline.training.plan import n_base_parameters, n_parameters
 from thawline.tuners.build import attach_tuner
 from thawline.tuners.paca.config import PacaConfig
 

@@ -1,84 +1,166 @@
-"""What a run needs to know of what is asked: the contract between an objective and the trainer."""
+"""Objectives: what a model is trained for. An objective builds its model and trainer and judges the result.
+
+recipe ── build_objective ──► Objective ── build_model   ──► base with its tuner
+                                        ── build_trainer ──► Trainer
+                                        ── evaluate      ──► Evaluation
+"""
 
 from __future__ import annotations
 
-__all__ = ["Evaluation", "Objective", "RowObjective"]
+__all__ = ["OBJECTIVES", "Objective", "ReadRows", "build_objective"]
 
+import dataclasses
+import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from transformers import TrainerCallback
+
+from thawline.errors import ConfigError
+from thawline.ops.lean import apply_lean
+from thawline.recipe import Frozen, Full, RunConfig, TunerSettings
+from thawline.training.evaluation import Evaluation
+from thawline.training.trainer import Trainer
+
+OBJECTIVES = {
+    "text": "thawline.training.text.objective:TextObjective",
+    "match": "thawline.training.text.match:MatchObjective",
+    "detection": "thawline.training.detection.objective:DetectionObjective",
+}
+"""`objective.kind` of a recipe → module and class, imported when a recipe asks for it."""
+
+ReadRows = Literal["all", "held-out", "none"]
+"""Rows an objective reads: predicting needs none, evaluating the held-out ones."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What an evaluation found."""
+class Objective(ABC):
+    """Owner of data and base: builds and loads models, batches rows, trains and evaluates.
 
-    metrics: dict[str, float]
-    """Over everything, by metric name."""
-    parts: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The same by part: a task of text, a class of detection."""
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """What was predicted, row by row, as plain values."""
-    files: dict[str, Any] = field(default_factory=dict)
-    """More of it: plain values by the name of the JSON file they go to in the run's folder."""
-    detections: tuple[Any, Any, Any] | None = None
-    """Of a detector: images, evaluator and its metrics, from which its worst images are drawn."""
+    Args:
+        config: the recipe, whose sections are of this objective's kind.
+        read: rows to read.
+        described: what `describe` returned when the run was trained.
+    """
 
+    settings: Any
+    base: Any
+    data: Any
+    training: Any
+    # The four sections; each objective annotates them with its own dataclasses, which RunConfig has checked.
+    processor: Any = None
+    """Tokenizer or image processor, saved next to the model. None: there is none."""
+    loss: ClassVar[Callable[..., Tensor] | None] = None
+    """Training loss, `loss(self, model, batch)`, a mean over rows. None: the model's own."""
 
-class Objective(Protocol):
-    """An objective owns data and base: it loads both, batches the one and evaluates the other."""
-
-    smaller_is_better: tuple[str, ...]
-    """Metrics whose smallest value is the best."""
-    processor: Any
-    """Tokenizer or image processor, saved beside the model. None: there is none."""
+    def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
+        self.config = config
+        self.settings, self.base = config.objective, config.base
+        self.data, self.training = config.data, config.training
 
     @property
+    @abstractmethod
     def train_rows(self) -> Sequence[Any]:
-        """Rows to learn from, as `collate` takes them."""
+        """Rows to train on, as `collate` takes them."""
 
     @property
+    @abstractmethod
     def held_out_rows(self) -> Sequence[Any]:
         """Rows to evaluate on."""
 
-    def load_base(self, source: str | None = None) -> nn.Module:
-        """The pretrained model on the CPU, or one of its kind saved in `source`."""
-
-    def collate(self, rows: Sequence[Any]) -> Mapping[str, Any]:
-        """One batch for the model's forward, which returns its loss first or as "loss"."""
-
-    def preview(self) -> str:
-        """One training row as the model sees it, for a person to check before step 1."""
-
-    def save_pictures(self, folder: Path) -> None:
-        """Draw into `folder` what is worth seeing before step 1."""
-
-    def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
-        """Judge `model` on the held-out rows; leaves it in eval mode."""
-
-    def describe(self) -> dict[str, Any]:
-        """What predicting needs beyond model and processor, as plain values; kept in the run's folder."""
-
-
-class RowObjective(Objective, Protocol):
-    """An objective on rows of text, which may be of several tasks."""
-
-    loss: ClassVar[Callable[..., Tensor] | None]
-    """`loss(self, model, batch)`: what training minimises, a mean over rows. None: the model's own."""
+    @property
+    @abstractmethod
+    def collate(self) -> Callable[[Sequence[Any]], Mapping[str, Any]]:
+        """Build a batch for the model's forward, which returns its loss first or as "loss"."""
 
     @property
-    def tasks(self) -> Sequence[str]:
-        """Names of the tasks to learn or, where none are, to evaluate on."""
+    def align_every(self) -> int | None:
+        """Steps between measurements of gradient alignment. None: not measured."""
+        return None
 
-    def route(self, tasks: Sequence[str] | None) -> None:
-        """Give batches the ids of their rows' tasks, by a routing table's names; None: no ids any more.
+    @property
+    def start_name(self) -> str | None:
+        """Name of the evaluation before the first step. None: there is none."""
+        return None
 
-        Raises: RoutingError: for rows of a task that the table lacks.
+    @abstractmethod
+    def load_base(self, source: str | None = None) -> nn.Module:
+        """Load the pretrained model on the CPU, or one of its kind saved in `source`."""
+
+    @abstractmethod
+    def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
+        """Make trainable what `tuner` says. `saved`: see `build_model`.
+
+        Raises: ConfigError: if the tuner does not fit the objective or the model.
         """
 
-    def train_sampler(self, batch_size: int) -> Sampler[int] | None:
-        """Which row comes when, a function of `set_epoch`. None: every row once an epoch, by chance."""
+    @abstractmethod
+    def build_trainer(self, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+        """Build the trainer, with the arguments that the recipe gives. Raises: ConfigError."""
+
+    @abstractmethod
+    def preview(self) -> str:
+        """Return one training row as the model sees it, for a person to check before step 1."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
+        """Evaluate `model` on the held-out rows; leaves it in eval mode."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what predicting needs beyond model and processor, as plain values."""
+
+    def save_pictures(self, folder: Path) -> None:  # noqa: B027
+        """Draw what is worth seeing before step 1 into `folder`."""
+
+    def build_model(self, tuner: TunerSettings | None = None, *, saved: bool = False) -> nn.Module:
+        """Build the base, lean where asked, with the tuner attached.
+
+        Args:
+            tuner: None: the recipe's.
+            saved: `tuner.start_from` was made by this very recipe: it has adapted already, unless
+                `tuner.adapt` now says otherwise.
+        """
+        model = self.load_base()
+        if self.config.lean:
+            model = apply_lean(model)
+        return self.attach_tuner(model, tuner or self.config.tuner, saved=saved)
+
+    def load_tuned(self, folder: Path | None) -> nn.Module:
+        """Load what a run saved in `folder` (its model/ or a checkpoint); None: the base as it is."""
+        tuner = self.config.tuner
+        if folder is None:
+            return self.build_model(Frozen())
+        if isinstance(tuner, (Full, Frozen)) or not (folder / "adapter_config.json").is_file():
+            return self.load_base(str(folder))
+        return self.build_model(dataclasses.replace(tuner, start_from=str(folder)), saved=True)
+
+    def alignment_batches(self) -> dict[str, list[Any]]:
+        """Return batches of training rows by task, on which the alignment of gradients is measured.
+
+        Raises: ConfigError: if the objective has no tasks.
+        """
+        raise ConfigError("Alignment is between tasks of text; a detector has one task.")
+
+    def predict(
+        self,
+        model: nn.Module,
+        inputs: Sequence[str],
+        *,
+        choices: Sequence[str] = (),
+        task: str | None = None,
+        batch_size: int = 8,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answer texts. Raises: ConfigError: if the objective is not about text."""
+        raise ConfigError("A detector answers no texts. Give images: thawline predict MODEL --source …")
+
+
+def build_objective(
+    config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any] | None = None
+) -> Objective:
+    """Build the objective that a recipe asks for (see `Objective`)."""
+    module, name = OBJECTIVES[config.objective.kind].split(":")
+    return getattr(importlib.import_module(module), name)(config, read=read, described=described or {})

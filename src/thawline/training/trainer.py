@@ -7,43 +7,22 @@ the progress bar carries the loss instead of printing a dictionary a line.
 
 from __future__ import annotations
 
-__all__ = ["StopOnSignal", "Trainer", "newest_checkpoint", "training_arguments", "usual_learning_rate"]
+__all__ = ["Trainer"]
 
-import dataclasses
-import json
-import logging
-import os
-import re
-import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from thawline.errors import ConfigError, did_you_mean
-from thawline.recipe import Training, TunerSettings
-from thawline.training.objective import Evaluation, Objective
-
-logger = logging.getLogger(__name__)
+from thawline.training.callbacks import MetricsFile, Progress
+from thawline.training.checkpoints import checkpoint_step
+from thawline.training.evaluation import Evaluation, TrainingData
 
 
 class Trainer(transformers.Trainer):
@@ -65,8 +44,8 @@ class Trainer(transformers.Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        objective: Objective,
-        callbacks: list[TrainerCallback] | None = None,
+        objective: TrainingData,
+        callbacks: Sequence[TrainerCallback] = (),
         *,
         sampler: Sampler[int] | None = None,
         loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
@@ -83,7 +62,7 @@ class Trainer(transformers.Trainer):
             train_dataset=objective.train_rows,
             eval_dataset=objective.held_out_rows or None,
             processing_class=objective.processor,
-            callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl"), *(callbacks or [])],
+            callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl"), *callbacks],
         )
         if loss is not None:
             # It is a mean over a batch's rows: of accumulated batches the mean is to be taken, not the sum.
@@ -102,7 +81,9 @@ class Trainer(transformers.Trainer):
         """As of transformers' Trainer, which would take one step more when it resumes after the last one."""
         args = self.args
         length = args.max_steps, args.num_train_epochs
-        if isinstance(resume_from_checkpoint, str) and 0 < args.max_steps <= _step_of(resume_from_checkpoint):
+        if isinstance(resume_from_checkpoint, str) and 0 < args.max_steps <= checkpoint_step(
+            resume_from_checkpoint
+        ):
             args.max_steps, args.num_train_epochs = -1, 0
         try:
             return super().train(resume_from_checkpoint, **kwargs)
@@ -173,10 +154,13 @@ class Trainer(transformers.Trainer):
             "first_batch": {name: _summary(value) for name, value in batch.items()},
         }
 
-    def plan_lines(self, plan: Mapping[str, Any]) -> list[str]:
-        """The plan in a few lines, for a person to read before step 1."""
+    def overview(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """Return the steps and rates of `plan`, in words, under their headings."""
         rates = dict.fromkeys(f"{group['lr']:.2g}" for group in plan["parameter_groups"])
-        return [f"rate     {' and '.join(rates)}, {plan['schedule']}"]
+        return {
+            "steps": f"{plan['steps']:,} of {plan['rows_a_step']} rows",
+            "rate": f"{' and '.join(rates)}, {plan['schedule']} after {plan['warmup_steps']} warm-up steps",
+        }
 
     def starting_evaluation(self) -> Evaluation:
         """Of the model before its first step."""
@@ -214,282 +198,6 @@ class Trainer(transformers.Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=n)
 
 
-def training_arguments(
-    settings: Training,
-    *,
-    folder: Path,
-    tuner: TunerSettings,
-    seed: int,
-    smaller_is_better: tuple[str, ...] = ("loss",),
-) -> TrainingArguments:
-    """TrainingArguments of a recipe's training section.
-
-    Raises: ConfigError: for an unknown or doubled name in `args`, and whatever transformers refuses.
-    """
-    precision = choose_precision(settings.precision)
-    keeps_best = settings.best_metric is not None
-    if keeps_best and (settings.eval_every == "end" or settings.eval_every != settings.save_every):
-        raise ConfigError(
-            "`training.best_metric` chooses among evaluated checkpoints: give `eval_every` and `save_every` "
-            f"the same steps, or 'epoch' (got {settings.eval_every!r} and {settings.save_every!r})."
-        )
-    fields: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": settings.epochs,
-        "max_steps": settings.max_steps or -1,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.eval_batch_size or settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
-        "learning_rate": usual_learning_rate(tuner) if settings.lr is None else settings.lr,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": settings.warmup,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "optim": settings.optimizer,
-        "bf16": precision == "bf16",
-        **({"use_cpu": True} if _must_say_cpu(precision) else {}),
-        "fp16": precision == "fp16",
-        "logging_steps": settings.log_every,
-        "save_total_limit": settings.keep_checkpoints,
-        "load_best_model_at_end": keeps_best,
-        "metric_for_best_model": settings.best_metric,
-        "greater_is_better": settings.best_metric not in smaller_is_better if keeps_best else None,
-        "report_to": settings.report_to,
-        "dataloader_num_workers": settings.workers,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "seed": seed,
-        "data_seed": seed,
-        # Rows may carry more than the model's forward takes; the collator decides what goes in.
-        "remove_unused_columns": False,
-        **_every("eval", settings.eval_every),
-        **_every("save", settings.save_every),
-    }
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    # transformers renamed the field in 5.20 or thereabouts and keeps the old name as an alias.
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    if settings.gradient_checkpointing:
-        fields |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    for key in settings.args:
-        if key not in known:
-            raise ConfigError(
-                f"Unknown key 'training.args.{key}' of TrainingArguments. {did_you_mean(key, known)}"
-            )
-        if key in fields:
-            raise ConfigError(f"'training.args.{key}' has a field of its own in `training`; set it there.")
-    try:
-        arguments = TrainingArguments(**fields, **settings.args)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"TrainingArguments: {error}") from error
-    _check_trackers(arguments)
-    return arguments
-
-
-def _check_trackers(arguments: TrainingArguments) -> None:
-    """Raises: ConfigError: for a tracker that transformers does not know or whose library is missing."""
-    try:
-        for tracker in get_reporting_integration_callbacks(arguments.report_to):
-            tracker()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"`training.report_to`: {error}") from error
-
-
-def usual_learning_rate(tuner: TunerSettings) -> float:
-    """The learning rate a recipe without `training.lr` gets."""
-    return tuner.usual_lr
-
-
-def choose_precision(wanted: str) -> str:
-    """`auto` as fp32 or bf16, by the device. Raises: ConfigError: for a precision the device lacks."""
-    bf16_works = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "auto":
-        return "bf16" if bf16_works else "fp32"
-    if wanted == "bf16" and torch.cuda.is_available() and not bf16_works:
-        raise ConfigError("`training.precision: bf16` needs a GPU of capability 8.0. Use fp16 or fp32.")
-    if wanted == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("`training.precision: fp16` needs a GPU. Use fp32, or bf16.")
-    return wanted
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder, or None.
-
-    A kill while saving leaves a torn one. Trainer writes trainer_state.json last, so a checkpoint is whole
-    exactly if that file can be read; torn ones are passed over (`remove_torn_checkpoints` takes them away).
-    """
-    return next((path for path in _checkpoints(folder) if _is_whole(path)), None)
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of a run's whole checkpoints, oldest first."""
-    whole = [path for path in _checkpoints(folder) if _is_whole(path)]
-    return [(_step_of(path), path) for path in reversed(whole)]
-
-
-def remove_torn_checkpoints(folder: Path) -> None:
-    """Delete checkpoints that a kill left half-written."""
-    for path in _checkpoints(folder):
-        if not _is_whole(path):
-            logger.warning("%s is half-written (the run was killed while saving): removed.", path)
-            shutil.rmtree(path)
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, on Ctrl-C or SIGTERM; at once on a second one.
-
-    Used as a context around `Trainer.train`, and as one of its callbacks.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Handle the signals while the context lasts; only Python's main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Ask for a checkpoint and the end."""
-        if self.signal is not None:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-        return control
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """No evaluation and no second checkpoint for an epoch that was cut short."""
-        if self.signal is not None:
-            control.should_save = control.should_evaluate = False
-        return control
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-        logger.warning("Stopping after this step; a checkpoint follows. Press Ctrl-C again to stop at once.")
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every logged value to metrics.jsonl, one JSON object a line.
-
-    When a run resumes at step n, lines of later steps go: they are about to be computed again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.start = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Drop what a killed run logged after the checkpoint this one starts from."""
-        self.start = time.perf_counter()
-        if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if (row := _json(line)) and row["step"] <= state.global_step]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Append one line. The summary that ends a training goes to result.json instead."""
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        row = {"step": state.global_step, **{k: v for k, v in logs.items() if not _is_speed(k)}}
-        row["seconds"] = round(time.perf_counter() - self.start, 3) if self.start else 0.0
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-class Progress(ProgressCallback):
-    """Trainer's progress bar with loss and learning rate behind it, and one line an evaluation."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the latest loss; write a line for an evaluation."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        if "loss" in logs:
-            shown = {"loss": f"{logs['loss']:.3f}", "lr": f"{logs['learning_rate']:.1e}"}
-            self.training_bar.set_postfix(shown, refresh=False)
-        evaluated = {
-            k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_") and not _is_speed(k)
-        }
-        if evaluated:
-            values = "  ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
-            self.training_bar.write(f"step {state.global_step}: {values}", file=self.training_bar.fp)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a kill leaves the old one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def _must_say_cpu(precision: str) -> bool:
-    """Whether transformers would, without a GPU, refuse bf16 or let torchrun's processes train apart."""
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return not torch.cuda.is_available() and (precision == "bf16" or n_processes > 1)
-
-
-def _every(what: str, every: int | str) -> dict[str, Any]:
-    """TrainingArguments' two fields for "every n steps", "epoch" or "end"."""
-    if isinstance(every, int):
-        return {f"{what}_strategy": "steps", f"{what}_steps": every}
-    if every == "epoch":
-        return {f"{what}_strategy": "epoch"}
-    # "end": a trainer that saves by steps saves after its last one; the run evaluates at the end itself.
-    return {"save_strategy": "steps", "save_steps": 10**9} if what == "save" else {"eval_strategy": "no"}
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run folder, newest step first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(checkpoint: str | Path) -> int:
-    return int(Path(checkpoint).name.split("-")[1])
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    state = checkpoint / "trainer_state.json"
-    return state.is_file() and _json(state.read_text(encoding="utf-8")) is not None
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
-
-
 def _summary(value: Any) -> dict[str, Any]:
     value = torch.as_tensor(value)
     return {"shape": list(value.shape), "least": value.min().item(), "greatest": value.max().item()}
-
-
-def _is_speed(name: str) -> bool:
-    return name.endswith(("_runtime", "_per_second", "_preparation_time"))

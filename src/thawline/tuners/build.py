@@ -1,12 +1,12 @@
-"""Attach what moves to what is frozen: one call for every tuner a recipe can name."""
+"""Attach what trains to what is frozen: one call for every tuner a recipe can name."""
 
 from __future__ import annotations
 
-__all__ = ["attach_tuner", "calibrate_tuner", "routed_tasks"]
+__all__ = ["attach_tuner", "routed_tasks"]
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import peft
 from torch import nn
 
 from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you_mean
-from thawline.recipe import Adapter, Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
+from thawline.recipe import Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
 from thawline.tuners.mhr.config import MHR, MHRConfig
-from thawline.tuners.mhr.model import route_by_batch
+from thawline.tuners.mhr.model import find_layers, route_by_batch
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
 
@@ -30,12 +30,17 @@ TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
 }
 """End of a transformers model's class name → PEFT's task type. Other modules get none."""
-RECIPE_ONLY = ("method", "start_from", "adapt", "new_rows", "routing_lr", "routing_weight_decay", "anneal")
-"""Fields of `Mhr` that are not those of `MHRConfig`: how it is trained."""
+SAVED_TYPES = {"dora": "lora", "paca": PACA.lower(), "mhr": MHR.lower(), "poly": MHR.lower()}
+"""Method of a recipe → PEFT's type in adapter_config.json, where the two differ."""
 
 
 def attach_tuner(
-    model: nn.Module, settings: TunerSettings, *, tasks: Sequence[str] = (), saved: bool = False
+    model: nn.Module,
+    settings: TunerSettings,
+    *,
+    tasks: Sequence[str] = (),
+    saved: bool = False,
+    batches: Callable[[], Iterable[Any]] | None = None,
 ) -> nn.Module:
     """Freeze `model` and make trainable what `settings` say. MHR then takes `task_ids` out of the batch.
 
@@ -43,7 +48,9 @@ def attach_tuner(
         model: any module; changed in place.
         settings: a tuner's section of a recipe.
         tasks: names of the tasks that MHR routes; none: one task without ids.
-        saved: what `start_from` holds has adapted as it says already; only another `adapt` does again.
+        saved: the adapter in `start_from` was saved by a run of these settings, so it has adapted already;
+            it adapts again only if `adapt` differs.
+        batches: returns batches for PaCA's `activation` and `gradient` selections.
 
     Returns: `model` itself for `none` and `frozen`, else a `PeftModel` around it.
     Raises: ConfigError: for fields the method does not have, or that do not fit the model.
@@ -51,32 +58,24 @@ def attach_tuner(
     """
     if isinstance(settings, (Full, Frozen)):
         return model.requires_grad_(isinstance(settings, Full))
-    if settings.start_from is not None:
+    if settings.start_from is None:
+        tuned = _fresh_adapter(model, settings, tasks, batches)
+    else:
         tuned = _load_adapter(model, settings.start_from, settings.method, saved)
-        return _adapted(tuned, settings, tasks, saved) if isinstance(settings, Mhr) else tuned
-    config = _peft_config(settings, _task_type(model), tasks)
-    try:
-        tuned = peft.get_peft_model(model, config)
-        return route_by_batch(tuned) if isinstance(settings, Mhr) else tuned
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"PEFT cannot attach '{settings.method}' to {type(model).__name__}: {error}"
-        ) from error
-
-
-def calibrate_tuner(model: nn.Module, settings: Paca, batches: Iterable[Any]) -> Paca:
-    """PaCA's settings with the columns that `batches` choose written out (see `select_columns`)."""
-    config = select_columns(model, _peft_config(settings, _task_type(model), ()), batches)
-    return dataclasses.replace(settings, selection="explicit", indices=config.indices)
+    if isinstance(settings, Mhr):
+        if settings.start_from is not None:
+            _adapt(tuned, settings, tasks, saved)
+        route_by_batch(tuned)
+    return tuned
 
 
 def routed_tasks(model: nn.Module) -> list[str] | None:
-    """Names of the tasks in a model's routing table; None: it needs no ids.
+    """Return the names of the tasks in a model's routing table; None: it needs no ids.
 
-    Raises: CheckpointError: for a table whose tasks go by number, which rows of text cannot be told by.
+    Raises: CheckpointError: for a table of numbered tasks, which rows of text cannot be matched with.
     """
+    if next(find_layers(model), None) is None:
+        return None
     shared, name = find_adapter(model)
     config = shared.configs[name]
     if config.router == "uniform" or (config.n_tasks == 1 and config.task_names is None):
@@ -88,52 +87,95 @@ def routed_tasks(model: nn.Module) -> list[str] | None:
     return config.task_names
 
 
-def _adapted(model: nn.Module, settings: Mhr, tasks: Sequence[str], saved: bool) -> nn.Module:
-    """A loaded MHR turned to `tasks`, where it is to be."""
+def _fresh_adapter(
+    model: nn.Module,
+    settings: Paca | Mhr | Lora | PeftMethod,
+    tasks: Sequence[str],
+    batches: Callable[[], Iterable[Any]] | None,
+) -> nn.Module:
+    config_class, fields = CONFIGS[type(settings)](settings, tasks)
+    endings = [ending for ending in TASK_TYPES if type(model).__name__.endswith(ending)]
+    fields["task_type"] = TASK_TYPES[endings[0]] if endings else None
+    config = _build_config(config_class, fields, getattr(settings, "args", {}))
+    if batches is not None and isinstance(config, PacaConfig) and _looks_at_data(config):
+        config = dataclasses.replace(select_columns(model, config, batches()), selection="explicit")
+    try:
+        return peft.get_peft_model(model, config)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"PEFT cannot attach '{settings.method}' to {type(model).__name__}: {error}"
+        ) from error
+
+
+def _looks_at_data(config: PacaConfig) -> bool:
+    return config.indices is None and config.selection in ("activation", "gradient")
+
+
+def _adapt(model: nn.Module, settings: Mhr, tasks: Sequence[str], saved: bool) -> None:
+    """Turn a loaded MHR adapter to `tasks`, if `adapt` asks for it."""
     shared, name = find_adapter(model)
-    mode = shared.configs[name].mode
-    if settings.adapt != "none" and not (saved and settings.adapt == mode):
-        names: Any = list(tasks) or 1
-        if known := sorted(set(tasks) & set(shared.configs[name].task_names or ())) if not saved else []:
-            logger.warning(
-                "Trained on before: %s. The metrics that such a task starts from are not zero-shot.",
-                ", ".join(known),
-            )
-        start_adaptation(model, mode=settings.adapt, tasks=names, start_from=settings.new_rows)
-    return route_by_batch(model)
+    config = shared.configs[name]
+    if settings.adapt == "none" or (saved and settings.adapt == config.mode):
+        return
+    known = set() if saved else set(tasks) & set(config.task_names or ())
+    if known:
+        logger.warning(
+            "Already trained: %s. The metrics that such a task starts from are not zero-shot.",
+            ", ".join(sorted(known)),
+        )
+    start_adaptation(model, mode=settings.adapt, tasks=list(tasks) or 1, start_from=settings.new_rows)
 
 
-def _peft_config(
-    settings: Paca | Mhr | Lora | PeftMethod, task_type: str | None, tasks: Sequence[str]
-) -> peft.PeftConfig:
-    if isinstance(settings, PeftMethod):
-        return _build(_config_class(settings.method), {"task_type": task_type}, settings.args)
-    if isinstance(settings, Paca):
-        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Paca)}
-        del fields["method"], fields["start_from"]
-        return _build(PacaConfig, {**fields, "task_type": task_type}, {})
-    if isinstance(settings, Mhr):
-        fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Mhr)}
-        for name in RECIPE_ONLY:
-            del fields[name]
-        # One task is routed too, where it has a name: its skills are mixed by a row that learns.
-        fields |= {"task_names": list(tasks) or None, "n_heads": settings.heads, "task_type": task_type}
-        if settings.router == "private":
-            fields["n_skills"] = max(len(tasks), 1)
-        return _build(MHRConfig, fields, {})
-    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Adapter)}
-    del fields["start_from"]
-    fields |= {
-        "task_type": task_type,
-        "r": settings.r,
+def _shared_fields(settings: TunerSettings, config_class: type[peft.PeftConfig]) -> dict[str, Any]:
+    """Return the settings that have the same name in PEFT's config."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in vars(settings).items() if name in known}
+
+
+def _paca_fields(settings: Paca, tasks: Sequence[str]) -> tuple[type[peft.PeftConfig], dict[str, Any]]:
+    return PacaConfig, _shared_fields(settings, PacaConfig)
+
+
+def _mhr_fields(settings: Mhr, tasks: Sequence[str]) -> tuple[type[peft.PeftConfig], dict[str, Any]]:
+    fields = _shared_fields(settings, MHRConfig)
+    # A single task is routed too, where it has a name: its skills are mixed by a row that learns.
+    fields |= {"task_names": list(tasks) or None, "n_heads": settings.heads}
+    if settings.router == "private":
+        fields["n_skills"] = max(len(tasks), 1)
+    return MHRConfig, fields
+
+
+def _lora_fields(settings: Lora, tasks: Sequence[str]) -> tuple[type[peft.PeftConfig], dict[str, Any]]:
+    return peft.LoraConfig, {
+        **_shared_fields(settings, peft.LoraConfig),
         "lora_alpha": 2 * settings.r if settings.alpha is None else settings.alpha,
         "lora_dropout": settings.dropout,
         "use_dora": settings.method == "dora",
     }
-    return _build(peft.LoraConfig, fields, settings.args)
 
 
-def _build(
+def _peft_fields(settings: PeftMethod, tasks: Sequence[str]) -> tuple[type[peft.PeftConfig], dict[str, Any]]:
+    known = {name.lower(): config for name, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if settings.method not in known:
+        raise ConfigError(
+            f"PEFT {peft.__version__} has no method '{settings.method}'. "
+            f"{did_you_mean(settings.method, known)}"
+        )
+    return known[settings.method], {}
+
+
+CONFIGS: dict[type, Callable[[Any, Sequence[str]], tuple[type[peft.PeftConfig], dict[str, Any]]]] = {
+    Paca: _paca_fields,
+    Mhr: _mhr_fields,
+    Lora: _lora_fields,
+    PeftMethod: _peft_fields,
+}
+"""Settings of an adapter → its PEFT config's class and fields."""
+
+
+def _build_config(
     config_class: type[peft.PeftConfig], fields: dict[str, Any], args: dict[str, Any]
 ) -> peft.PeftConfig:
     known = {field.name for field in dataclasses.fields(config_class)}
@@ -154,13 +196,6 @@ def _build(
         raise ConfigError(f"{config_class.__name__}: {error}") from error
 
 
-def _config_class(method: str) -> type[peft.PeftConfig]:
-    known = {name.lower(): config for name, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if method not in known:
-        raise ConfigError(f"PEFT {peft.__version__} has no method '{method}'. {did_you_mean(method, known)}")
-    return known[method]
-
-
 def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -> nn.Module:
     in_run = Path(start_from) / "model"
     folder = str(in_run) if (in_run / "adapter_config.json").is_file() else start_from
@@ -168,9 +203,7 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
         raise CheckpointError(f"`tuner.start_from`: '{folder}' holds no adapter (no adapter_config.json).")
     config = peft.PeftConfig.from_pretrained(folder)
     found = config.peft_type.value.lower()
-    if found != {"dora": "lora", "paca": PACA.lower(), "mhr": MHR.lower(), "poly": MHR.lower()}.get(
-        method, method
-    ):
+    if found != SAVED_TYPES.get(method, method):
         raise CheckpointError(f"`tuner.start_from`: '{folder}' is of method '{found}', not '{method}'.")
     # PEFT refuses to go on training a learned prompt; using one is fine.
     is_trainable = not (saved and config.is_prompt_learning)
@@ -182,8 +215,3 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
         raise CheckpointError(
             f"`tuner.start_from`: the adapter in '{folder}' does not fit {type(model).__name__}: {error}"
         ) from error
-
-
-def _task_type(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    return next((kind for ending, kind in TASK_TYPES.items() if name.endswith(ending)), None)

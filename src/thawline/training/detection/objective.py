@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.collate import Collate, to_float
@@ -40,10 +41,22 @@ from thawline.models.deimv2.checkpoints.read import read_checkpoint
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.variants import get_variant
 from thawline.ops.boxes import cxcywh_to_xyxy
-from thawline.recipe import DetectionBase, DetectionData, DetectionSettings, DetectionTraining
+from thawline.recipe import (
+    DetectionBase,
+    DetectionData,
+    DetectionSettings,
+    DetectionTraining,
+    Full,
+    Mhr,
+    RunConfig,
+    TunerSettings,
+)
 from thawline.recipe.resolved import override
+from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.schedule import DetectionSchedule, derive_schedule, published_schedule
-from thawline.training.objective import Evaluation
+from thawline.training.evaluation import Evaluation
+from thawline.training.objective import Objective, ReadRows
+from thawline.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -54,39 +67,26 @@ SHOWN_SCORE = 0.05
 """Detections below this score are left out of predictions.jsonl."""
 
 
-class DetectionObjective:
+class DetectionObjective(Objective):
     """Labelled images and the detector that learns them.
 
-    Args:
-        settings: the recipe's objective.
-        base: the detector.
-        data: the images.
-        training: decides the schedule.
-        seed: of the order of the data, every augmentation, and what is held out.
-        read: which images to read; evaluating needs the held-out ones.
-        described: what the objective said of itself when the run was trained: its classes.
     Raises: DataError: data that cannot be trained on, all its faults named. ConfigError: settings that do not
         fit.
     """
 
+    settings: DetectionSettings
+    base: DetectionBase
+    data: DetectionData
+    training: DetectionTraining
     smaller_is_better: tuple[str, ...] = ()
-    processor = None
+    held_out_rows: Sequence[ImageRecord] = ()
 
-    def __init__(
-        self,
-        settings: DetectionSettings,
-        base: DetectionBase,
-        data: DetectionData,
-        training: DetectionTraining,
-        *,
-        seed: int = 0,
-        read: Literal["all", "held-out", "none"] = "all",
-        described: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.settings, self.base, self.data, self.training, self.seed = settings, base, data, training, seed
-        trained_on = tuple((described or {}).get("class_names", ()))
+    def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
+        super().__init__(config, read=read, described=described)
+        base, data, seed = self.base, self.data, config.seed
+        self.seed = seed
+        trained_on = tuple(described.get("class_names", ()))
         self.size = base.size or get_variant(base.variant).config.image_size[0]
-        self.held_out_rows: Sequence[ImageRecord] = ()
         records: Sequence[ImageRecord] = ()
         self.class_names = trained_on
         if read != "none":
@@ -160,6 +160,33 @@ class DetectionObjective:
         if self.base.weights is None:
             return DEIMv2.from_variant(self.base.variant, **overrides)
         return DEIMv2.from_pretrained(self.base.weights, self.base.variant, **overrides)
+
+    def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
+        """Apply the tuner to the backbone; the rest trains.
+
+        Raises: ConfigError: for a tuner that routes tasks, or that would keep random weights frozen.
+        """
+        if isinstance(tuner, Mhr):
+            raise ConfigError(
+                f"`tuner: {tuner.method}` routes tasks, and a detector has one. Use lora or paca."
+            )
+        if not isinstance(tuner, Full) and self.start == "scratch":
+            raise ConfigError(
+                f"`tuner: {tuner.method}` would keep a backbone of random weights. Give pretrained "
+                "ones as `base.weights`, or `--tuner none` to train all of it."
+            )
+        return tune_backbone(model, tuner)
+
+    def build_trainer(self, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+        """Build the detector's trainer. Raises: ConfigError: as `detection_arguments`."""
+        # The trainer is written for this class.
+        from thawline.training.detection.trainer import DetectionTrainer, detection_arguments
+
+        config = self.config
+        arguments = detection_arguments(
+            self.training, self, folder=config.run_folder, tuner=config.tuner, seed=config.seed
+        )
+        return DetectionTrainer(model, arguments, self, config.tuner, callbacks)
 
     def preview(self) -> str:
         """The first training picture, in words."""

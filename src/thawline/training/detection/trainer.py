@@ -37,18 +37,20 @@ from transformers.trainer_utils import EvalLoopOutput
 from thawline.data.detection.augment import TrainingSample
 from thawline.data.detection.collate import Collate, build_loader, to_float
 from thawline.errors import ConfigError, did_you_mean
+from thawline.files import write_text
 from thawline.metrics.detection import STATISTICS
 from thawline.models.deimv2.config import DEIMv2Config
 from thawline.models.deimv2.loss.criterion import Criterion
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.targets import Target
 from thawline.recipe import DetectionTraining, Training, TunerSettings
+from thawline.training.arguments import training_arguments
 from thawline.training.detection.backbone import fast_parameters, merged_detector
 from thawline.training.detection.ema import EMA
 from thawline.training.detection.groups import ParameterGroup, build_groups
 from thawline.training.detection.objective import DetectionObjective
-from thawline.training.objective import Evaluation
-from thawline.training.trainer import Trainer, training_arguments, write_text
+from thawline.training.evaluation import Evaluation
+from thawline.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class DetectionTrainer(Trainer):
         args: TrainingArguments,
         objective: DetectionObjective,
         tuner: TunerSettings,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         metric = objective.training.best_metric
         if metric not in STATISTICS:
@@ -304,27 +306,18 @@ class DetectionTrainer(Trainer):
             },
         }
 
-    def plan_lines(self, plan: Mapping[str, Any]) -> list[str]:
-        """The schedule in a few lines, for a person to read before step 1."""
-        s, windows = self.schedule, self.schedule.windows
-        settings = s.settings
-        shown = {name: f"{a}–{b - 1}" for name, (a, b) in windows.items() if b > a}
-        lines = [
-            f"schedule {plan['schedule']['form']}: {s.epochs} epochs × {s.steps_per_epoch} steps of "
-            f"{settings.batch_size} images; warm-up {settings.warmup_steps} steps",
-            f"rates    {settings.lr:.2g}, backbone {settings.backbone_lr:.2g}, falling to "
-            f"{settings.lr_gamma:g} of it; EMA {settings.ema_decay:.5g}",
-            "epochs   " + ", ".join(f"{name} {span}" for name, span in shown.items()),
-            f"boxes    not learned with a side under {settings.min_box_size} px of {self.objective.size}",
-        ]
-        lines += [
-            f"group    {g['name']}: {g['tensors']} tensors, {g['parameters']:,} parameters, "
-            f"lr {g['lr']:.2g}, decay {g['weight_decay']:g}"
-            for g in plan["parameter_groups"]
-            if g["tensors"]
-        ]
-        lines.append(f"loader   {plan['loader']['images_per_second_each']} images/s and process")
-        return lines
+    def overview(self, plan: Mapping[str, Any]) -> dict[str, str]:
+        """Return the schedule of `plan`, in words, under at most four headings."""
+        schedule, settings = self.schedule, self.schedule.settings
+        windows = {name: f"{a}–{b - 1}" for name, (a, b) in schedule.windows.items() if b > a}
+        return {
+            "steps": f"{plan['steps']:,} of {plan['rows_a_step']} images: {schedule.epochs} epochs × "
+            f"{schedule.steps_per_epoch}, {plan['loader']['images_per_second_each']} images/s and process",
+            "rates": f"{settings.lr:.2g}, backbone {settings.backbone_lr:.2g}, {plan['schedule']['form']}, "
+            f"falling to {settings.lr_gamma:g} of it after {settings.warmup_steps} warm-up steps",
+            "epochs": ", ".join(f"{name} {span}" for name, span in windows.items()),
+            "boxes": f"not learned with a side under {settings.min_box_size} px of {self.objective.size}",
+        }
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The model with the averaged weights, while the context lasts."""

@@ -17,7 +17,7 @@ __all__ = ["MatchObjective", "match_loss", "mean_pooled"]
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,51 +25,38 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from thawline.data.text.encode import collate_tokens
-from thawline.data.text.rows import Example, prompt_example
+from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
-from thawline.recipe import MatchSettings, TextBase, TextData
-from thawline.training.text.objective import load_pretrained, load_processor
-from thawline.training.text.rows import TaskRows
+from thawline.recipe import MatchSettings, RunConfig
+from thawline.training.objective import ReadRows
+from thawline.training.text.base import RowObjective, judged_row
+from thawline.training.text.pretrained import load_pretrained
 from thawline.training.text.scoring import by_length, on_device
 
 NO_CHOICE = -1
 """Fills up the rows of `choice_index`."""
 
 
-class MatchObjective(TaskRows):
+class MatchObjective(RowObjective):
     """Rows of text with choices, the encoder that compares them, and how often it is right.
 
-    Args:
-        settings: the recipe's objective.
-        base: an encoder, as transformers' AutoModel loads it.
-        data: the rows; each needs choices, of its own or from the folder's manifest.
-        dtype: of the weights.
-        seed: draws what `data` leaves to it.
-        read: which rows to read; predicting needs none, evaluating the held-out ones.
+    Every row needs choices, from the row or from the folder's manifest.
 
     Raises: DataError: for rows that cannot be read as asked, or have no choices.
         ConfigError: for an encoder-decoder, or another setting that cannot work.
     """
 
+    settings: MatchSettings
     metrics = ("choice_accuracy",)
+    needs_choices = True
 
-    def __init__(
-        self,
-        settings: MatchSettings,
-        base: TextBase,
-        data: TextData,
-        *,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        read: Literal["all", "held-out", "none"] = "all",
-    ) -> None:
-        self.settings, self.base, self.dtype = settings, base, dtype
+    def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
+        super().__init__(config, read=read, described=described)
+        base = self.base
         if base.head != "auto":
             raise ConfigError(f"`objective: match` has no head, got `base.head: {base.head}`. Leave it out.")
         if load_pretrained(AutoConfig, base).is_encoder_decoder:
             raise ConfigError(f"`objective: match` needs an encoder; '{base.model}' is an encoder-decoder.")
-        self.processor = load_processor(base)
-        super().__init__(data, seed=seed, read=read)
         self._tokens: dict[str, list[int]] = {}
         self.train_rows = self._encode_all(self.train_examples)
         self.held_out_rows = self._encode_all(self.held_out_examples)
@@ -103,10 +90,8 @@ class MatchObjective(TaskRows):
             "choice_mask": choices["attention_mask"],
             "choice_index": torch.tensor([row + [NO_CHOICE] * (width - len(row)) for row in index]),
         }
-        if self.task_ids is not None:
-            batch["task_ids"] = [self.task_ids[row["task"]] for row in rows]
-            batch["choice_task_ids"] = [self.task_ids[task] for task, _ in places]
-        return batch
+        batch |= self.ids_of(row["task"] for row in rows)
+        return batch | self.ids_of((task for task, _ in places), "choice_task_ids")
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Mean cross-entropy of the right choices, in nats."""
@@ -135,41 +120,27 @@ class MatchObjective(TaskRows):
         found = []
         for example, row, scores in zip(examples, rows, self._scores(model, rows, batch_size), strict=True):
             choice = row["choices"][int(scores.argmax())]
-            found.append(
-                {
-                    "task": example.task,
-                    "where": example.where,
-                    "answer": example.answer,
-                    "log_likelihood": scores.log_softmax(-1)[row["labels"]].item(),
-                    "n_tokens": 1,
-                    "choice": choice,
-                    "choice_accuracy": float(choice == example.answer),
-                }
-            )
+            likelihood = scores.log_softmax(-1)[row["labels"]].item()
+            is_right = float(choice == example.answer)
+            found.append(judged_row(example, likelihood, choice=choice, choice_accuracy=is_right))
         return found
 
-    def predict(
-        self,
-        model: nn.Module,
-        inputs: Sequence[str],
-        *,
-        described: Mapping[str, Any],
-        choices: Sequence[str] = (),
-        task: str = "",
-        batch_size: int = 8,
+    def answer(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int, **sampling: Any
     ) -> list[str]:
-        """The nearest of `choices` for each text.
+        """Pick the nearest of each example's choices.
 
-        Raises: ConfigError: without choices.
+        Raises: ConfigError: without choices, or with options of free writing.
         """
-        if not choices:
+        if sampling:
+            raise ConfigError(f"`objective: match` picks among choices and takes no {', '.join(sampling)}.")
+        if not all(example.choices for example in examples):
             raise ConfigError(
                 "`objective: match` picks among choices, and the task's rows share none. Give --choices A,B."
             )
-        format, template = described.get("format", "text"), described.get("template")
-        examples = [prompt_example(text, format, template, choices, task) for text in inputs]
         rows = [self._encode(example, labels=0) for example in examples]
-        return [choices[int(scores.argmax())] for scores in self._scores(model, rows, batch_size)]
+        scores = self._scores(model, rows, batch_size)
+        return [one.choices[int(found.argmax())] for one, found in zip(examples, scores, strict=True)]
 
     @torch.no_grad()
     def _scores(self, model: nn.Module, rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[Tensor]:
@@ -195,9 +166,8 @@ class MatchObjective(TaskRows):
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for indices in by_length(rows, batch_size, "embedding"):
             batch = on_device(self._pad([rows[i]["input_ids"] for i in indices]), device)
-            ids = self.task_ids
-            routed = {} if ids is None else {"task_ids": [ids[rows[i]["task"]] for i in indices]}
-            embeddings = mean_pooled(model, batch["input_ids"], batch["attention_mask"], **routed)
+            ids = self.ids_of(rows[i]["task"] for i in indices)
+            embeddings = mean_pooled(model, batch["input_ids"], batch["attention_mask"], **ids)
             for i, one in zip(indices, embeddings, strict=True):
                 found[i] = one
         return found

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["TextObjective", "load_pretrained", "load_processor"]
+__all__ = ["TextObjective"]
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -18,16 +16,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
 )
 
 from thawline.data.text.encode import IGNORED, TextEncoder, collate_tokens
-from thawline.data.text.rows import Example, prompt_example
+from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.metrics.text import METRICS, exact_match, most_likely, rouge_l
-from thawline.recipe import TextBase, TextData, TextSettings
-from thawline.training.text.rows import TaskRows
+from thawline.recipe import RunConfig, TextBase, TextSettings
+from thawline.training.objective import ReadRows
+from thawline.training.text.base import RowObjective, judged_row
+from thawline.training.text.pretrained import load_pretrained
 from thawline.training.text.scoring import Score, generate_answers, score_answers, score_labels
 
 logger = logging.getLogger(__name__)
@@ -43,48 +41,29 @@ LONGEST_ANSWER = 256
 """Tokens generated at most in evaluation where the recipe does not say."""
 
 
-class TextObjective(TaskRows):
+class TextObjective(RowObjective):
     """Rows of text, the model that reads them, and how its answers are judged.
-
-    Args:
-        settings: the recipe's objective.
-        base: the model.
-        data: the rows.
-        dtype: of the weights.
-        seed: draws `max_rows` and `eval_fraction`.
-        read: which rows to read; predicting needs none, evaluating the held-out ones.
-        labels: of a classifier, where no rows are read.
 
     Raises: DataError: for rows that cannot be read as asked. ConfigError: for settings that do not fit them.
     """
 
-    loss = None
+    settings: TextSettings
 
-    def __init__(
-        self,
-        settings: TextSettings,
-        base: TextBase,
-        data: TextData,
-        *,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        read: Literal["all", "held-out", "none"] = "all",
-        labels: Sequence[str] = (),
-    ) -> None:
-        self.settings, self.base, self.dtype = settings, base, dtype
-        self.config = load_pretrained(AutoConfig, base)
-        self.head = _head(base, self.config)
-        self.processor = load_processor(base)
+    def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
+        super().__init__(config, read=read, described=described)
+        self.base_config = load_pretrained(AutoConfig, self.base)
+        self.head = _head(self.base, self.base_config)
         self.encode = TextEncoder(
             self.processor,
-            max_length=data.max_length,
-            learn_prompt=settings.loss_on == "all",
+            max_length=self.data.max_length,
+            learn_prompt=self.settings.loss_on == "all",
             seq2seq=self.head == "seq2seq-lm",
-            chat_template=data.chat_template,
+            chat_template=self.data.chat_template,
         )
-        super().__init__(data, seed=seed, read=read)
         examples = [*self.train_examples, *self.held_out_examples]
-        self.labels = tuple(labels) or (_labels(examples) if self.head == "classifier" else ())
+        self.labels = tuple(described.get("labels", ()))
+        if not self.labels and self.head == "classifier":
+            self.labels = _labels(examples)
         self.train_rows = self._encode_all(self.train_examples)
         self.held_out_rows = self._encode_all(self.held_out_examples)
         chosen = self._choose_metrics()
@@ -93,7 +72,7 @@ class TextObjective(TaskRows):
     def load_base(self, source: str | None = None) -> nn.Module:
         """The pretrained model on the CPU, or one saved in `source`; a classifier gets the data's labels."""
         extra: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.base.attn_implementation}
-        if self.labels and tuple(self.config.id2label.values()) != self.labels:
+        if self.labels and tuple(self.base_config.id2label.values()) != self.labels:
             names = dict(enumerate(self.labels))
             extra |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
             extra["ignore_mismatched_sizes"] = True
@@ -109,10 +88,8 @@ class TextObjective(TaskRows):
 
         Where tasks are routed also `task_ids`, a list: ids are read on the host.
         """
-        batch: dict[str, Any] = collate_tokens(rows, self.processor.pad_token_id)
-        if self.task_ids is not None:
-            batch["task_ids"] = [self.task_ids[row["task"]] for row in rows]
-        return batch
+        tokens = collate_tokens(rows, self.processor.pad_token_id)
+        return {**tokens, **self.ids_of(row["task"] for row in rows)}
 
     def preview(self) -> str:
         """One training row, decoded: what is learned stands in ⟦ ⟧."""
@@ -147,30 +124,21 @@ class TextObjective(TaskRows):
         judge = self._judge_labels if self.head == "classifier" else self._judge_answers
         return judge(model, examples, rows, batch_size)
 
-    def predict(
-        self,
-        model: nn.Module,
-        inputs: Sequence[str],
-        *,
-        described: Mapping[str, Any],
-        choices: Sequence[str] = (),
-        task: str = "",
-        batch_size: int = 8,
-        **sampling: Any,
+    def answer(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int, **sampling: Any
     ) -> list[str]:
-        """One answer a text: written, chosen from `choices`, or a classifier's label."""
-        format, template = described.get("format", "text"), described.get("template")
-        examples = [prompt_example(text, format, template, choices, task) for text in inputs]
+        """Answer each example: written freely, picked from its choices, or a classifier's label.
+
+        Args:
+            sampling: forwarded to `generate` (max_new_tokens, do_sample, temperature, top_p, …).
+        """
         if self.head == "classifier":
-            rows = [
-                {"input_ids": self._classifier_ids(example), "task": example.task} for example in examples
-            ]
-            return [
-                self.labels[logits.argmax()] for logits in score_labels(model, rows, self.collate, batch_size)
-            ]
-        if choices:
+            rows = [{"input_ids": self._classifier_ids(one), "task": one.task} for one in examples]
+            found = score_labels(model, rows, self.collate, batch_size)
+            return [self.labels[logits.argmax()] for logits in found]
+        if any(example.choices for example in examples):
             return self.choose(model, examples, batch_size)
-        return [text.strip() for text in self.answer(model, examples, batch_size, **sampling)]
+        return [text.strip() for text in self.generate(model, examples, batch_size, **sampling)]
 
     def choose(self, model: nn.Module, examples: Sequence[Example], batch_size: int) -> list[str]:
         """For each example the choice the model finds most likely, by mean log-likelihood a token."""
@@ -188,7 +156,7 @@ class TextObjective(TaskRows):
             chosen.append(example.choices[best])
         return chosen
 
-    def answer(
+    def generate(
         self, model: nn.Module, examples: Sequence[Example], batch_size: int, **sampling: Any
     ) -> list[str]:
         """For each example what the model writes after its prompt."""
@@ -196,11 +164,10 @@ class TextObjective(TaskRows):
         longest = sampling.pop("max_new_tokens", None) or self.settings.max_new_tokens
         longest = longest or min(max(n_tokens, default=LONGEST_ANSWER), LONGEST_ANSWER)
         prompts = [self.encode.prompt_ids(example)[-self.data.max_length :] for example in examples]
-        ids = self.task_ids
-        extras = None if ids is None else {"task_ids": [ids[example.task] for example in examples]}
         return generate_answers(
             model, prompts, self.processor,
-            max_new_tokens=longest, batch_size=batch_size, extras=extras, **sampling,
+            max_new_tokens=longest, batch_size=batch_size,
+            extras=self.ids_of(example.task for example in examples), **sampling,
         )  # fmt: skip
 
     def _judge_answers(
@@ -211,10 +178,7 @@ class TextObjective(TaskRows):
         batch_size: int,
     ) -> list[dict[str, Any]]:
         scores = self._score(model, encoded, batch_size)
-        rows: list[dict[str, Any]] = [
-            {"task": example.task, "where": example.where, "answer": example.answer, **score._asdict()}
-            for example, score in zip(examples, scores, strict=True)
-        ]
+        rows = [judged_row(one, **score._asdict()) for one, score in zip(examples, scores, strict=True)]
         given: list[int] = []
         opened: list[int] = []
         for i, example in enumerate(examples):
@@ -226,7 +190,7 @@ class TextObjective(TaskRows):
         if {"exact_match", "rouge_l"} & set(self.metrics):
             # Where both kinds of metric were asked for by name, rows with choices are generated for too.
             asked = opened if self.settings.metrics == "auto" else range(len(examples))
-            answers = self.answer(model, [examples[i] for i in asked], batch_size)
+            answers = self.generate(model, [examples[i] for i in asked], batch_size)
             for row, text in zip([rows[i] for i in asked], answers, strict=True):
                 row["prediction"] = text.strip()
                 if "exact_match" in self.metrics:
@@ -246,16 +210,9 @@ class TextObjective(TaskRows):
         all_logits = score_labels(model, encoded, self.collate, batch_size)
         for example, row, logits in zip(examples, encoded, all_logits, strict=True):
             label = self.labels[logits.argmax()]
+            likelihood = logits.log_softmax(-1)[row["labels"]].item()
             rows.append(
-                {
-                    "task": example.task,
-                    "where": example.where,
-                    "answer": example.answer,
-                    "log_likelihood": logits.log_softmax(-1)[row["labels"]].item(),
-                    "n_tokens": 1,
-                    "prediction": label,
-                    "accuracy": float(label == example.answer),
-                }
+                judged_row(example, likelihood, prediction=label, accuracy=float(label == example.answer))
             )
         return rows
 
@@ -314,38 +271,6 @@ class TextObjective(TaskRows):
                 "`accuracy` is the metric of a classifier (`base.head: classifier`), and its only one."
             )
         return tuple(self.settings.metrics)
-
-
-def load_processor(base: TextBase) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token. Raises: ConfigError: if there is none."""
-    tokenizer = load_pretrained(AutoTokenizer, base)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(f"The tokenizer of '{base.model}' has neither a padding nor an end token.")
-        # Never seen by the loss or by attention, so any token will do.
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
-    """`from_pretrained`, with a one-line error for what a user can mend."""
-    folder = Path(base.model)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"'{base.model}' is an adapter: give its base as `base.model`, and it as `tuner.start_from`."
-        )
-    try:
-        return loader.from_pretrained(
-            base.model, revision=base.revision, trust_remote_code=base.trust_remote_code, **extra
-        )
-    except (OSError, ValueError) as error:
-        if not folder.is_dir() and (
-            folder.is_absolute() or base.model.startswith(".") or len(folder.parts) > 2
-        ):
-            raise ConfigError(f"Cannot load '{base.model}': no such folder.") from error
-        reason = str(error).strip().splitlines()[0]
-        where = "" if folder.is_dir() else "no such folder, and as a Hub id: "
-        raise ConfigError(f"Cannot load '{base.model}': {where}{reason}") from error
 
 
 def _head(base: TextBase, config: Any) -> Literal["causal-lm", "seq2seq-lm", "classifier"]:

@@ -5,25 +5,20 @@ Shared by the objectives whose rows are text.
 
 from __future__ import annotations
 
-__all__ = ["Rows", "TaskRows", "judged", "read_rows", "task_batches"]
+__all__ = ["Rows", "brief", "judged", "read_rows"]
 
 import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from thawline.data.text.fewshot import few_shot
-from thawline.data.text.multitask import TaskSampler
 from thawline.data.text.rows import Example, load_examples, read_manifest, split_examples
-from thawline.errors import ConfigError, DataError, RoutingError, did_you_mean
+from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.recipe import TextData
-from thawline.training.objective import Evaluation, RowObjective
-from thawline.training.text.shares import gathered, own_share
+from thawline.training.evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -53,94 +48,6 @@ class Rows:
         return {task: next(iter(sets)) for task, sets in found.items() if len(sets) == 1 and () not in sets}
 
 
-class TaskRows:
-    """The half that objectives on rows of text share: rows by task, ids of tasks, evaluation by task.
-
-    Args:
-        data: the rows.
-        seed: draws what `data` leaves to it.
-        read: which rows to keep; predicting needs none, evaluating the held-out ones.
-
-    Raises: as `read_rows`.
-    """
-
-    smaller_is_better: tuple[str, ...] = ("loss", "macro_loss")
-    train_rows: list[dict[str, Any]]
-    held_out_rows: list[dict[str, Any]]
-    metrics: tuple[str, ...]
-    """What is evaluated beside the loss."""
-
-    def __init__(
-        self, data: TextData, *, seed: int = 0, read: Literal["all", "held-out", "none"] = "all"
-    ) -> None:
-        self.data, self.seed = data, seed
-        rows = read_rows(data, seed=seed, read=read)
-        self.format = rows.format or data.format
-        self.tasks, self.task_choices = rows.tasks, rows.choices()
-        self.task_ids: dict[str, int] | None = None
-        self.train_examples, self.held_out_examples = rows.train, rows.held_out
-
-    def route(self, tasks: Sequence[str] | None) -> None:
-        """Give batches the ids of their rows' tasks, by a routing table's names; None: no ids any more.
-
-        Raises: RoutingError: naming a task of the rows that the table lacks.
-        """
-        if tasks is None:
-            self.task_ids = None
-            return
-        table = {name: i for i, name in enumerate(tasks)}
-        unknown = sorted({row["task"] for row in (*self.train_rows, *self.held_out_rows)} - set(table))
-        if unknown:
-            raise RoutingError(
-                f"No routing for {_brief(unknown)}: the model was trained on {_brief(list(tasks))}. Leave "
-                "it out (`data.exclude_tasks`), adapt to it (`tuner.start_from` and `tuner.adapt`), or use "
-                "the average of the skills (`--tuner.adapt mu`)."
-            )
-        self.task_ids = table
-
-    def train_sampler(self, batch_size: int) -> TaskSampler | None:
-        """Which row comes when, where tasks are drawn; None: every row once an epoch, by chance."""
-        if self.data.sampling == "each":
-            return None
-        numbers = {task: i for i, task in enumerate(self.tasks)}
-        return TaskSampler(
-            [numbers[row["task"]] for row in self.train_rows],
-            self.data.sampling,
-            temperature=self.data.sampling_temperature,
-            cap=self.data.task_cap,
-            seed=self.seed,
-            same_task=batch_size if self.data.batches == "task" else 1,
-        )
-
-    def save_pictures(self, folder: Path) -> None:
-        """Text has none."""
-
-    def describe(self) -> dict[str, Any]:
-        """How a text becomes a prompt; the tasks, and the choices of those whose rows share them."""
-        tasks = {task: list(self.task_choices.get(task, ())) for task in self.tasks}
-        return {"format": self.format, "template": self.data.template, "tasks": tasks}
-
-    def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
-        """Loss and metrics on the held-out rows, over all of them and by task.
-
-        Where several processes train, each judges a share of the rows, and all get the same answer.
-        """
-        model.eval()
-        share = own_share(model)
-        found = self.judge(model, self.held_out_examples[share], self.held_out_rows[share], batch_size)
-        return judged(gathered(found, share), self.metrics)
-
-    def judge(
-        self,
-        model: nn.Module,
-        examples: Sequence[Example],
-        rows: Sequence[Mapping[str, Any]],
-        batch_size: int,
-    ) -> list[dict[str, Any]]:
-        """One judged row an example, as `judged` takes them. `rows`: the examples, encoded."""
-        raise NotImplementedError
-
-
 def read_rows(data: TextData, *, seed: int, read: Literal["all", "held-out", "none"] = "all") -> Rows:
     """Read what a recipe's data section asks for.
 
@@ -166,23 +73,6 @@ def read_rows(data: TextData, *, seed: int, read: Literal["all", "held-out", "no
     if not train:
         raise DataError(f"'{data.path}' holds no row to train on: every row is marked as held out.")
     return Rows(train=train, held_out=kept)
-
-
-def task_batches(objective: RowObjective, rows: int, batch_size: int, seed: int) -> dict[str, list[Any]]:
-    """Batches of `rows` training rows of every task, fewer where it has fewer, drawn by `seed`.
-
-    All batches of a task have the same size, so that the mean over them is one over rows.
-    """
-    by_task: dict[str, list[Any]] = {task: [] for task in objective.tasks}
-    for row in objective.train_rows:
-        by_task[row["task"]].append(row)
-    found = {}
-    for task, own in by_task.items():
-        drawn = random.Random(f"{seed} {task}").sample(own, min(rows, len(own)))
-        size = min(batch_size, len(drawn))
-        starts = range(0, len(drawn) - size + 1, size)
-        found[task] = [objective.collate(drawn[start : start + size]) for start in starts]
-    return found
 
 
 def judged(rows: list[dict[str, Any]], metrics: Sequence[str]) -> Evaluation:
@@ -238,7 +128,7 @@ def _choose(examples: list[Example], data: TextData) -> list[Example]:
     chosen = [example for example in examples if example.task in wanted]
     if not chosen:
         raise ConfigError(
-            f"Nothing is left of the tasks {_brief(known)}: see `data.tasks` and its neighbours."
+            f"Nothing is left of the tasks {brief(known)}: see `data.tasks` and its neighbours."
         )
     return chosen
 
@@ -268,7 +158,8 @@ def _draw_of_each(examples: list[Example], n: int | None, seed: int) -> list[Exa
     return [example for of_task in tasks.values() for example in _draw(of_task, n, seed)]
 
 
-def _brief(names: Sequence[str]) -> str:
+def brief(names: Sequence[str]) -> str:
+    """Name a few tasks, for a message."""
     shown = ", ".join(f"'{name}'" for name in names[:4])
     return (
         f"task {shown}" if len(names) == 1 else f"tasks {shown}" + (f", … ({len(names)})" * (len(names) > 4))

@@ -1,0 +1,169 @@
+"""Callbacks of every run: stopping on a signal, metrics.jsonl, the progress bar; and annealed routing."""
+
+from __future__ import annotations
+
+__all__ = ["Annealing", "MetricsFile", "Progress", "StopOnSignal"]
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from thawline.files import write_text
+from thawline.tuners.mhr.adapt import uniform_annealing
+
+logger = logging.getLogger(__name__)
+
+
+class StopOnSignal(TrainerCallback):
+    """End training after the current step, with a checkpoint, on Ctrl-C or SIGTERM; at once on a second one.
+
+    Used as a context around `Trainer.train`, and as one of its callbacks.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Handle the signals while the context lasts; only Python's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end of training."""
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Skip the evaluation and the second checkpoint of an epoch that was cut short."""
+        if self.signal is not None:
+            control.should_save = control.should_evaluate = False
+        return control
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        logger.warning("Stopping after this step; a checkpoint follows. Press Ctrl-C again to stop at once.")
+
+
+class MetricsFile(TrainerCallback):
+    """Append every logged value to metrics.jsonl, one JSON object per line.
+
+    When a run resumes at step n, lines of later steps are dropped: they are about to be computed again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.start = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop what a killed run logged after the checkpoint this one starts from."""
+        self.start = time.perf_counter()
+        if state.is_world_process_zero and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= state.global_step]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line. The summary that ends a training goes to result.json instead."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        row = {"step": state.global_step, **{k: v for k, v in logs.items() if not _is_speed(k)}}
+        row["seconds"] = round(time.perf_counter() - self.start, 3) if self.start else 0.0
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Progress(ProgressCallback):
+    """Show loss and learning rate on Trainer's progress bar, and print one line per evaluation."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the latest loss, or print the metrics of an evaluation."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.3f}", "lr": f"{logs['learning_rate']:.1e}"}
+            self.training_bar.set_postfix(shown, refresh=False)
+        evaluated = {
+            k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_") and not _is_speed(k)
+        }
+        if evaluated:
+            values = "  ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
+            self.training_bar.write(f"step {state.global_step}: {values}", file=self.training_bar.fp)
+
+
+class Annealing(TrainerCallback):
+    """Move MHR's routing to the average of the skills over the last steps (`uniform_annealing`).
+
+    Args:
+        share: share of the steps, in (0, 1].
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set the mixture that this step trains with; the last step trains the average alone."""
+        n_steps = max(round(self.share * state.max_steps), 1)
+        done = state.global_step + 1 - (state.max_steps - n_steps)
+        if model is not None and done > 0:
+            uniform_annealing(model, done / n_steps)
+
+
+def _is_speed(name: str) -> bool:
+    return name.endswith(("_runtime", "_per_second", "_preparation_time"))
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of metrics.jsonl; infinity for a line that a kill cut off."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")

@@ -1,0 +1,290 @@
+"""What objectives on rows of text share: rows by task, task ids, the trainer, evaluation by task."""
+
+from __future__ import annotations
+
+__all__ = ["RowObjective", "judged_row"]
+
+import dataclasses
+import os
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from thawline.data.text.multitask import TaskSampler
+from thawline.data.text.rows import Example, prompt_example
+from thawline.errors import ConfigError, RoutingError, did_you_mean
+from thawline.recipe import Full, Mhr, RunConfig, TextBase, TextData, Training, TunerSettings
+from thawline.tables import AT_START, ZERO_SHOT
+from thawline.training.arguments import choose_precision, training_arguments
+from thawline.training.callbacks import Annealing
+from thawline.training.evaluation import Evaluation
+from thawline.training.objective import Objective, ReadRows
+from thawline.training.text.pretrained import load_processor
+from thawline.training.text.rows import brief, judged, read_rows
+from thawline.training.text.shares import gathered, own_share
+from thawline.training.trainer import Trainer
+from thawline.tuners.build import attach_tuner, routed_tasks
+from thawline.tuners.mhr.adapt import parameter_groups
+
+CALIBRATION_BATCHES = 8
+"""Training batches that PaCA's `activation` and `gradient` selections look at."""
+ALIGN_ROWS = 64
+"""Rows of each task that alignment is measured on."""
+
+
+class RowObjective(Objective):
+    """Objective on rows of text, which may be of several tasks.
+
+    A subclass encodes the rows (`train_rows`, `held_out_rows`), judges and answers.
+
+    Raises: as `read_rows`.
+    """
+
+    base: TextBase
+    data: TextData
+    training: Training
+    train_rows: Sequence[dict[str, Any]] = ()
+    held_out_rows: Sequence[dict[str, Any]] = ()
+    smaller_is_better: tuple[str, ...] = ("loss", "macro_loss")
+    metrics: tuple[str, ...]
+    """Metrics evaluated in addition to the loss."""
+    needs_choices: ClassVar[bool] = False
+    """Whether answers are always picked among choices."""
+
+    def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
+        super().__init__(config, read=read, described=described)
+        self.processor = load_processor(self.base)
+        self.described = described
+        rows = read_rows(self.data, seed=config.seed, read=read)
+        self.format = rows.format or self.data.format
+        self.tasks, self.task_choices = rows.tasks, rows.choices()
+        self.task_ids: dict[str, int] | None = None
+        self.train_examples, self.held_out_examples = rows.train, rows.held_out
+
+    @abstractmethod
+    def judge(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        rows: Sequence[Mapping[str, Any]],
+        batch_size: int,
+    ) -> list[dict[str, Any]]:
+        """Return one `judged_row` per example. `rows`: the examples, encoded."""
+
+    @abstractmethod
+    def answer(
+        self, model: nn.Module, examples: Sequence[Example], batch_size: int, **sampling: Any
+    ) -> list[str]:
+        """Answer each example: by one of its choices, where it has some."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the base's weights. Raises: ConfigError: for float16 weights that train."""
+        trains_base = isinstance(self.config.tuner, Full)
+        if self.base.dtype == "auto":
+            is_bf16 = choose_precision(self.training.precision) == "bf16"
+            return torch.bfloat16 if is_bf16 and not trains_base else torch.float32
+        if trains_base and self.base.dtype == "float16":
+            raise ConfigError("`base.dtype: float16` cannot be fine-tuned whole. Use float32, or an adapter.")
+        return getattr(torch, self.base.dtype)
+
+    @property
+    def align_every(self) -> int | None:
+        """Steps between measurements of gradient alignment. None: not measured."""
+        return self.training.align_every
+
+    @property
+    def start_name(self) -> str | None:
+        """Name of the evaluation before the first step. None: there is none."""
+        tuner, wanted = self.config.tuner, self.training.eval_at_start
+        if wanted is None:
+            wanted = getattr(tuner, "start_from", None) is not None
+        if not wanted or not self.held_out_rows:
+            return None
+        return AT_START if getattr(tuner, "adapt", "none") == "none" else ZERO_SHOT
+
+    def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
+        """Attach the tuner to the whole base; batches carry task ids where the model routes by them."""
+        batches = partial(self._calibration_batches, model)
+        model = attach_tuner(model, tuner, tasks=self.tasks, saved=saved, batches=batches)
+        self.route(routed_tasks(model))
+        return model
+
+    def route(self, tasks: Sequence[str] | None) -> None:
+        """Give batches the ids of their rows' tasks, by a routing table's names; None: no ids any more.
+
+        Raises: RoutingError: naming a task of the rows that the table lacks.
+        """
+        if tasks is None:
+            self.task_ids = None
+            return
+        self.task_ids = {name: i for i, name in enumerate(tasks)}
+        unknown = {row["task"] for row in (*self.train_rows, *self.held_out_rows)} - set(tasks)
+        if unknown:
+            raise RoutingError(
+                f"No routing for {brief(sorted(unknown))}: the model was trained on {brief(list(tasks))}. "
+                "Leave it out (`data.exclude_tasks`), adapt to it (`tuner.start_from` and `tuner.adapt`), or "
+                "use the average of the skills (`--tuner.adapt mu`)."
+            )
+
+    def build_trainer(self, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> Trainer:
+        """Build the trainer; MHR's routing gets its own rates, and its annealing.
+
+        Raises: ConfigError: for settings that do not fit the rows, and as `training_arguments`.
+        """
+        config, tuner = self.config, self.config.tuner
+        arguments = training_arguments(
+            self._fitted_training(), folder=config.run_folder, tuner=tuner, seed=config.seed,
+            smaller_is_better=self.smaller_is_better,
+        )  # fmt: skip
+        groups = None
+        if isinstance(tuner, Mhr):
+            groups = partial(
+                parameter_groups,
+                lr=arguments.learning_rate,
+                routing_lr=tuner.routing_lr,
+                weight_decay=arguments.weight_decay,
+                routing_weight_decay=tuner.routing_weight_decay,
+            )
+            if tuner.anneal:
+                callbacks = [*callbacks, Annealing(tuner.anneal)]
+        return Trainer(
+            model,
+            arguments,
+            self,
+            callbacks,
+            sampler=self.train_sampler(arguments.train_batch_size),
+            loss=self.loss,
+            parameter_groups=groups,
+        )
+
+    def train_sampler(self, batch_size: int) -> TaskSampler | None:
+        """Return the order of rows where tasks are drawn; None: every row once an epoch, shuffled."""
+        if self.data.sampling == "each":
+            return None
+        numbers = {task: i for i, task in enumerate(self.tasks)}
+        return TaskSampler(
+            [numbers[row["task"]] for row in self.train_rows],
+            self.data.sampling,
+            temperature=self.data.sampling_temperature,
+            cap=self.data.task_cap,
+            seed=self.config.seed,
+            same_task=batch_size if self.data.batches == "task" else 1,
+        )
+
+    def alignment_batches(self) -> dict[str, list[Any]]:
+        """Return batches of training rows of every task, drawn by the seed.
+
+        All batches of a task have the same size, so that the mean over them is one over rows.
+        """
+        by_task: dict[str, list[Any]] = {task: [] for task in self.tasks}
+        for row in self.train_rows:
+            by_task[row["task"]].append(row)
+        found = {}
+        for task, own in by_task.items():
+            drawn = random.Random(f"{self.config.seed} {task}").sample(own, min(ALIGN_ROWS, len(own)))
+            size = min(self.training.batch_size, len(drawn))
+            starts = range(0, len(drawn) - size + 1, size)
+            found[task] = [self.collate(drawn[start : start + size]) for start in starts]
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Return the prompt's format; the tasks, and the choices of those whose rows share them."""
+        tasks = {task: list(self.task_choices.get(task, ())) for task in self.tasks}
+        return {"format": self.format, "template": self.data.template, "tasks": tasks}
+
+    def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
+        """Compute loss and metrics on the held-out rows, over all of them and by task.
+
+        Where several processes train, each judges a share of the rows, and all get the same result.
+        """
+        model.eval()
+        share = own_share(model)
+        found = self.judge(model, self.held_out_examples[share], self.held_out_rows[share], batch_size)
+        return judged(gathered(found, share), self.metrics)
+
+    def predict(
+        self,
+        model: nn.Module,
+        inputs: Sequence[str],
+        *,
+        choices: Sequence[str] = (),
+        task: str | None = None,
+        batch_size: int = 8,
+        **sampling: Any,
+    ) -> list[str]:
+        """Answer texts, each put into the prompt the model was trained with.
+
+        Args:
+            choices: answers to pick from. None: the task's, where several tasks have been trained.
+            task: the texts' task. None: the only one.
+            sampling: see `answer`.
+
+        Raises: RoutingError: for an unknown task, or none where the model routes several.
+        """
+        known = self.described.get("tasks", {})
+        if task is not None and task not in known:
+            raise RoutingError(f"The model knows no task '{task}'. {did_you_mean(task, known)}")
+        if task is None and self.task_ids is not None and len(self.task_ids) > 1:
+            raise RoutingError(f"Which task are the texts of? {did_you_mean('', self.task_ids)}")
+        task = task or next(iter(self.task_ids or known), "")
+        # A run of one task without ids writes freely unless choices are given.
+        if not choices and (self.task_ids is not None or self.needs_choices or len(known) > 1):
+            choices = known.get(task, ())
+        format, template = self.described.get("format", "text"), self.described.get("template")
+        examples = [prompt_example(text, format, template, choices, task) for text in inputs]
+        return self.answer(model, examples, batch_size, **sampling)
+
+    def ids_of(self, tasks: Iterable[str], name: str = "task_ids") -> dict[str, list[int]]:
+        """Return task ids as an argument of the model's forward; nothing where tasks are not routed.
+
+        They are a list: ids are read on the host.
+        """
+        ids = self.task_ids
+        return {} if ids is None else {name: [ids[task] for task in tasks]}
+
+    def _calibration_batches(self, model: nn.Module) -> list[Mapping[str, Any]]:
+        """Return a few batches of training rows; moves `model` to where it will train."""
+        if torch.cuda.is_available():
+            model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        rows, size = self.train_rows, self.training.batch_size
+        n_rows = min(CALIBRATION_BATCHES * size, len(rows))
+        drawn = random.Random(self.config.seed).sample(rows, n_rows)
+        return [self.collate(drawn[start : start + size]) for start in range(0, n_rows, size)]
+
+    def _fitted_training(self) -> Training:
+        """Return settings that evaluate only where there are rows to evaluate on.
+
+        Raises: ConfigError: if `best_metric` is none of what evaluation gives.
+        """
+        rows, wanted = self.held_out_rows, self.training.best_metric
+        known = ["loss", *self.metrics] if rows else []
+        if len({row["task"] for row in rows}) > 1:
+            known += [f"macro_{name}" for name in known]
+        if wanted is not None and wanted not in known:
+            reason = f"is not evaluated. {did_you_mean(wanted, known)}" if rows else "needs held-out rows."
+            raise ConfigError(f"`training.best_metric: {wanted}` {reason}")
+        return self.training if rows else dataclasses.replace(self.training, eval_every="end")
+
+
+def judged_row(example: Example, log_likelihood: float, n_tokens: int = 1, **more: Any) -> dict[str, Any]:
+    """Return an evaluated example as plain values: a row of predictions.jsonl.
+
+    Args:
+        log_likelihood: of the right answer, in nats, over its `n_tokens`.
+        more: prediction and metrics.
+    """
+    return {
+        "task": example.task,
+        "where": example.where,
+        "answer": example.answer,
+        "log_likelihood": log_likelihood,
+        "n_tokens": n_tokens,
+        **more,
+    }

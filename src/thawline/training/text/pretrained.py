@@ -1,0 +1,45 @@
+"""Load a pretrained model and its tokenizer, with one-line errors for what a user can fix."""
+
+from __future__ import annotations
+
+__all__ = ["load_pretrained", "load_processor"]
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from thawline.errors import ConfigError
+from thawline.recipe import TextBase
+
+
+def load_processor(base: TextBase) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token. Raises: ConfigError: if there is none."""
+    tokenizer = load_pretrained(AutoTokenizer, base)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"The tokenizer of '{base.model}' has neither a padding nor an end token.")
+        # Never seen by the loss or by attention, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
+    """`from_pretrained`, with a one-line error for what a user can mend."""
+    folder = Path(base.model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"'{base.model}' is an adapter: give its base as `base.model`, and it as `tuner.start_from`."
+        )
+    try:
+        return loader.from_pretrained(
+            base.model, revision=base.revision, trust_remote_code=base.trust_remote_code, **extra
+        )
+    except (OSError, ValueError) as error:
+        if not folder.is_dir() and (
+            folder.is_absolute() or base.model.startswith(".") or len(folder.parts) > 2
+        ):
+            raise ConfigError(f"Cannot load '{base.model}': no such folder.") from error
+        reason = str(error).strip().splitlines()[0]
+        where = "" if folder.is_dir() else "no such folder, and as a Hub id: "
+        raise ConfigError(f"Cannot load '{base.model}': {where}{reason}") from error
