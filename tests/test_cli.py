@@ -7,16 +7,15 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 import thawline
-from thawline.choices import CHOICES, literal_dict
 from thawline.cli import VERBS, main
-from thawline.data.text.rows import FORMATS
-from thawline.metrics.text import METRICS
+from thawline.recipe import CHOICES, section_types
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     return status, err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list"], ["--version"]])
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["--version"], ["train", "--help"]])
 def test_help_and_list_answer_in_half_a_second(words: list[str]) -> None:
     # Processor time: on a machine that does nothing else it is the wall time, and a busy one cannot spoil it.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -65,28 +64,14 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{thawline.__version__}\n"
 
 
-def test_list_shows_what_the_homes_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
-    tables = json.loads(capsys.readouterr().out)
-    assert list(tables) == list(CHOICES)
-    assert list(tables["formats"]) == list(FORMATS)
-    assert tables["metrics"] == METRICS
-    assert all(tables[topic] for topic in tables)
-    assert main(["list", "tuners"]) == 0
+    assert json.loads(capsys.readouterr().out) == CHOICES
+    assert main(["list", "tuners", "routers"]) == 0
     text = capsys.readouterr().out
-    assert "frozen" in text
-    assert "ia3" in text
-
-
-def test_a_literal_dict_of_functions_is_documented_by_them(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "home.py").write_text(
-        'def first(x):\n    """The first one.\n\n    More."""\n'
-        'TABLE: dict = {"first": first, "pair": ("a", "b")}\n'
-    )
-    monkeypatch.setattr("thawline.choices.__file__", str(tmp_path / "choices.py"))
-    assert literal_dict("home.py", "TABLE") == {"first": "The first one.", "pair": "a, b"}
-    with pytest.raises(LookupError, match="no literal dict OTHER"):
-        literal_dict("home.py", "OTHER")
+    for name in (*CHOICES["tuners"], *CHOICES["routers"]):
+        assert re.search(rf"\b{name}\b", text)
+    assert "selections" not in text
 
 
 @pytest.mark.parametrize(
@@ -105,16 +90,28 @@ def test_a_literal_dict_of_functions_is_documented_by_them(tmp_path: Path, monke
             "takes int or 'epoch', 'end', got 'day'",
         ),
         (["train", "--base", "m", "--data", "no.jsonl"], 2, "Cannot load 'm'"),
-        (["predict"], 2, "required: model"),
+        (["predict"], 2, "No model given. Usage: thawline predict MODEL TEXT"),
         (["predict", "m", "--tokens", "3"], 2, "Unknown option '--tokens'.*Did you mean 'max_new_tokens'"),
-        (["predict", "--source", "photos"], 2, "What should detect\\? Give a run's folder"),
+        (["predict", "--source", "photos"], 2, "No model given. Usage: thawline predict MODEL --source"),
+        (["predict", "m", "--source", "photos", "--choices", "a,b"], 2, "'choices' is for texts"),
+        (["predict", "m", "x", "--tile", "640"], 2, "'tile' is for detection, which needs --source"),
+        (["train", "--lean", "--seed", "3"], 2, "'--lean' needs a value"),
+        (["eval"], 2, "required: model"),
         (["eval", "runs/nowhere"], 1, "No such run or model: 'runs/nowhere'"),
-        (["predict", "m", "x", "--batch_size", "0"], 2, "'batch_size' must be at least 1, got 0"),
-        (["predict", "m", "x", "--max_new_tokens", "0"], 2, "'max_new_tokens' must be at least 1, got 0"),
-        (["predict", "m", "x", "--temperature", "-1"], 2, "'temperature' must be at least 0, got -1"),
+        (["predict", "m", "x", "--batch_size", "0"], 2, "`batch_size` must be a number of at least 1, got 0"),
+        (
+            ["predict", "m", "x", "--max_new_tokens", "0"],
+            2,
+            "`max_new_tokens` must be a number of at least 1, got 0",
+        ),
+        (
+            ["predict", "m", "x", "--temperature", "-1"],
+            2,
+            "`temperature` must be a number of at least 0, got -1",
+        ),
         (["train", "--base", "./m", "--data", "no.jsonl"], 2, "Cannot load './m': no such folder"),
         (["train", "--base", "m", "--data", "d", "--seed", "-1"], 2, "`seed` must be a whole number from 0"),
-        (["list", "tuner"], 2, "Nothing called 'tuner' to list.*Did you mean 'tuners'"),
+        (["list", "tuner"], 2, "Unknown topic 'tuner'.*Did you mean 'tuners'"),
     ],
 )
 def test_a_mistake_ends_in_one_line(capsys, argv: list[str], status: int, message: str) -> None:
@@ -194,14 +191,33 @@ def test_print_config_is_the_recipe_under_the_command_line(tmp_path: Path, capsy
     assert yaml.safe_load(capsys.readouterr().out)["tuner"] == {"method": "frozen"}
 
 
-def test_help_of_train_explains_every_field(capsys) -> None:
+def test_help_of_train_groups_the_fields_of_every_objective_and_tuner(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--training.gradient_accumulation" in text
     assert "Forward passes per optimiser step." in text
-    assert "Short for --tuner.method." in text
+    assert "--tuner for --tuner.method" in text
+    for title in ("objective (match):", "data (text, match):", "data (detection):", "training (detection):"):
+        assert f"\n{title}\n" in text
+    groups = dict(re.findall(r"\n(tuner: [^\n]*):\n(.*?)(?=\n\n|\n$)", text, re.DOTALL))
+    assert "--tuner.selection" in groups["tuner: paca"]
+    assert "--tuner.n_heads" in groups["tuner: mhr, poly"]
+    assert max(map(len, text.splitlines())) <= 100
+    for types in (section_types("text", "mhr"), section_types("detection", "paca")):
+        for section, wanted in types.items():
+            assert all(f"--{section}.{field.name} " in text.replace("\n", " ") for field in fields(wanted))
+
+
+def test_help_of_predict_groups_text_and_detection(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    text = capsys.readouterr().out
+    of_text, of_detection = text.split("\ntext:\n")[1].split("\ndetection (with --source):\n")
+    assert "--choices" in of_text
+    assert "--tile" in of_detection
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_train_eval_and_predict_from_the_command_line(
@@ -220,6 +236,10 @@ def test_train_eval_and_predict_from_the_command_line(
         "2",
     ]
     assert main([*words, "--dry_run"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert 3 < len(table) <= 12
+    assert all(re.match(r"\w+ +\S", line) for line in table)
+    assert main([*words, "--dry_run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["steps"], plan["rows"]) == (3, {"train": 6, "held_out": 2})
     assert main([*words, "--json"]) == 0
@@ -239,7 +259,7 @@ def test_train_eval_and_predict_from_the_command_line(
     assert len(out.read_text().splitlines()) == 2
     status, err = fails(capsys, "eval", folder, "--out", str(out))
     assert status == 2
-    assert f"--out: '{out}' is there already. Give another name" in err
+    assert f"`out`: '{out}' already exists. Choose another name" in err
     assert len(out.read_text().splitlines()) == 2
     assert main(["eval", folder]) == 0
     table = capsys.readouterr().out.splitlines()
@@ -259,7 +279,7 @@ def test_a_plain_model_is_evaluated_on_the_rows_it_is_given(tiny_llama: Path, ro
     assert json.loads(capsys.readouterr().out)["parts"]["letters"]["rows"] == 2
     status, err = fails(capsys, "eval", str(tiny_llama), "--data", rows, "--out", "no/where.jsonl")
     assert status == 2
-    assert "--out: no such folder: 'no'" in err
+    assert "`out`: no such folder: 'no'" in err
     status, err = fails(capsys, "eval", str(tiny_llama), "--qqqq", "1")
     assert status == 2
     assert err.endswith("objective, out, print_config, seed, training, tuner.\n"), err

@@ -13,8 +13,8 @@ FLOOR = {
     "recipe": 0, "ops": 0,
     "tuners": 1, "models": 1, "data": 1, "metrics": 1,
     "training": 3, "analysis": 3, "export": 3, "inference": 3, "report": 3,
-    "run": 4, "choices": 4, "bench": 4,
-    "demo": 5,
+    "run": 4, "bench": 4,
+    "jobs": 5, "demo": 5,
     "cli": 6,
 }  # fmt: skip
 DOORS = {
@@ -29,7 +29,6 @@ DOORS = {
     "bitsandbytes": ("tuners/paca",),
     "matplotlib": ("report", "analysis"),
     "scipy": ("analysis", "models/deimv2/loss/matcher"),
-    "jsonargparse": ("cli",),
 }
 FILES = sorted(SRC.rglob("*.py"))
 

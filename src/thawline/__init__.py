@@ -1,52 +1,38 @@
 """thawline: the line where a frozen model starts to move.
 
-Every public name is loaded on first touch: `import thawline` imports neither torch nor transformers.
+Every public name is loaded on first use: `import thawline` imports neither torch nor transformers.
 `import thawline.tuners` registers thawline's tuners with PEFT, the one import with an effect;
-touching a tuner's name here (`thawline.PacaConfig`) does the same.
+using a tuner's name here (`thawline.PacaConfig`) does the same.
 """
 
 from __future__ import annotations
 
 import importlib
 
-_HOMES = {
-    "AlignmentRecorder": "thawline.analysis.recorder",
-    "CheckpointError": "thawline.errors",
-    "ConfigError": "thawline.errors",
-    "DEIMv2": "thawline.models.deimv2",
-    "DEIMv2Config": "thawline.models.deimv2",
-    "DataError": "thawline.errors",
-    "DetectionDataset": "thawline.data.detection.dataset",
-    "DetectionEvaluator": "thawline.metrics.detection",
-    "Detector": "thawline.inference.detector",
-    "MHRConfig": "thawline.tuners",
-    "MissingExtraError": "thawline.errors",
-    "PacaConfig": "thawline.tuners",
-    "RoutingError": "thawline.errors",
-    "RunConfig": "thawline.recipe",
-    "ThawlineError": "thawline.errors",
-    "VARIANTS": "thawline.models.deimv2",
-    "add_tasks": "thawline.tuners",
-    "apply_lean": "thawline.ops.lean",
-    "attach_tuner": "thawline.tuners.build",
-    "build_report": "thawline.report.run_report",
-    "derive_schedule": "thawline.training.detection.schedule",
-    "from_poly": "thawline.tuners",
-    "gradient_alignment": "thawline.analysis.gradients",
-    "load_detection": "thawline.data.detection.dataset",
-    "load_recipe": "thawline.recipe",
-    "load_routing": "thawline.tuners",
-    "published_schedule": "thawline.training.detection.schedule",
-    "read_routing": "thawline.analysis.routing",
-    "route_by_batch": "thawline.tuners",
-    "routing_statistics": "thawline.analysis.routing",
-    "save_routing": "thawline.tuners",
-    "select_columns": "thawline.tuners",
-    "set_task_ids": "thawline.tuners",
-    "start_adaptation": "thawline.tuners",
-    "to_lora": "thawline.tuners",
-    "undo_lean": "thawline.ops.lean",
-}
+_NAMES = {
+    "thawline.analysis.gradients": ["gradient_alignment"],
+    "thawline.analysis.recorder": ["AlignmentRecorder"],
+    "thawline.analysis.routing": ["read_routing", "routing_statistics"],
+    "thawline.data.detection.dataset": ["DetectionDataset", "load_detection"],
+    "thawline.errors": [
+        "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "RoutingError", "ThawlineError",
+    ],
+    "thawline.inference.detector": ["Detector"],
+    "thawline.jobs": ["align", "check_data", "convert", "evaluate", "predict", "train"],
+    "thawline.metrics.detection": ["DetectionEvaluator"],
+    "thawline.models.deimv2": ["DEIMv2", "DEIMv2Config", "VARIANTS"],
+    "thawline.ops.lean": ["apply_lean", "undo_lean"],
+    "thawline.recipe": ["RunConfig", "list_choices", "load_recipe"],
+    "thawline.report.run_report": ["build_report"],
+    "thawline.training.detection.schedule": ["derive_schedule", "published_schedule"],
+    "thawline.tuners": [
+        "MHRConfig", "PacaConfig", "add_tasks", "from_poly", "load_routing", "route_by_batch", "save_routing",
+        "select_columns", "set_task_ids", "start_adaptation", "to_lora",
+    ],
+    "thawline.tuners.build": ["attach_tuner"],
+    "thawline.tuners.mhr": ["parameter_groups"],
+}  # fmt: skip
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = sorted([*_HOMES, "__version__"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["AT_START", "ZERO_SHOT", "aligned", "evaluation_rows"]
+__all__ = ["AT_START", "ZERO_SHOT", "aligned", "evaluation_rows", "labelled"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 AT_START, ZERO_SHOT = "at start", "zero-shot"
@@ -20,6 +20,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         )
         for row in rows
     )
+
+
+def labelled(rows: Iterable[tuple[str, str]], indent: str = "") -> str:
+    """Return label and text of each row as a line, the texts aligned."""
+    rows = list(rows)
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{indent}{label:{width}}  {text}" for label, text in rows)
 
 
 def evaluation_rows(

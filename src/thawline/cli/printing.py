@@ -1,13 +1,13 @@
-"""What commands print: results on stdout, as tables, YAML or JSON."""
+"""Results on stdout: tables, YAML and JSON."""
 
 from __future__ import annotations
 
-__all__ = ["choice_lines", "first_line", "say", "say_evaluation", "to_json", "to_yaml"]
+__all__ = ["choice_lines", "evaluation_table", "show", "show_json", "show_yaml"]
 
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -16,22 +16,32 @@ from thawline.recipe import RunConfig
 from thawline.tables import aligned, evaluation_rows
 
 
-def say(text: str) -> int:
-    """Write to stdout at once; returns the exit status of a command that has nothing more to say."""
+def show(text: str) -> int:
+    """Write to stdout and flush; returns 0, the exit status of a command that ends with it."""
     sys.stdout.write(text.rstrip("\n") + "\n")
     sys.stdout.flush()
     return 0
 
 
-def say_evaluation(
+def show_json(value: Any) -> int:
+    """Write JSON to stdout; what JSON does not know is written as text."""
+    return show(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def show_yaml(config: RunConfig) -> int:
+    """Write a recipe as YAML that `--config` reads back."""
+    return show(yaml.safe_dump(config.to_mapping(), sort_keys=False, allow_unicode=True))
+
+
+def evaluation_table(
     metrics: Mapping[str, float],
     parts: Mapping[str, Mapping[str, float]],
     start: Mapping[str, Any] | None = None,
-) -> int:
-    """The table of an evaluation (`evaluation_rows`)."""
+) -> str:
+    """Return the table of an evaluation (`evaluation_rows`) as text."""
     if not metrics:
-        return say("No held-out rows: nothing was evaluated.")
-    return say(aligned([[_cell(value) for value in row] for row in evaluation_rows(metrics, parts, start)]))
+        return "No held-out rows: nothing was evaluated."
+    return aligned([[_cell(value) for value in row] for row in evaluation_rows(metrics, parts, start)])
 
 
 def _cell(value: object) -> str:
@@ -39,7 +49,7 @@ def _cell(value: object) -> str:
 
 
 def choice_lines(table: Mapping[str, str]) -> list[str]:
-    """One line a choice; choices that share their text (PEFT's many methods) stand together above it."""
+    """Return one line per choice; more than two choices with the same text stand together above it."""
     names_of: dict[str, list[str]] = {}
     for name, text in table.items():
         names_of.setdefault(text, []).append(name)
@@ -47,23 +57,7 @@ def choice_lines(table: Mapping[str, str]) -> list[str]:
     lines = []
     for text, names in names_of.items():
         if len(names) > 2:
-            block = textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  ")
-            lines += [*block.splitlines(), f"  {'':{width}}  {text}"]
-        else:
-            lines += [f"  {name:{width}}  {text}" for name in names]
+            lines += textwrap.wrap(", ".join(names), 100, initial_indent="  ", subsequent_indent="  ")
+            names = [""]
+        lines += [f"  {name:{width}}  {text}" for name in names]
     return lines
-
-
-def first_line(function: Callable[..., Any]) -> str:
-    """The first line of a function's docstring, which is its help."""
-    return (function.__doc__ or "").splitlines()[0]
-
-
-def to_yaml(config: RunConfig) -> str:
-    """A recipe as YAML that `--config` reads back."""
-    return yaml.safe_dump(config.to_mapping(), sort_keys=False, allow_unicode=True)
-
-
-def to_json(value: Any, indent: int | None = 2) -> str:
-    """JSON for people and programs; what JSON has no form for, as text."""
-    return json.dumps(value, indent=indent, ensure_ascii=False, default=str)

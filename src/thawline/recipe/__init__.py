@@ -16,6 +16,7 @@ Where fields mirror another library's, tests/test_recipe.py holds them to it.
 from __future__ import annotations
 
 __all__ = [
+    "CHOICES",
     "LEADING_FIELD",
     "OBJECTIVES",
     "PEFT_METHODS",
@@ -38,26 +39,24 @@ __all__ = [
     "TextSettings",
     "Training",
     "TunerSettings",
-    "check_mapping",
-    "expand_sections",
+    "build_config",
+    "dotted_values",
+    "list_choices",
     "load_recipe",
-    "nearest_key",
-    "read_mapping",
+    "read_recipe",
     "section_types",
-    "usual_method",
 ]
 
+from thawline.recipe.choices import CHOICES, list_choices
 from thawline.recipe.detection import DetectionBase, DetectionData, DetectionSettings, DetectionTraining
-from thawline.recipe.files import load_recipe, read_mapping
+from thawline.recipe.files import load_recipe, read_recipe
 from thawline.recipe.run import (
     LEADING_FIELD,
     OBJECTIVES,
     RunConfig,
-    check_mapping,
-    expand_sections,
-    nearest_key,
+    build_config,
+    dotted_values,
     section_types,
-    usual_method,
 )
 from thawline.recipe.text import MatchSettings, TextBase, TextData, TextSettings
 from thawline.recipe.training import Training

@@ -1,49 +1,43 @@
-"""Recipes as YAML files."""
+"""Load recipes: YAML files, mappings and configs, one over the other."""
 
 from __future__ import annotations
 
-__all__ = [
-    "load_recipe",
-    "read_mapping",
-]
+__all__ = ["load_recipe", "read_recipe"]
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from thawline.errors import ConfigError
-from thawline.recipe.run import RunConfig
+from thawline.recipe.run import RunConfig, build_config
+from thawline.recipe.values import read_yaml
 
 
-def load_recipe(path: str | Path) -> RunConfig:
-    """Read a recipe, or the config.yaml of a run folder.
+def load_recipe(recipe: RunConfig | Mapping[str, Any] | str | Path, **overrides: Any) -> RunConfig:
+    """Load a recipe, or the config.yaml of a run folder, with some values changed.
 
-    Raises: ConfigError: if the file is missing, is not YAML, or says something that cannot work.
+    Args:
+        recipe: a YAML file, nested values, or a config.
+        overrides: values by section (`tuner={"r": 8}`) or dotted key (`**{"tuner.r": 8}`).
+    Raises: ConfigError: if the file is missing, is not YAML, or holds something that cannot work.
     """
-    return RunConfig.from_mapping(read_mapping(path), str(path))
+    return build_config([read_recipe(recipe), ("the overrides", overrides)])
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The nested plain values of a YAML file. Raises: ConfigError: if it is missing or not a mapping."""
+def read_recipe(recipe: RunConfig | Mapping[str, Any] | str | Path) -> tuple[str, Mapping[str, Any]]:
+    """Return a recipe's source, for messages, and its nested plain values."""
+    if isinstance(recipe, RunConfig):
+        return "the recipe", recipe.to_mapping()
+    if isinstance(recipe, Mapping):
+        return "the recipe", recipe
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        mapping = read_yaml(Path(recipe).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"Cannot read recipe '{path}': {error.strerror}.") from error
-    try:
-        mapping = yaml.load(text, Loader=_Loader)
+        raise ConfigError(f"Cannot read recipe '{recipe}': {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"Recipe '{path}' is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"Recipe '{recipe}' is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
-        raise ConfigError(f"Recipe '{path}' must hold keys and values, got {type(mapping).__name__}.")
-    return mapping
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number; YAML 1.1, and so PyYAML, takes it for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+        raise ConfigError(f"Recipe '{recipe}' must hold keys and values, got {type(mapping).__name__}.")
+    return str(recipe), mapping

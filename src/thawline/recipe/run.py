@@ -1,22 +1,13 @@
-"""One run: which sections there are, what may stand in each, and what is said of a key that may not."""
+"""`RunConfig`: one run, its sections, and how recipes, options and keyword arguments become one."""
 
 from __future__ import annotations
 
-__all__ = [
-    "LEADING_FIELD",
-    "OBJECTIVES",
-    "RunConfig",
-    "check_mapping",
-    "expand_sections",
-    "known_keys",
-    "nearest_key",
-    "section_types",
-    "usual_method",
-]
+__all__ = ["LEADING_FIELD", "OBJECTIVES", "RunConfig", "build_config", "dotted_values", "section_types"]
 
 import dataclasses
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +18,9 @@ from thawline.recipe.detection import DetectionBase, DetectionData, DetectionSet
 from thawline.recipe.text import MatchSettings, TextBase, TextData, TextSettings
 from thawline.recipe.training import TRAINING_ARGUMENTS, Training
 from thawline.recipe.tuners import TUNERS, Full, Paca, TunerSettings
+from thawline.recipe.values import convert, field_types
+
+logger = logging.getLogger(__name__)
 
 OBJECTIVES: dict[str, dict[str, type]] = {
     "text": {"objective": TextSettings, "base": TextBase, "data": TextData},
@@ -38,15 +32,15 @@ OBJECTIVES: dict[str, dict[str, type]] = {
         "training": DetectionTraining,
     },
 }
-"""What may be asked: `objective.kind` → the dataclasses of the sections that depend on it."""
+"""`objective.kind` → the dataclasses of the sections that depend on it."""
 
 LEADING_FIELD = {"objective": "kind", "base": "model", "tuner": "method", "data": "path"}
-"""A section given as a single value gives this field."""
+"""The field that a section given as a single value sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run: base × tuner × objective, on data, trained somehow."""
+    """One run: base × tuner × objective, its data, and how it is trained."""
 
     objective: TextSettings | MatchSettings | DetectionSettings = field(default_factory=TextSettings)
     base: TextBase | DetectionBase = field(default_factory=TextBase)
@@ -56,9 +50,9 @@ class RunConfig:
     name: str | None = None
     """Name of the run's folder. None: made of base, tuner and data."""
     folder: str = "runs"
-    """Where run folders are made."""
+    """Folder that holds the run folders."""
     seed: int = 0
-    """Seeds the adapter's start, the order of the data and dropout."""
+    """Seed of the adapter's initialisation, the order of the data, and dropout."""
     lean: bool = False
     """Swap norms and gated MLPs for versions that keep less for backward (`thawline.apply_lean`)."""
 
@@ -71,22 +65,19 @@ class RunConfig:
             raise ConfigError(f"`seed` must be a whole number from 0 to 2^32 - 1, got {self.seed!r}.")
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(
-                f"`name` must be a plain folder name, got {self.name!r}. `folder` says where it lies."
+                f"`name` must be a plain folder name, got {self.name!r}. `folder` is the place for a path."
             )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "the recipe") -> RunConfig:
         """Build a config from nested plain values, as a YAML file holds them.
 
-        Raises: ConfigError: naming an unknown key and its nearest known one, or a value that cannot work.
+        Raises: ConfigError: for an unknown key, with the nearest known one, or a value that cannot work.
         """
-        values = check_mapping(mapping, source)
-        types = _types_of(values)
-        sections = {name: types[name](**section) for name, section in values.items() if name in types}
-        return cls(**{**values, **sections})
+        return build_config([(source, mapping)])
 
     def to_mapping(self) -> dict[str, Any]:
-        """Nested plain values, ready for YAML or JSON; `from_mapping` reads them back."""
+        """Return nested plain values, ready for YAML or JSON; `from_mapping` reads them back."""
         return dataclasses.asdict(self)
 
     @property
@@ -107,7 +98,7 @@ class RunConfig:
 
 
 def section_types(objective: str, method: str) -> dict[str, type]:
-    """The dataclass of each section of a recipe. Raises: ConfigError: for an unknown choice."""
+    """Return the dataclass of each section of a recipe. Raises: ConfigError: for an unknown choice."""
     if objective not in OBJECTIVES:
         raise ConfigError(f"Unknown objective '{objective}'. {did_you_mean(objective, OBJECTIVES)}")
     if method not in TUNERS:
@@ -115,64 +106,88 @@ def section_types(objective: str, method: str) -> dict[str, type]:
     return {"training": Training, **OBJECTIVES[objective], "tuner": TUNERS[method]}
 
 
-def usual_method(objective: str) -> str:
-    """The tuner of a recipe that names none: a detector's backbone trains with the rest."""
-    return Full.method if objective == "detection" else Paca.method
+def build_config(layers: Iterable[tuple[str, Mapping[str, Any]]], options: Sequence[str] = ()) -> RunConfig:
+    """Build a config from layers of values; a later layer wins, field by field.
+
+    A layer nests sections (`{"tuner": {"r": 8}}`) or dots them (`{"tuner.r": 8}`); a section may be its
+    leading field alone (`{"tuner": "lora"}`). Where a later layer chooses another tuner or objective, the
+    fields of earlier layers that it lacks are dropped.
+
+    Args:
+        layers: (source, values); the source is named in messages, and empty for the command line.
+        options: names of the command's other options, suggested where one is misspelt.
+    Raises: ConfigError: for an unknown key, with the nearest known one, or a value that cannot work.
+    """
+    values: dict[str, Any] = {}
+    types = _section_types_of(values)
+    for source, layer in layers:
+        flat = dotted_values(layer, source)
+        types = _section_types_of(values | flat)
+        known = _known_types(types)
+        for key, value in flat.items():
+            # The keys of a field that holds a dict may be dotted too: tuner.args.use_rslora.
+            section, _, rest = key.partition(".")
+            name, _, inner = rest.partition(".")
+            name = f"{section}.{name}" if rest else section
+            if name not in known:
+                unknown = f"key '{key}' in {source}" if source else f"option '--{key}'"
+                raise ConfigError(f"Unknown {unknown}. {_nearest_key(key, [*known, *options])}")
+            values[name] = {**(values.get(name) or {}), inner: value} if inner else value
+        if dropped := sorted(values.keys() - known.keys()):
+            logger.info("Left out, since this tuner or objective has no such field: %s.", ", ".join(dropped))
+            values = {key: value for key, value in values.items() if key in known}
+    arguments: dict[str, dict[str, Any]] = {section: {} for section in ("", *types)}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        arguments[section][name] = convert(key, value, known[key])
+    sections = {section: wanted(**arguments[section]) for section, wanted in types.items()}
+    return RunConfig(**arguments[""], **sections)
 
 
-def check_mapping(mapping: Mapping[str, Any], source: str = "the recipe") -> dict[str, Any]:
-    """A recipe's nested values with its sections written out. Raises: ConfigError: naming an unknown key."""
-    values = expand_sections(mapping, source)
-    types = _types_of(values)
-    known = set(known_keys(types))
-    for section, value in values.items():
-        for key in [f"{section}.{name}" for name in value] if section in types else [section]:
-            if key not in known:
-                raise ConfigError(f"Unknown key '{key}' in {source}. {nearest_key(key, types)}")
-    return values
+def dotted_values(layer: Mapping[str, Any], source: str = "the recipe") -> dict[str, Any]:
+    """Return nested values by dotted key; a section given as a single value sets its leading field.
+
+    Raises: ConfigError: for a section that holds something else.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in layer.items():
+        if key in LEADING_FIELD and isinstance(value, (str, list, Path)):
+            flat[f"{key}.{LEADING_FIELD[key]}"] = value
+        elif key not in (*LEADING_FIELD, "training"):
+            flat[key] = value
+        elif isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            raise ConfigError(
+                f"`{key}` in {source or 'the options'} must hold keys and values, got {value!r}."
+            )
+    return flat
 
 
-def expand_sections(mapping: Mapping[str, Any], source: str = "the recipe") -> dict[str, Any]:
-    """Write out sections given as their leading field alone (`tuner: lora`)."""
-    values = dict(mapping)
-    for section in (*LEADING_FIELD, "training"):
-        value = values.get(section, {})
-        if section in LEADING_FIELD and isinstance(value, (str, list)):
-            value = {LEADING_FIELD[section]: value}
-        if not isinstance(value, dict):
-            raise ConfigError(f"`{section}` in {source} must hold keys and values, got {value!r}.")
-        values[section] = dict(value)
-    return values
+def _section_types_of(values: Mapping[str, Any]) -> dict[str, type]:
+    objective = values.get("objective.kind", TextSettings.kind)
+    # A detector's backbone trains with the rest where no tuner is named.
+    usual = Full.method if objective == DetectionSettings.kind else Paca.method
+    return section_types(objective, values.get("tuner.method", usual))
 
 
-def nearest_key(key: str, types: Mapping[str, type], more: Sequence[str] = ()) -> str:
-    """The end of an "unknown key" message: the nearest known key, or ours for another library's name."""
-    known = [*known_keys(types), *more]
+def _known_types(types: Mapping[str, type]) -> dict[str, Any]:
+    """Dotted key → type annotation of everything a recipe with these sections may hold."""
+    known = {name: wanted for name, wanted in field_types(RunConfig).items() if name not in types}
+    for section, wanted in types.items():
+        known |= {f"{section}.{name}": inner for name, inner in field_types(wanted).items()}
+    return known
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """Return the end of an "unknown key" message: the nearest key, or ours for a name of transformers."""
     section, _, name = key.partition(".")
     if section == "training" and name in TRAINING_ARGUMENTS:
         return f"Here it is called 'training.{TRAINING_ARGUMENTS[name]}'."
     # The same last name in another section is nearer than a similar spelling.
-    same = [other for other in known if other.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    close = same or get_close_matches(key, known, n=1)
-    if close:
+    same = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    if close := same or get_close_matches(key, known, n=1):
         return f"Did you mean '{close[0]}'?"
-    inside = {other.partition(".")[2] for other in known if other.startswith(f"{section}.")}
-    if inside:
-        return f"'{section}' has: {', '.join(sorted(inside))}."
+    if inside := sorted(other.partition(".")[2] for other in known if other.startswith(f"{section}.")):
+        return f"'{section}' has: {', '.join(inside)}."
     return f"Known: {', '.join(sorted({other.partition('.')[0] for other in known}))}."
-
-
-def known_keys(types: Mapping[str, type]) -> Iterator[str]:
-    """Every dotted key a recipe with these sections may have."""
-    for config_field in dataclasses.fields(RunConfig):
-        if config_field.name in types:
-            yield from (
-                f"{config_field.name}.{inner.name}" for inner in dataclasses.fields(types[config_field.name])
-            )
-        else:
-            yield config_field.name
-
-
-def _types_of(values: Mapping[str, Any]) -> dict[str, type]:
-    objective = values["objective"].get("kind", TextSettings.kind)
-    return section_types(objective, values["tuner"].get("method", usual_method(objective)))

@@ -1,0 +1,262 @@
+"""The jobs of the command line as functions: `thawline train` is `thawline.train`, and so on.
+
+Frameworks are imported inside the functions, so that a command loads only what its job needs.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "align",
+    "check_data",
+    "convert",
+    "detect",
+    "evaluate",
+    "evaluation_recipe",
+    "is_main_process",
+    "predict",
+    "train",
+]
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from thawline.errors import ConfigError, MissingExtraError
+from thawline.files import write_json, write_jsonl
+from thawline.recipe import RunConfig, build_config, dotted_values, load_recipe
+from thawline.recipe.checks import at_least
+
+if TYPE_CHECKING:
+    from thawline.data.detection.check import DataCheck
+    from thawline.inference.detector import Prediction
+    from thawline.inference.files import Summary
+    from thawline.run import RunResult
+    from thawline.training.objective import Evaluation
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    **overrides: Any,
+) -> RunResult:
+    """Train a tuner, or a whole model, as a recipe says, and write the run's report.
+
+    Args:
+        recipe: a YAML file, nested values, or a config.
+        resume: continue from the run's newest checkpoint.
+        dry_run: build everything and write plan.json, but take no step.
+        overrides: values over the recipe's, by section (`tuner={"r": 8}`) or dotted key
+            (`**{"tuner.r": 8}`).
+    Raises: CheckpointError: if the run's folder is in use, or there is nothing to resume. ConfigError,
+        DataError: for what cannot work, before anything is written.
+    """
+    from thawline.run import run
+
+    result = run(load_recipe(recipe, **overrides), resume=resume, dry_run=dry_run)
+    if result.status == "finished":
+        _report(result.folder)
+    return result
+
+
+def evaluate(
+    model: str | Path, *, config: RunConfig | None = None, out: str | Path | None = None, **overrides: Any
+) -> Evaluation:
+    """Evaluate a run, an adapter or a model on held-out rows or images.
+
+    Args:
+        model: folder of a run, adapter or model, or a model's Hub id.
+        config: how to evaluate. None: as the run was trained, with `overrides`.
+        out: new file for the predictions, one JSON object per line.
+        overrides: values over those of the run's recipe, as in `train`: `data="other.jsonl"`.
+    Raises: ConfigError: if there is nothing to evaluate on, or `out` exists.
+    """
+    config = config or evaluation_recipe(model, "the overrides", overrides)
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise ConfigError(f"`out`: no such folder: '{Path(out).parent}'.")
+    if out is not None and Path(out).exists():
+        raise ConfigError(f"`out`: '{out}' already exists. Choose another name, or move the file away.")
+    from thawline.run import evaluate, save_evaluation
+
+    found = evaluate(model, config=config)
+    if out is not None:
+        write_jsonl(out, found.rows)
+    if found.detections is not None and (Path(model) / "config.yaml").is_file():
+        folder = Path(model) / f"eval-{Path(str(config.data.path)).stem}"
+        save_evaluation(folder, found)
+        _report(folder)
+    return found
+
+
+def evaluation_recipe(
+    model: str | Path, source: str, overrides: Mapping[str, Any], options: Sequence[str] = ()
+) -> RunConfig:
+    """Return the recipe that evaluates a model: the one it was trained with, under `overrides`.
+
+    Args:
+        source, options: of the overrides, as in `build_config`.
+    """
+    from thawline.run import saved_config
+
+    saved = dotted_values(saved_config(model).to_mapping())
+    if "data.path" in dotted_values(overrides) and "data.eval_path" in saved:
+        saved["data.eval_path"] = None
+    if "tuner.adapt" in saved:  # start from the trained adapter, so that it can be adapted without training
+        saved["tuner.start_from"] = str(model)
+    return build_config([(str(model), saved), (source, overrides)], options)
+
+
+def predict(
+    model: str | Path,
+    texts: str | Sequence[str] = (),
+    *,
+    source: str | Path | int | None = None,
+    **options: Any,
+) -> list[str] | Summary:
+    """Answer texts, or with `source` detect objects in images and videos.
+
+    Args:
+        model: folder of a run, adapter or model, or a model's Hub id; for detection a run, a weights file
+            or a size.
+        texts: inputs, instructions, users' turns or texts to continue, by the format trained on.
+        source: image, folder, pattern or video file, or a camera's number.
+        options: of `thawline.run.predict` for texts (`choices`, `task`, `batch_size`, sampling), of `detect`
+            for a source (`out`, `threshold`, `classes`, …). `temperature` above 0 samples.
+    Returns: an answer per text; for a source, counts, unreadable files and COCO results.
+    """
+    at_least("batch_size", options.get("batch_size", 1), 1)
+    if source is not None:
+        return detect(model, source, **options)
+    at_least("max_new_tokens", options.get("max_new_tokens", 1), 1)
+    temperature = options.pop("temperature", 0)
+    at_least("temperature", temperature, 0)
+    if temperature:
+        options = {"do_sample": True, "temperature": temperature, **options}
+    from thawline.run import predict
+
+    return predict(model, [texts] if isinstance(texts, str) else texts, **options)
+
+
+def detect(
+    model: str | Path,
+    source: str | Path | int,
+    *,
+    out: str | Path | None = None,
+    variant: str | None = None,
+    weights: Literal["pretrained", "random"] = "pretrained",
+    device: str | None = None,
+    threshold: float = 0.4,
+    on_prediction: Callable[[Prediction], object] | None = None,
+    **options: Any,
+) -> Summary:
+    """Detect objects in images and videos, and draw them where `out` is given.
+
+    Args:
+        model, variant, weights, device, threshold: as in `Detector.from_pretrained`.
+        source, out, on_prediction: as in `thawline.inference.files.predict_files`.
+        options: of `Detector.stream` (`classes`, `max_detections`, `tile`, `batch_size`).
+    """
+    from thawline.inference import Detector
+    from thawline.inference.files import predict_files
+
+    detector = Detector.from_pretrained(model, variant, weights=weights, device=device, threshold=threshold)
+    return predict_files(detector, source, None if out is None else Path(out), on_prediction, **options)
+
+
+def check_data(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    images: str | Path | None = None,
+    out: str | Path | None = None,
+    fix: str | Path | None = None,
+    size: int = 640,
+) -> DataCheck:
+    """Check a detection dataset for errors before training.
+
+    Args:
+        path: folder of images and annotations, a COCO JSON, or a data.yaml.
+        format: coco, yolo or voc. None: detected.
+        images: folder that image names are relative to. None: searched for.
+        out: folder for check.json and sample images. None: runs/check-NAME.
+        fix: new folder for a repaired copy; the original is only read.
+        size: side of the augmented samples in pixels.
+    """
+    from thawline.data.detection.check import check_detection, save_augmented, save_samples
+    from thawline.data.detection.mending import write_mended
+
+    check = check_detection(path, format, images)
+    out = Path(out or f"runs/check-{Path(path).resolve().name}")
+    write_json(out / "check.json", check.to_dict())
+    samples = [*save_samples(check.data, out), save_augmented(check.data, out, size)]
+    logger.info("Sample images: %s", ", ".join(str(file) for file in samples if file))
+    if fix is not None:
+        copy = write_mended(check, fix)
+        logger.info("Repaired copy: '%s', %d images.", fix, sum(map(len, copy.splits.values())))
+    return check
+
+
+def convert(source: str | Path, out: str | Path, to: str, variant: str | None = None) -> float:
+    """Write a detector's weights in another layout, read them back, and compare what both detect.
+
+    Args:
+        source: weights, file or folder, of any layout.
+        out: new folder to write; for the layout `authors` a file.
+        to: layout: thawline, authors, authors_hub or transformers.
+        variant: size of the detector, where the weights do not say.
+    Returns: the largest difference of a logit.
+    """
+    from thawline.models.deimv2.checkpoints.write import convert_checkpoint
+
+    return convert_checkpoint(source, out, to, variant)
+
+
+def align(
+    source: str | Path,
+    *,
+    beside: Sequence[str | Path] = (),
+    measure: bool = False,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write what routing learned and how far tasks' gradients agree, as JSON and as plots.
+
+    Args:
+        source: folder of a run, of an adapter (MHR, Poly), or of `save_routing`.
+        beside: other runs whose alignment is plotted too.
+        measure: measure alignment first, at the run's checkpoints.
+        out: folder to write to. None: align/ in `source`.
+    Returns: the contents of align.json.
+    """
+    from thawline.analysis.align import align
+    from thawline.report.run_report import ALIGN
+
+    if measure:
+        from thawline.run import measure_alignment
+
+        measure_alignment(source)
+    out = Path(out or Path(source) / ALIGN)
+    found = align(source, out, beside=beside)
+    logger.info("Plots: %s", ", ".join(str(path) for path in sorted(out.glob("*.png"))))
+    return found
+
+
+def is_main_process() -> bool:
+    """Return True in the first process that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _report(folder: Path) -> None:
+    """Write the report of a finished run or evaluation; without the libraries that draw it, say so."""
+    if not is_main_process():
+        return
+    from thawline.report.run_report import build_report
+
+    try:
+        logger.info("Report: %s", build_report(folder))
+    except MissingExtraError as error:
+        logger.info("No report. %s", error)
