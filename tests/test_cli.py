@@ -123,7 +123,7 @@ def test_a_mistake_ends_in_one_line(capsys, argv: list[str], status: int, messag
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["--data.template", "{input"], 2, "`data.template` '{input' cannot be read: .*expected '}'"),
+        (["--data.template", "{input"], 2, "`data.template` '{input' is not a format string: expected '}'"),
         (
             ["--training.report_to", "wandbb"],
             2,
@@ -201,9 +201,9 @@ def test_help_of_train_groups_the_fields_of_every_objective_and_tuner(capsys) ->
     assert "--tuner for --tuner.method" in text
     for title in ("objective (match):", "data (text, match):", "data (detection):", "training (detection):"):
         assert f"\n{title}\n" in text
-    groups = dict(re.findall(r"\n(tuner: [^\n]*):\n(.*?)(?=\n\n|\n$)", text, re.DOTALL))
-    assert "--tuner.selection" in groups["tuner: paca"]
-    assert "--tuner.n_heads" in groups["tuner: mhr, poly"]
+    groups = dict(re.findall(r"\n(tuner [^\n]*):\n(.*?)(?=\n\n|\n$)", text, re.DOTALL))
+    assert "--tuner.selection" in groups["tuner (paca)"]
+    assert "--tuner.n_heads" in groups["tuner (mhr, poly)"]
     assert max(map(len, text.splitlines())) <= 100
     for types in (section_types("text", "mhr"), section_types("detection", "paca")):
         for section, wanted in types.items():
