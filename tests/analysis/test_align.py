@@ -145,7 +145,8 @@ def test_pictures_name_what_tells_parts_apart_and_count_whole_steps(tmp_path, mo
 
 
 def test_parts_stand_in_the_order_of_blocks():
-    from tests.support.mhr import routed, tiny_llama
+    from tests.support.mhr import routed
+    from tests.support.models import tiny_llama
 
     model = routed(tiny_llama(num_hidden_layers=11), target_modules=["q_proj"])
     assert [name.split(".")[2] for name in read_routing(model).weights] == [str(i) for i in range(11)]

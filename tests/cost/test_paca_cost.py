@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.paca import tiny_llama, tokens, trainable, wrap
+from tests.support.models import tiny_llama
+from tests.support.paca import tokens, trainable, wrap
 from thawline.measure import count_ops, saved_bytes
 
 LINEARS = 7  # of one Llama block
@@ -59,7 +60,7 @@ def test_what_is_kept_for_backward_is_the_floor_and_the_selected_inputs(dtype):
 
 
 def test_no_whole_input_of_an_adapted_layer_is_kept():
-    # down_proj's input, 24 wide, is nobody else's to keep: LoRA keeps it, PaCA must not.
+    # down_proj's input, 36 wide, is nobody else's to keep: LoRA keeps it, PaCA must not.
     model, kept = wrap(tiny_llama(), target_modules=["down_proj"]), []
     step = Step(model)
     inputs = []

@@ -1,4 +1,4 @@
-"""Tiny models for the MHR tests; every size differs from every other."""
+"""MHR around tiny models, and inputs for them."""
 
 from __future__ import annotations
 
@@ -7,46 +7,9 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
+from tests.support.models import VOCAB, tiny_llama
 from thawline import MHRConfig
-
-VOCAB = 61
-
-
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **{**sizes, **changes},
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def tiny_t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=36, num_layers=2, num_heads=4, pad_token_id=0,
-        eos_token_id=1, decoder_start_token_id=0, dropout_rate=0.0, is_encoder_decoder=True,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config).eval()
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCAB, n_embd=24, n_layer=1, n_head=4, n_positions=32,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
 
 
 def config(**changes: Any) -> MHRConfig:

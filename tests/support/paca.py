@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
+from tests.support.models import VOCAB
 from thawline import PacaConfig
 
-B, T, IN, OUT, VOCAB = 2, 5, 12, 10, 29
+B, T, IN, OUT = 2, 5, 12, 10
 
 
 class Net(nn.Module):
@@ -26,16 +27,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.second(torch.tanh(self.first(x))))
-
-
-def tiny_llama(num_hidden_layers: int = 2, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=num_hidden_layers, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=32, tie_word_embeddings=False,
-        **changes,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def tokens(seed: int = 0) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from tests.support.mhr import config, logits, routed, tiny_llama, tokens
+from tests.support.mhr import config, logits, routed, tokens
+from tests.support.models import tiny_llama
 from thawline import ConfigError, RoutingError, add_tasks, set_task_ids, start_adaptation
 from thawline.tuners.mhr import parameter_groups, set_uniform_mix, split_heads, uniform_annealing
 from thawline.tuners.mhr.model import find_layers

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from tests.support.mhr import config, logits, routed, tiny_gpt2, tokens
+from tests.support.mhr import config, logits, routed, tokens
+from tests.support.models import tiny_gpt2
 from thawline import set_task_ids
 from thawline.tuners.mhr import MHRLinear
 from thawline.tuners.mhr.model import find_layers

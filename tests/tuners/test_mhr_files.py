@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, PolyConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.support.mhr import config, logits, routed, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.support.mhr import config, logits, routed, tokens
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_t5
 from thawline import (
     CheckpointError,
     ConfigError,
@@ -95,7 +96,8 @@ try:
 except KeyError as error:  # PEFT's way to say that it does not know a method
     assert "MHR" in str(error)
 import thawline.tuners
-from tests.support.mhr import tiny_llama, tokens, logits
+from tests.support.mhr import tokens, logits
+from tests.support.models import tiny_llama
 for folder, (mode, ids, expected) in torch.load({str(tmp_path / "states.pt")!r}).items():
     model = PeftModel.from_pretrained(tiny_llama(), {str(tmp_path)!r} + "/" + folder)
     if mode != "mu":

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
-from tests.support.mhr import VOCAB, config, logits, routed, tiny_llama, tiny_t5, tokens
+from tests.support.mhr import config, logits, routed, tokens
+from tests.support.models import VOCAB, tiny_llama, tiny_t5
 from thawline import RoutingError, route_by_batch, set_task_ids, start_adaptation
 from thawline.tuners.mhr.ids import read_ids
 from thawline.tuners.mhr.model import find_layers

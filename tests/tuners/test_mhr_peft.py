@@ -17,7 +17,8 @@ from peft.peft_model import get_model_status
 from peft.tuners.poly import PolyModel
 from peft.utils import PeftType
 
-from tests.support.mhr import config, logits, routed, tiny_llama, tokens
+from tests.support.mhr import config, logits, routed, tokens
+from tests.support.models import tiny_llama
 from thawline import MHRConfig, set_task_ids
 from thawline.tuners.mhr import MHRModel
 from thawline.tuners.mhr.config import MHR

@@ -21,24 +21,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from tests.support.mhr import (
-    VOCAB,
-    config,
-    logits,
-    one_linear,
-    routed,
-    tiny_gpt2,
-    tiny_llama,
-    tiny_t5,
-    tokens,
-)
+from tests.support.mhr import config, logits, one_linear, routed, tokens
+from tests.support.models import VOCAB, tiny_gpt2, tiny_llama, tiny_t5
 from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, start_adaptation, to_lora
 from thawline.tuners.mhr import MHRLinear, parameter_groups
 from thawline.tuners.mhr.model import find_layers
 
 
 def test_an_adapter_put_on_an_evaluating_model_evaluates() -> None:
-    model, x = get_peft_model(tiny_llama(), config(noise="example")), tokens()  # never told .eval()
+    model, x = get_peft_model(tiny_llama().eval(), config(noise="example")), tokens()  # no .eval() of its own
     set_task_ids(model, [0, 1, 2])
     assert torch.equal(logits(model, x), logits(model, x))
     assert all(layer.mixed for _, layer in find_layers(model))

@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.support.paca import IN, VOCAB, B, Net, loss_of, same, tiny_llama, trainable, weights, wrap
+from tests.support.models import VOCAB, tiny_llama
+from tests.support.paca import IN, B, Net, loss_of, same, trainable, weights, wrap
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.support.models import tiny_llama
 from tests.support.paca import (
     IN,
     OUT,
@@ -17,7 +18,6 @@ from tests.support.paca import (
     bits,
     loss_of,
     same,
-    tiny_llama,
     tokens,
     train,
     trainable,
@@ -162,7 +162,7 @@ def test_all_columns_train_like_full_fine_tuning_decaying_to_the_pretrained_valu
 
 def test_trainable_count_is_r_times_outputs_and_adam_keeps_twice_that():
     model = wrap(tiny_llama(), r=3)
-    outputs = [16, 8, 8, 16, 24, 24, 16] * 2
+    outputs = [24, 12, 12, 24, 36, 36, 24] * 2
     assert sum(p.numel() for p in trainable(model)) == 3 * sum(outputs)
     optimizer = torch.optim.AdamW(trainable(model))
     loss_of(model).backward()

@@ -12,20 +12,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tests.support.paca import (
-    IN,
-    B,
-    Net,
-    bits,
-    loss_of,
-    same,
-    tiny_llama,
-    tokens,
-    train,
-    trainable,
-    weights,
-    wrap,
-)
+from tests.support.models import VOCAB, tiny_llama
+from tests.support.paca import IN, B, Net, bits, loss_of, same, tokens, train, trainable, weights, wrap
 from thawline import ConfigError, PacaConfig
 from thawline.tuners.paca import PacaLayer, PacaLinear
 
@@ -111,7 +99,7 @@ def test_modules_to_save_train_and_are_saved_whole(base, tmp_path):
 
 def test_an_encoder_decoder_with_shared_embeddings_can_be_adapted():
     config = T5Config(
-        d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=29, decoder_start_token_id=0
+        d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0
     )
     model = get_peft_model(T5ForConditionalGeneration(config), PacaConfig(r=4))
     ids = tokens()

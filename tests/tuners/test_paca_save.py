@@ -17,7 +17,8 @@ from peft import (
 )
 from safetensors.torch import load_file
 
-from tests.support.paca import IN, B, Net, bits, same, tiny_llama, tokens, train, wrap
+from tests.support.models import tiny_llama
+from tests.support.paca import IN, B, Net, bits, same, tokens, train, wrap
 from thawline import CheckpointError, PacaConfig
 
 

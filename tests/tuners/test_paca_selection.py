@@ -9,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import thawline
-from tests.support.paca import IN, B, Net, T, loss_of, tiny_llama, tokens, weights, wrap
+from tests.support.models import tiny_llama
+from tests.support.paca import IN, B, Net, T, loss_of, tokens, weights, wrap
 from thawline import ConfigError, DataError, PacaConfig
 from thawline.tuners.paca.selection import SELECTIONS, choose_columns
 
@@ -158,7 +159,7 @@ def test_calibration_of_convolutions(selection, conv):
 def test_calibration_leaves_the_model_as_it_was(selection):
     model = tiny_llama(attention_dropout=0.5).train()
     model.lm_head.requires_grad_(False)
-    model.model.norm.weight.grad = torch.ones(16)
+    model.model.norm.weight.grad = torch.ones(24)
     before, flags = weights(model), [p.requires_grad for p in model.parameters()]
     ids = tokens()
     config = PacaConfig(r=4, target_modules="all-linear", selection=selection)
@@ -169,7 +170,7 @@ def test_calibration_leaves_the_model_as_it_was(selection):
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert model.training
-    assert torch.equal(model.model.norm.weight.grad, torch.ones(16))
+    assert torch.equal(model.model.norm.weight.grad, torch.ones(24))
     assert all(p.grad is None for n, p in model.named_parameters() if n != "model.norm.weight")
     assert not any(m._forward_pre_hooks for m in model.modules())
     loss_of(get_peft_model(model, chosen)).backward()

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from tests.support.paca import VOCAB, same, tiny_llama, tokens, weights, wrap
+from tests.support.models import VOCAB, tiny_llama
+from tests.support.paca import same, tokens, weights, wrap
 from thawline import PacaConfig
 from thawline.tuners.paca import PacaLayer
 

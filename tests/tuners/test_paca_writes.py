@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.paca import IN, B, Net, T, loss_of, same, tiny_llama, trainable, weights, wrap
+from tests.support.models import tiny_llama
+from tests.support.paca import IN, B, Net, T, loss_of, same, trainable, weights, wrap
 from thawline.tuners.paca import PacaLayer
 
 

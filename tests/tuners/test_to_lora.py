@@ -11,7 +11,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import thawline
-from tests.support.paca import IN, B, Net, T, tiny_llama, tokens, train, wrap
+from tests.support.models import VOCAB, tiny_llama
+from tests.support.paca import IN, B, Net, T, tokens, train, wrap
 from thawline import ConfigError, PacaConfig
 
 
@@ -43,7 +44,7 @@ def test_a_trained_llama_equals_its_lora(tmp_path):
 
 def test_conv1d(tmp_path):
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=29, n_positions=16)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB, n_positions=16)
     base = GPT2LMHeadModel(config)
     state = {k: v.clone() for k, v in base.state_dict().items()}
     model = get_peft_model(
