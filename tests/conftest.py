@@ -45,3 +45,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def painted_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images to learn from and two to judge by, as COCO JSON."""
+    from tests.support.detection_runs import write_painted_coco
+
+    return write_painted_coco(tmp_path_factory.mktemp("painted"))

@@ -1,88 +1,33 @@
-"""A run: its folder, its end, and going on after any kind of stop as if there had been none."""
+"""A text run: the files of its folder, its end, and what may not be overwritten."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from tests.support.text_runs import LORA, TextRecipes, logged, write_first_letters
 from thawline.errors import CheckpointError, ConfigError, DataError
-from thawline.recipe import RunConfig
 from thawline.run import evaluate, predict, run
-from thawline.training.checkpoints import newest_checkpoint, remove_incomplete_checkpoints
 from thawline.training.objective import build_objective
-from thawline.training.text.objective import TextObjective
 
 FILES = {
     "config.yaml", "env.json", "metrics.jsonl", "model", "objective.json", "plan.json", "predictions.jsonl",
     "result.json", "sample.txt",
 }  # fmt: skip
-LORA = {"method": "lora", "r": 2, "dropout": 0.2}
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
-    """Say the first letter of two: 12 rows to learn, 4 held out."""
-    file = tmp_path / "first.jsonl"
-    lines = [
-        {"input": a + b, "output": a, "choices": list("abcd"), "split": "test" if a == b else "train"}
-        for a in "abcd"
-        for b in "abcd"
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(file)
+    return write_first_letters(tmp_path / "first.jsonl")
 
 
 @pytest.fixture
-def recipe(tiny_llama: Path, rows: str, tmp_path: Path):
-    """A recipe of 12 steps, 4 rows each, with dropout, so that random state matters."""
-
-    steps = {"log_every": 2, "eval_every": 4, "save_every": 4}
-
-    def build(name: str, tuner: object = None, **training: object) -> RunConfig:
-        return RunConfig.from_mapping(
-            {
-                "name": name,
-                "folder": str(tmp_path / "runs"),
-                "base": str(tiny_llama),
-                "data": rows,
-                "tuner": tuner or LORA,
-                "training": {**steps, "epochs": 4, "batch_size": 4, "lr": 1e-2, **training},
-            }
-        )
-
-    return build
-
-
-def logged(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    file = next((folder / "model").glob("*model.safetensors"))
-    return load_file(file)
-
-
-def stop_at_batch(monkeypatch: pytest.MonkeyPatch, n: int, stop) -> None:
-    """Call `stop` when the n-th training batch is made, in step n − 2: one is the plan's, one is ahead."""
-    collate, made = TextObjective.collate, 0
-
-    def counting(self, rows):
-        nonlocal made
-        if all(row in self.train_rows for row in rows):
-            made += 1
-            if made == n:
-                stop()
-        return collate(self, rows)
-
-    monkeypatch.setattr(TextObjective, "collate", counting)
+def recipe(tiny_llama: Path, rows: str, tmp_path: Path) -> TextRecipes:
+    return TextRecipes(tiny_llama, rows, tmp_path / "runs")
 
 
 def test_a_finished_run_leaves_every_documented_file(recipe) -> None:
@@ -113,67 +58,6 @@ def test_an_existing_run_is_never_overwritten(recipe) -> None:
         run(recipe("twice", max_steps=2))
     assert {path: path.stat().st_mtime_ns for path in (recipe("twice").run_folder).rglob("*")} == before
     assert run(recipe("twice", max_steps=2), resume=True).steps == 2
-
-
-@pytest.mark.parametrize("tuner", [LORA, {"method": "paca", "r": 3}, "none"], ids=["lora", "paca", "none"])
-def test_resuming_after_a_crash_equals_never_having_stopped(recipe, monkeypatch, tuner) -> None:
-    straight = run(recipe("straight", tuner))
-
-    def crash() -> None:
-        raise RuntimeError("the machine went away")
-
-    with monkeypatch.context() as patch:
-        # In step 7: past the checkpoint at 4, and with step 6 logged already.
-        stop_at_batch(patch, 9, crash)
-        with pytest.raises(RuntimeError, match="went away"):
-            run(recipe("crashed", tuner))
-    with pytest.raises(CheckpointError, match="stands at checkpoint-4. Add --resume"):
-        run(recipe("crashed", tuner))
-    resumed = run(recipe("crashed", tuner), resume=True)
-    assert resumed.metrics == straight.metrics
-    assert logged(resumed.folder) == logged(straight.folder)
-    for name, value in weights(straight.folder).items():
-        assert torch.equal(weights(resumed.folder)[name], value), name
-    assert len(json.loads((resumed.folder / "env.json").read_text())) == 2
-
-
-def test_ctrl_c_ends_after_the_step_with_a_checkpoint_to_go_on_from(recipe, monkeypatch) -> None:
-    # A shell's background job starts with SIGINT ignored; a terminal's, which this is about, does not.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    straight = run(recipe("straight"))
-    with monkeypatch.context() as patch:
-        stop_at_batch(patch, 7, lambda: signal.raise_signal(signal.SIGINT))
-        stopped = run(recipe("stopped"))
-    assert (stopped.status, stopped.steps, stopped.signal) == ("interrupted", 5, signal.SIGINT)
-    assert (stopped.folder / "checkpoint-5").is_dir()
-    assert not (stopped.folder / "result.json").exists()
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
-    resumed = run(recipe("stopped"), resume=True)
-    assert resumed.metrics == straight.metrics
-    for name, value in weights(straight.folder).items():
-        assert torch.equal(weights(resumed.folder)[name], value), name
-
-
-def test_a_torn_checkpoint_is_passed_over_and_removed(tmp_path: Path) -> None:
-    for step, state in ((8, "{}"), (12, '{"global_step": 1'), (16, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
-    remove_incomplete_checkpoints(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
-
-
-def test_a_resumed_run_must_be_the_same_run(recipe, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        stop_at_batch(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
-        assert run(recipe("same")).status == "interrupted"
-    with pytest.raises(ConfigError, match=r"has training.lr=0.01, not 0.02: resuming must not change it"):
-        run(recipe("same", lr=2e-2), resume=True)
-    with pytest.raises(CheckpointError, match=r"Nothing to resume: .*Available: same. Did you mean 'same'"):
-        run(recipe("sane"), resume=True)
-    assert run(recipe("same", keep_checkpoints=1), resume=True).status == "finished"
 
 
 def test_frozen_only_evaluates(recipe) -> None:

@@ -1,137 +1,39 @@
-"""Training detectors, start to end: folders, resuming, tuners on the backbone, the two stages."""
+"""Training detectors, start to end: folders, tuners on the backbone, the two stages."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import cv2
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from tests.support.painted import Painted
+from tests.support.detection_runs import (
+    NAMES,
+    TINY,
+    TINY_VIT,
+    DetectionRecipes,
+    assert_same,
+    forget_after,
+    state_of,
+)
 from thawline.cli import main
 from thawline.errors import ConfigError, DataError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.recipe import RunConfig
 from thawline.recipe.resolved import TrainingSettings, Window
 from thawline.run import evaluate, run, saved_config
 from thawline.training.detection import schedule as schedules
 from thawline.training.detection.backbone import merged_detector
 from thawline.training.objective import build_objective
 
-NAMES = ("red", "green", "blue")
-# Atto with little to do: the run is what is tested.
-TINY = {"num_queries": 12, "num_denoising": 6, "decoder": {"num_layers": 2, "ffn_dim": 32}}
-TINY_VIT = {
-    "num_queries": 12,
-    "num_denoising": 6,
-    "backbone": {
-        "vit": {"dim": 32, "num_heads": 2, "depth": 3, "hidden_dim": 48, "out_blocks": [0, 1, 2]},
-        "detail_channels": 4,
-        "out_channels_each": 32,
-    },
-    "encoder": {"hidden_dim": 32, "ffn_dim": 32, "n_blocks": 1},
-    "decoder": {"hidden_dim": 32, "num_layers": 2, "ffn_dim": 32},
-}
-
-
-@pytest.fixture(scope="session")
-def painted_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six images to learn from and two to judge by, as COCO JSON."""
-    root = tmp_path_factory.mktemp("painted")
-    images = Painted(8, scale=0.5)
-    for split, chosen in (("train", range(6)), ("val", range(6, 8))):
-        content: dict = {"images": [], "annotations": [], "categories": []}
-        content["categories"] = [{"id": 10 * (i + 1), "name": name} for i, name in enumerate(NAMES)]
-        for i in chosen:
-            image, boxes, labels = images.pictures[i]
-            cv2.imwrite(str(root / f"{i}.png"), image[..., ::-1])
-            size = {"width": image.shape[1], "height": image.shape[0]}
-            content["images"].append({"id": i, "file_name": f"{i}.png", **size})
-            for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
-                x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
-                entry = {"image_id": i, "category_id": 10 * (label + 1), "bbox": [x, y, w, h], "area": w * h}
-                content["annotations"].append({"id": len(content["annotations"]), "iscrowd": 0, **entry})
-        (root / f"instances_{split}.json").write_text(json.dumps(content))
-    return root
-
 
 @pytest.fixture
-def recipe(painted_set: Path, tmp_path: Path):
-    """A recipe of 3 epochs, 3 steps each."""
-
-    def build(
-        name: str = "run",
-        *,
-        variant: str = "atto",
-        base: object = None,
-        tuner: object = "none",
-        objective: object = None,
-        **training: object,
-    ) -> RunConfig:
-        network = TINY_VIT if variant == "s" else TINY
-        steps = {"epochs": 3, "batch_size": 2, "log_every": 1}
-        return RunConfig.from_mapping(
-            {
-                "objective": {"kind": "detection", **(objective or {})},
-                "name": name,
-                "folder": str(tmp_path / "runs"),
-                "base": {"variant": variant, "size": 64, "overrides": network, **(base or {})},
-                "tuner": tuner,
-                "data": str(painted_set),
-                "training": {**steps, **training},
-            }
-        )  # fmt: skip
-
-    return build
-
-
-def state_of(checkpoint: Path) -> dict:
-    """Everything a checkpoint holds that a run goes on from."""
-    files = ("pytorch_model.bin", "average.pt", "optimizer.pt", "scheduler.pt")
-    state = {name: torch.load(checkpoint / name, weights_only=True) for name in files}
-    return state | {"scores": json.loads((checkpoint / "scores.json").read_text())}
-
-
-def forget_after(copy: Path, step: int) -> None:
-    """Make of a finished run's copy one that ended after `step`."""
-    (copy / "result.json").unlink()
-    shutil.rmtree(copy / "model")
-    for later in copy.glob("checkpoint-*"):
-        if int(later.name.split("-")[1]) > step:
-            shutil.rmtree(later)
-    config = copy / "config.yaml"
-    lines = config.read_text().splitlines()
-    config.write_text(
-        "\n".join(f"name: {copy.name}" if line.startswith("name: ") else line for line in lines)
-    )
-
-
-def assert_same(a: object, b: object, where: str = "") -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}.{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+def recipe(painted_set: Path, tmp_path: Path) -> DetectionRecipes:
+    return DetectionRecipes(painted_set, tmp_path / "runs")
 
 
 def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(
@@ -177,96 +79,6 @@ def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(
     assert (
         main(["predict", str(folder), "--source", source, "--threshold", "0", "--max_detections", "1"]) == 0
     )
-
-
-# Amid an epoch; at its end; at its end, just before its evaluation.
-@pytest.mark.parametrize(("step", "eval_every"), [(2, 4), (3, 4), (3, "epoch")])
-def test_resuming_equals_never_having_stopped_bit_for_bit(recipe, step: int, eval_every: object) -> None:
-    straight = run(
-        recipe("straight", save_every=step, eval_every=eval_every, keep_checkpoints=9, max_steps=6)
-    ).folder
-    resumed = straight.with_name("resumed")
-    shutil.copytree(straight, resumed)
-    forget_after(resumed, step=step)
-    run(saved_config(resumed), resume=True)
-    for later in range(2 * step, 7, step):
-        assert_same(state_of(resumed / f"checkpoint-{later}"), state_of(straight / f"checkpoint-{later}"))
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (resumed, straight)]
-    for row, expected in zip(*(map(json.loads, lines[i]) for i in (0, 1)), strict=True):
-        assert {**row, "seconds": 0} == {**expected, "seconds": 0}
-
-
-@contextmanager
-def at_every_write(moment: Callable[[], None]) -> Iterator[None]:
-    """Call `moment` before every file or folder that appears, moves or goes, and amid every torch.save."""
-    with pytest.MonkeyPatch.context() as patch:
-
-        def before(owner: Any, name: str) -> None:
-            call = getattr(owner, name)
-
-            def hooked(*args: Any, **kwargs: Any) -> Any:
-                moment()
-                return call(*args, **kwargs)
-
-            patch.setattr(owner, name, hooked)
-
-        def save(what: Any, file: str | Path, *args: Any, **kwargs: Any) -> None:
-            whole = io.BytesIO()
-            torch_save(what, whole, *args, **kwargs)
-            with open(file, "wb") as out:
-                out.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-                out.flush()
-                moment()
-                out.write(whole.getvalue()[len(whole.getvalue()) // 2 :])
-
-        torch_save = torch.save
-        patch.setattr(torch, "save", save)
-        for owner, names in (
-            (Path, ("replace", "rename", "rmdir", "write_text")),
-            (shutil, ("rmtree", "copytree")),
-        ):
-            for name in names:
-                before(owner, name)
-        yield
-
-
-def whole_detectors(folder: Path) -> set[str]:
-    """Names of the detectors that lie in a run's folder; each can be read."""
-    there = {name for name in ("best", "last", "model") if (folder / name).is_dir()}
-    for name in there:
-        json.loads((folder / name / "config.json").read_text())
-        assert load_file(folder / name / "model.safetensors")
-    return there
-
-
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits_and_leaves_whole_files(recipe) -> None:
-    def again(name: str) -> RunConfig:
-        return recipe(name, save_every=2, eval_every=2, max_steps=4, keep_checkpoints=9)
-
-    moments: list[set[str]] = [set()]
-
-    def look() -> None:
-        moments.append(whole_detectors(again("straight").run_folder))
-        assert moments[-2] <= moments[-1], "a detector went away"
-
-    with at_every_write(look):
-        straight = run(again("straight")).folder
-    for part in (0.55, 0.9):  # amid the last checkpoint, after it
-        killed = again(f"killed-{part}")
-        child = os.fork()
-        if child == 0:
-            left = iter(range(round(part * len(moments)), -1, -1))
-            with at_every_write(lambda left=left: next(left) or os.kill(os.getpid(), signal.SIGKILL)):
-                run(killed)
-            os._exit(1)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        whole_detectors(killed.run_folder)
-        resumed = run(saved_config(killed.run_folder), resume=True).folder
-        for step in (2, 4):
-            assert_same(state_of(resumed / f"checkpoint-{step}"), state_of(straight / f"checkpoint-{step}"))
-        for name in ("best", "last", "model"):
-            theirs, ours = (load_file(path / name / "model.safetensors") for path in (straight, resumed))
-            assert_same(theirs, ours, name)
 
 
 def test_a_dry_run_plans_and_takes_no_step(recipe) -> None:

@@ -73,7 +73,7 @@ INVARIANTS = {
     "12 several processes train what one would; a resumed run is an uninterrupted one": (
         "integration/test_paca_processes.py::test_two_processes_train_what_one_would",
         "tuners/test_paca_trainers.py::test_resumed_training_equals_uninterrupted_training_bit_for_bit",
-        "test_run.py::test_resuming_after_a_crash_equals_never_having_stopped",
+        "integration/test_text_resume.py::test_resuming_after_a_crash_equals_never_having_stopped",
     ),
     "13 compiled it is one graph, never compiled anew": (
         "tuners/test_paca_compile.py::test_compiled_training_is_eager_training_in_one_graph",

@@ -2,8 +2,8 @@
 
 Their numbers come from a float32 network, so they carry the rounding of the processor and the kernels that
 computed them. A float32 network of ours meets them to 1e-4 only where every sum runs in the same order:
-oneDNN's AVX2 convolutions alone move `loss_fgl` of N by 1.6e-4 and the gradient of Pico by 2.1e-4, and switching
-oneDNN off brings both back to 3e-5. Our network therefore runs in float64, which no processor moves
+oneDNN's AVX2 convolutions alone move `loss_fgl` of N by 1.6e-4 and the gradient of Pico by 2.1e-4, and
+switching oneDNN off brings both back to 3e-5. Our network therefore runs in float64, which no processor moves
 (9e-7 and less between AVX2 and SSE kernels), and what is left is the rounding of their numbers, measured as:
 
     loss terms                   2.4e-5
@@ -32,7 +32,8 @@ from thawline.models.deimv2 import Criterion, DEIMv2, DetectionOutput, Target
 PLAIN, DENOISING = {"num_denoising": 0}, {"num_denoising": 100, "label_noise": 0, "box_noise": 0}
 KINDS = {"mal": "_mal", "bbox": "_bbox", "giou": "_giou", "fgl": "_fgl", "ddf": "_ddf"}
 PARAMETER_BOUNDS = {0.5: 2e-4, 0.9: 2e-3, 0.99: 3e-2, 1: 6e-2}
-"""Largest relative distance of a parameter's gradient norm, by quantile of the parameters: twice the measured."""
+"""Largest relative distance of a parameter's gradient norm, by quantile of the parameters: twice what was
+measured."""
 
 
 def train_mode(
