@@ -21,9 +21,11 @@ __all__ = [
     "RoutingError",
     "ThawlineError",
     "did_you_mean",
+    "requires_extra",
 ]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 LONGEST_LIST = 60
@@ -61,6 +63,15 @@ class MissingExtraError(ThawlineError, ImportError):
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(f"{what} needs {package}: `pip install 'thawline[{extra}]'`.")
+
+
+@contextmanager
+def requires_extra(what: str, package: str, extra: str) -> Iterator[None]:
+    """Turn an ImportError inside the `with` block into a `MissingExtraError` of the same arguments."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(what, package, extra) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -188,7 +188,7 @@ def check_data(
         size: side of the augmented samples in pixels.
     """
     from thawline.data.detection.check import check_detection, save_augmented, save_samples
-    from thawline.data.detection.mending import write_mended
+    from thawline.data.detection.repair import write_repaired
 
     check = check_detection(path, format, images)
     out = Path(out or f"runs/check-{Path(path).resolve().name}")
@@ -196,7 +196,7 @@ def check_data(
     samples = [*save_samples(check.data, out), save_augmented(check.data, out, size)]
     logger.info("Sample images: %s", ", ".join(str(file) for file in samples if file))
     if fix is not None:
-        copy = write_mended(check, fix)
+        copy = write_repaired(check, fix)
         logger.info("Repaired copy: '%s', %d images.", fix, sum(map(len, copy.splits.values())))
     return check
 

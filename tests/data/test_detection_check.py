@@ -1,4 +1,4 @@
-"""The check of a data set: every fault is found and named, and a mended copy has none of them."""
+"""The check of a data set: every fault is found and named, and a repaired copy has none of them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from thawline.cli import main
 from thawline.data.detection.check import check_detection, save_samples
 from thawline.data.detection.dataset import DetectionDataset, load_detection
 from thawline.data.detection.drawing import class_colours
-from thawline.data.detection.duplicates import look_at, pairs_alike
-from thawline.data.detection.mending import write_mended
+from thawline.data.detection.duplicates import fingerprint, similar_pairs
 from thawline.data.detection.records import DetectionSet
+from thawline.data.detection.repair import write_repaired
 from thawline.errors import DataError
 
 
@@ -46,9 +46,9 @@ def kinds(root: Path) -> Counter[str]:
     return Counter(problem.kind for problem in check_detection(root).problems)
 
 
-def mended(root: Path) -> DetectionSet:
+def repaired(root: Path) -> DetectionSet:
     before = snapshot(root)
-    copy = write_mended(check_detection(root), root.parent / "mended")
+    copy = write_repaired(check_detection(root), root.parent / "repaired")
     assert snapshot(root) == before
     assert copy.errors == ()
     return copy
@@ -79,7 +79,7 @@ def test_a_sound_set_is_counted_and_nothing_is_found(root: Path) -> None:
     assert train.boxes_per_image == (0, 1, 2)
     assert (train.n_small, train.n_large, train.n_tiny) == (3, 0, 0)
     lines = check.lines()
-    assert "Nothing wrong was found." in lines
+    assert "No problems found." in lines
     assert "boxes                3    2" in lines
     assert json.loads(json.dumps(check.to_dict()))["splits"]["val"]["n_images"] == 2
 
@@ -97,7 +97,7 @@ def test_images_in_two_splits_are_a_leak_and_leave_training(root: Path) -> None:
     check = check_detection(root)
     assert [str(problem) for problem in check.problems] == ["train: train2017/a.png: val: val2017/f.png"]
     assert check.is_trainable
-    copy = mended(root)
+    copy = repaired(root)
     assert [record.path.name for record in copy.splits["train"]] == ["b.png", "c.png"]
     assert len(copy.splits["val"]) == 3
 
@@ -119,9 +119,9 @@ def test_re_encoded_and_resized_copies_are_found_and_other_pictures_are_not(tmp_
     shutil.copy(originals[3], tmp_path / "d.png")
     photo(99).save(tmp_path / "e.png")
     others = [tmp_path / name for name in ("a.jpg", "b.png", "c.png", "d.png", "e.png")]
-    found = list(pairs_alike(look_at(originals), look_at(others)))
+    found = list(similar_pairs(fingerprint(originals), fingerprint(others)))
     assert found == [(0, 0, False), (1, 1, False), (2, 2, False), (3, 3, True)]
-    assert list(pairs_alike(look_at(originals), look_at([]))) == []
+    assert list(similar_pairs(fingerprint(originals), fingerprint([]))) == []
 
 
 def test_shapes_on_plain_ground_are_not_taken_for_one_picture(tmp_path: Path) -> None:
@@ -132,15 +132,15 @@ def test_shapes_on_plain_ground_are_not_taken_for_one_picture(tmp_path: Path) ->
         pixels[y : y + 14, x : x + 14] = (200, 30, 30)
         paths.append(tmp_path / f"{i}.png")
         Image.fromarray(pixels).save(paths[-1])
-    assert list(pairs_alike(look_at(paths[:6]), look_at(paths[6:]))) == []
+    assert list(similar_pairs(fingerprint(paths[:6]), fingerprint(paths[6:]))) == []
 
 
 def test_real_splits_share_no_picture_and_film_frames_look_alike(shared: Path) -> None:
     data = load_detection(shared / "data/detection/aerial_cars")
-    train, val = (look_at([r.path for r in data.records(split)]) for split in ("train", "val"))
-    assert list(pairs_alike(train, val)) == []
+    train, val = (fingerprint([r.path for r in data.records(split)]) for split in ("train", "val"))
+    assert list(similar_pairs(train, val)) == []
     frames = sorted(r.path for r in data.records("train") if r.path.name.startswith("MOS1"))
-    found = list(pairs_alike(look_at(frames[::2]), look_at(frames[1::2])))
+    found = list(similar_pairs(fingerprint(frames[::2]), fingerprint(frames[1::2])))
     assert len(found) == len(frames[::2])
     assert not any(is_exact for _, _, is_exact in found)
 
@@ -163,7 +163,7 @@ def test_ids_shifted_by_one_are_recognised_and_shifted_back(
     ]
     with pytest.raises(DataError, match="look shifted by one"):
         load_detection(root)
-    copy = mended(root)
+    copy = repaired(root)
     assert copy.class_ids == (1, 2, 3)
     assert boxes(copy, "train", "a") == [("bee", [4, 3, 24, 18]), ("cat", [10, 6, 30, 27])]
 
@@ -174,7 +174,7 @@ def test_yolo_labels_that_count_from_one_are_recognised(tmp_path: Path) -> None:
         rows = [line.split() for line in path.read_text().splitlines()]
         path.write_text("".join(f"{int(row[0]) + 1} {' '.join(row[1:])}\n" for row in rows))
     assert kinds(root)["class-shift"] == 1
-    copy = mended(root)
+    copy = repaired(root)
     assert copy.class_names == NAMES
     assert [name for name, _ in boxes(copy, "train", "a")] == ["bee", "cat"]
 
@@ -182,10 +182,10 @@ def test_yolo_labels_that_count_from_one_are_recognised(tmp_path: Path) -> None:
 def test_one_wrong_id_is_no_shift(root: Path) -> None:
     edit(root, "train", lambda content: content["annotations"][0].update(category_id=9))
     assert kinds(root) == {"class-id": 1, "class-unused": 1}
-    assert boxes(mended(root), "train", "a") == [("cat", [10, 6, 30, 27])]
+    assert boxes(repaired(root), "train", "a") == [("cat", [10, 6, 30, 27])]
 
 
-def test_boxes_outside_without_area_or_twice_are_mended(root: Path) -> None:
+def test_boxes_outside_without_area_or_twice_are_repaired(root: Path) -> None:
     def change(content: dict) -> None:
         own = {"image_id": 1, "category_id": 1, "iscrowd": 0}
         for i, bbox in enumerate(([45, 5, 20, 5], [9, 9, 0, 4], [60, 2, 4, 4], [1, 2, 8, 4], [1, 2, 8, 4])):
@@ -193,7 +193,7 @@ def test_boxes_outside_without_area_or_twice_are_mended(root: Path) -> None:
 
     edit(root, "train", change)
     assert kinds(root) == {"box-outside": 1, "box-degenerate": 2, "box-duplicate": 1}
-    copy = mended(root)
+    copy = repaired(root)
     assert boxes(copy, "train", "b") == [("ant", [45, 5, 50, 10]), ("ant", [1, 2, 9, 6])]
     assert copy.records("train")[1].area.tolist() == [25, 32]
     assert copy.warnings == ()
@@ -212,10 +212,10 @@ def test_bad_images_and_annotations_are_left_out(root: Path) -> None:
     assert set(kinds(root)) == {
         "missing-image", "corrupt-image", "unknown-image", "malformed", "class-unused",
     }  # fmt: skip
-    copy = mended(root)
+    copy = repaired(root)
     assert [record.path.name for record in copy.splits["train"]] == ["a.png", "b.png"]
     assert len(boxes(copy, "train", "a")) == 2
-    changes = (root.parent / "mended/changes.txt").read_text()
+    changes = (root.parent / "repaired/changes.txt").read_text()
     assert "gone.png" in changes
     assert "→ leaves the images out" in changes
 
@@ -224,7 +224,7 @@ def test_boxes_of_resized_images_are_rescaled_and_those_of_other_pictures_left_o
     Image.open(root / "train2017/a.png").resize((20, 15)).save(root / "train2017/a.png")
     shutil.copy(root / "train2017/b.png", root / "train2017/c.png")
     assert kinds(root)["image-size"] == 2
-    copy = mended(root)
+    copy = repaired(root)
     assert boxes(copy, "train", "a") == [("bee", [2, 1.5, 12, 9]), ("cat", [5, 3, 15, 13.5])]
     assert copy.records("train")[0].area.tolist() == [75, 105]
     assert [record.path.name for record in copy.splits["train"]] == ["a.png", "b.png"]
@@ -233,7 +233,7 @@ def test_boxes_of_resized_images_are_rescaled_and_those_of_other_pictures_left_o
 def test_cards_own_xml_files_are_rescaled_to_the_shrunken_images(shared: Path, tmp_path: Path) -> None:
     origin = shared / "data/detection/cards"
     coco = load_detection(origin, format="coco")
-    voc = write_mended(check_detection(origin, format="voc"), tmp_path / "mended")
+    voc = write_repaired(check_detection(origin, format="voc"), tmp_path / "repaired")
     wanted = {r.path.name: r.boxes_xyxy for records in coco.splits.values() for r in records}
     got = {r.path.name: r.boxes_xyxy for r in voc.records("train")}
     assert got.keys() == wanted.keys()
@@ -253,7 +253,7 @@ def test_two_entries_of_one_file_are_joined_and_files_of_one_id_left_out(root: P
     with pytest.raises(DataError, match="more than once"):
         load_detection(root)
     edit(root, "val", lambda content: content["images"][1].update(id=1))
-    copy = mended(root)
+    copy = repaired(root)
     assert boxes(copy, "train", "a") == [("bee", [4, 3, 24, 18]), ("cat", [10, 6, 30, 27])]
 
 
@@ -261,7 +261,7 @@ def test_images_of_one_name_in_different_folders_stay_apart(tmp_path: Path) -> N
     root = write_yolo(tmp_path / "set", images_first=False)
     for folder, suffix in (("images", ".png"), ("labels", ".txt")):
         (root / f"val/{folder}/d{suffix}").rename(root / f"val/{folder}/a{suffix}")
-    copy = mended(root)
+    copy = repaired(root)
     assert [record.path.name for record in copy.splits["val"]] == ["a_2.png", "e.png"]
     assert copy.splits["val"][0].width == 64
     assert copy.splits["train"][0].width == 40
@@ -275,7 +275,7 @@ def test_camera_tags_mean_the_same_in_the_copy(tmp_path: Path, orientation: int)
     exif[0x0112] = orientation
     photo(0, (30, 40) if orientation == 6 else (40, 30)).save(root / "images/train/a.jpg", exif=exif)
     (root / "labels/train/b.txt").write_text("0 0.5 0.5 0 0\n")
-    copy = mended(root)
+    copy = repaired(root)
     image = DetectionDataset(copy.records("train"))[0][0].permute(1, 2, 0).numpy()
     wanted = DetectionDataset(load_detection(root).records("train"))[0][0].permute(1, 2, 0).numpy()
     assert np.array_equal(image, wanted)
@@ -284,20 +284,20 @@ def test_camera_tags_mean_the_same_in_the_copy(tmp_path: Path, orientation: int)
 
 def test_a_copy_needs_a_folder_of_its_own(root: Path) -> None:
     check = check_detection(root)
-    with pytest.raises(DataError, match="lies inside the data set"):
-        write_mended(check, root / "mended")
+    with pytest.raises(DataError, match="is inside the dataset"):
+        write_repaired(check, root / "repaired")
     (root.parent / "used").mkdir()
     (root.parent / "used/file").touch()
     with pytest.raises(DataError, match="is in use"):
-        write_mended(check, root.parent / "used")
+        write_repaired(check, root.parent / "used")
 
 
-def test_a_contradictory_class_list_cannot_be_mended(root: Path) -> None:
+def test_a_contradictory_class_list_cannot_be_repaired(root: Path) -> None:
     for split in SETS:
         edit(root, split, lambda content: content["categories"][2].update(name="ant"))
     assert kinds(root)["class-list"] == 2
     with pytest.raises(DataError, match="only its owner knows(?s:.*)'ant' has the ids"):
-        write_mended(check_detection(root), root.parent / "mended")
+        write_repaired(check_detection(root), root.parent / "repaired")
 
 
 def test_unused_and_alike_classes_are_remarked(root: Path) -> None:
@@ -317,11 +317,11 @@ def test_nothing_left_is_said(tmp_path: Path) -> None:
     for path in (root / "images/train").iterdir():
         path.write_text("no picture")
     with pytest.raises(DataError, match="no image is left"):
-        write_mended(check_detection(root), tmp_path / "mended")
+        write_repaired(check_detection(root), tmp_path / "repaired")
 
 
 def test_samples_are_drawn_for_every_split(root: Path, tmp_path: Path) -> None:
-    paths = save_samples(load_detection(root), tmp_path / "pictures", n_pictures=2)
+    paths = save_samples(load_detection(root), tmp_path / "pictures", n_images=2)
     assert [path.name for path in paths] == ["samples_train.png", "samples_val.png"]
     picture = np.asarray(Image.open(paths[0]))
     assert picture.shape[1] == 2 * 366 + 6
@@ -333,7 +333,7 @@ def test_samples_are_drawn_for_every_split(root: Path, tmp_path: Path) -> None:
 def test_the_command_checks_draws_and_mends(root: Path, tmp_path: Path, capsys) -> None:
     out, words = tmp_path / "out", ["data", "check", str(root), "--size", "64", "--out"]
     assert main([*words, str(out)]) == 0
-    assert "Nothing wrong was found." in capsys.readouterr().out
+    assert "No problems found." in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
         "augmented.png", "check.json", "samples_train.png", "samples_val.png",
     }  # fmt: skip

@@ -81,7 +81,7 @@ def mirrored(sample: Sample) -> Sample:
 def test_an_image_changed_under_training_is_named(tmp_path: Path) -> None:
     data = DetectionDataset(load_detection(write_coco(tmp_path / "set")).records("train"))
     Image.new("RGB", (9, 9)).save(data.records[0].path)
-    with pytest.raises(DataError, match="a.png' was 40×30 when the data set was read, now 9×9"):
+    with pytest.raises(DataError, match="a.png' was 40×30 when the dataset was read, now 9×9"):
         data[0]
 
 

@@ -195,7 +195,7 @@ def test_yolo_names_every_bad_line_and_label_file_without_image(tmp_path: Path) 
         "a.txt:3: expected fractions of the image, got pixels",
         "a.txt:4: expected `class cx cy w h` or a polygon, got 2 numbers",
         "a.txt:5: expected numbers",
-        "a.txt:6: the class must be a whole number, got 1.5",
+        "a.txt:6: the class must be an integer, got 1.5",
         "ghost.txt: no image 'ghost.*'",
     ):
         assert part in message
@@ -350,7 +350,7 @@ def test_all_errors_are_named_at_once_with_what_to_do(tmp_path: Path) -> None:
         load_detection(root)
     message = str(caught.value)
     for part in (
-        "annotated images are missing; put the files there",
+        "annotated images are missing; add the files",
         "no file 'gone.png' in train2017",
         "c.png': OSError",
         "d.png': UnidentifiedImageError",

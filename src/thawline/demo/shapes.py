@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from thawline.data.detection.dataset import load_detection
-from thawline.data.detection.drawing import Panel, panel_grid, save_picture
+from thawline.data.detection.drawing import Panel, panel_grid, save_image
 from thawline.data.detection.images import read_image
 from thawline.demo.toy_images import CLASSES, write_shapes
 from thawline.inference.detector import Detector
@@ -105,7 +105,7 @@ def _draw(run_folder: Path, data: Path, threshold: float) -> Path:
         )
         for record, image, one in zip(records, images, found, strict=True)
     ]
-    return save_picture(run_folder / "pictures" / "found.png", panel_grid(panels, CLASSES, columns=2))
+    return save_image(run_folder / "pictures" / "found.png", panel_grid(panels, CLASSES, columns=2))
 
 
 def _table(metrics: DetectionMetrics) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from thawline.data.detection.drawing import class_colours, save_picture
+from thawline.data.detection.drawing import draw_boxes, save_image
 from thawline.data.detection.images import IMAGE_SUFFIXES, opencv
 from thawline.errors import DataError
 from thawline.inference.detector import Detector, Prediction
@@ -116,23 +116,20 @@ def describe(prediction: Prediction) -> str:
 
 def draw(image: np.ndarray, detections: supervision.Detections) -> np.ndarray:
     """The picture with boxes, names and scores in a size that suits it; RGB in, RGB out."""
-    import supervision
-
     side = max(image.shape[:2])
     names = [
         f"{name} {score:.2f}"
         for name, score in zip(detections.data.get("class_name", []), detections.confidence, strict=False)
     ]
-    # supervision draws for OpenCV, which has blue first.
-    picture = np.ascontiguousarray(image[..., ::-1])
-    colours = class_colours()
-    picture = supervision.BoxAnnotator(colours, thickness=max(1, side // 400)).annotate(picture, detections)
-    if names:
-        writer = supervision.RichLabelAnnotator(
-            colours, font_size=max(10, side // 50), text_padding=max(2, side // 300)
-        )
-        picture = writer.annotate(picture, detections, labels=names)
-    return np.ascontiguousarray(picture[..., ::-1])
+    return draw_boxes(
+        image,
+        detections.xyxy,
+        np.asarray(detections.class_id),
+        names,
+        thickness=max(1, side // 400),
+        font_size=max(10, side // 50),
+        padding=max(2, side // 300),
+    )
 
 
 def write_results(path: Path, results: list[dict[str, Any]]) -> None:
@@ -173,7 +170,7 @@ class _Pictures(_Writer):
         inner = name.relative_to(self.root) if self.root else Path(name.name)
         assert prediction.image is not None
         path = self.out if self.is_file else self.out / inner
-        save_picture(path, draw(prediction.image, prediction.detections))
+        save_image(path, draw(prediction.image, prediction.detections))
 
 
 class _Film(_Writer):

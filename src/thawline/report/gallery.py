@@ -7,7 +7,7 @@ __all__ = ["GALLERY", "save_gallery", "save_worst_images"]
 from pathlib import Path
 
 from thawline.data.detection.dataset import DetectionDataset
-from thawline.data.detection.drawing import Panel, panel_grid, save_picture
+from thawline.data.detection.drawing import Panel, panel_grid, save_image
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
 
 GALLERY = ("worst", "median", "best")
@@ -33,7 +33,7 @@ def save_worst_images(
     """
     worst = [mistakes.index for mistakes in metrics.images[:n_images]]
     panels = [panel for index in worst for panel in _panels(index, dataset, evaluator, metrics)]
-    return save_picture(path, panel_grid(panels, evaluator.class_names))
+    return save_image(path, panel_grid(panels, evaluator.class_names))
 
 
 def save_gallery(
@@ -61,7 +61,7 @@ def save_gallery(
             drawn.add(index)
             panels = _panels(index, dataset, evaluator, metrics)
             file = folder / name / f"{rank + 1:02d}-{dataset.records[index].path.stem}.jpg"
-            files.append(save_picture(file, panel_grid(panels, evaluator.class_names)))
+            files.append(save_image(file, panel_grid(panels, evaluator.class_names)))
     return files
 
 

@@ -1,9 +1,9 @@
-"""Detection data: a folder of labelled images, whatever its format, as a torch data set.
+"""Detection datasets as PyTorch datasets: a folder of labelled images of any format.
 
     load_detection(path) ──► DetectionSet ──► DetectionDataset(records) ──► image (3, H, W) uint8, target
 
-Everything wrong with the files is named at the start, all together; training never meets a bad image in its
-third hour.
+Everything wrong with the files is reported at the start, all at once, so that training never meets a bad
+image in its third hour.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from thawline.data.detection.formats import read_raw
-from thawline.data.detection.formats.raw import assemble
+from thawline.data.detection.formats.assemble import assemble
 from thawline.data.detection.images import read_image
-from thawline.data.detection.records import DetectionSet, ImageRecord, clip_boxes, describe
+from thawline.data.detection.records import DetectionSet, ImageRecord, clip_boxes, describe, has_area
 from thawline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -32,25 +32,23 @@ logger = logging.getLogger(__name__)
 def load_detection(
     path: str | Path, format: str | None = None, images: str | Path | None = None, decode: bool = False
 ) -> DetectionSet:
-    """Read a detection data set and refuse it if anything in it is wrong.
+    """Read a detection dataset; raise an error if anything in it is wrong.
 
     Args:
         path: a folder, a COCO JSON or a data.yaml.
-        format: "coco", "yolo" or "voc". None or "auto": by looking.
-        images: the folder image names start from (COCO, VOC). None: looked for around the annotations.
+        format: "coco", "yolo" or "voc". None or "auto": detected.
+        images: the folder that image names start from (COCO, VOC). None: searched around the annotations.
         decode: decode every image now, instead of looking at its header and its end.
     Raises: DataError: naming all errors, by kind, with what to do. Degenerate boxes and the like are logged.
     """
     data = read_detection(path, format, images, decode)
     if data.errors:
-        lines = describe(data.errors)
-        raise DataError(
-            "\n".join([f"'{path}' ({data.format}) cannot be trained on:", *lines])
-            + f"\n`thawline data check {path} --fix NEW_FOLDER` writes a mended copy."
-        )
+        first = f"'{path}' ({data.format}) cannot be trained on:"
+        last = f"`thawline data check {path} --fix NEW_FOLDER` writes a repaired copy."
+        raise DataError("\n".join([first, *describe(data.errors), last]))
     if not any(data.splits.values()):
         raise DataError(
-            f"'{path}' ({data.format}) holds no image. Check its paths, or name another `format`."
+            f"'{path}' ({data.format}) contains no image. Check its paths, or choose another `format`."
         )
     for line in describe(data.warnings, shown=1):
         logger.warning("'%s': %s", path, line)
@@ -60,13 +58,16 @@ def load_detection(
 def read_detection(
     path: str | Path, format: str | None = None, images: str | Path | None = None, decode: bool = False
 ) -> DetectionSet:
-    """`load_detection` that refuses nothing: what cannot be used is left out and listed in `problems`."""
+    """Read a detection dataset; leave out what cannot be used and list it in `problems`.
+
+    Arguments as in `load_detection`.
+    """
     return assemble(read_raw(path, format, images), decode)
 
 
 @dataclass(kw_only=True)
 class Sample:
-    """One image on its way into a batch: what augmentations take and give."""
+    """One image on its way into a batch: input and output of augmentations."""
 
     image: np.ndarray
     """(H, W, 3) uint8, RGB."""
@@ -79,16 +80,16 @@ class Sample:
     iscrowd: np.ndarray
     """(N,) bool."""
     index: int
-    """Place in the data set."""
+    """Index in the dataset."""
     orig_size: tuple[int, int]
     """(width, height) of the image file, pixels."""
 
 
 class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Images and boxes, decoded when asked for.
+    """Dataset of images and boxes; images are decoded on access.
 
-    Boxes are clipped to the image, and those without area are left out; so are crowds, unless asked for.
-    Images without boxes stay: they are negatives.
+    Boxes are clipped to the image; those without area are left out, and crowds too unless `keep_crowd`.
+    Images without boxes are kept: they are negatives.
 
     Args:
         records: the images, e.g. `load_detection(path).records("train")`.
@@ -110,21 +111,21 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image, (3, H, W) uint8, and its target as `to_tensors` makes it."""
+        """Return the image, (3, H, W) uint8, and its target, as `to_tensors` returns them."""
         sample = self.sample(index)
         return to_tensors(sample if self.transform is None else self.transform(sample))
 
     def sample(self, index: int) -> Sample:
-        """The image as it is in its file, with its boxes. Raises: DataError: if the file has gone bad."""
+        """Return an untransformed image with its boxes. Raises: DataError: if the file has changed."""
         record = self.records[index]
         image = read_image(record.path, record.oriented)
         if image.shape[:2] != (record.height, record.width):
             raise DataError(
-                f"'{record.path}' was {record.width}×{record.height} when the data set was read, now "
-                f"{image.shape[1]}×{image.shape[0]}. Leave the files alone while they are trained on."
+                f"'{record.path}' was {record.width}×{record.height} when the dataset was read, now "
+                f"{image.shape[1]}×{image.shape[0]}. Do not change the files during training."
             )
         boxes = clip_boxes(record.boxes_xyxy, record.width, record.height)
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(1) & (self.keep_crowd | ~record.iscrowd)
+        keep = has_area(boxes) & (self.keep_crowd | ~record.iscrowd)
         return Sample(
             image=image,
             boxes_xyxy=boxes[keep].astype(np.float32),
@@ -137,18 +138,16 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def to_tensors(sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-    """The end of every pipeline.
+    """Convert a sample to tensors: the last step of every pipeline.
 
     Returns: the image, (3, H, W) uint8, and its target: boxes_xyxy (N, 4) float32 in pixels, labels (N,)
-    int64,
-        area (N,) float32, iscrowd (N,) bool, index () int64, orig_size (2,) int64 as (width, height).
+        int64, area (N,) float32, iscrowd (N,) bool, index () int64, orig_size (2,) int64 as (width, height).
     """
     image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
-    return image, {
-        "boxes_xyxy": torch.from_numpy(np.ascontiguousarray(sample.boxes_xyxy, np.float32)),
-        "labels": torch.from_numpy(np.ascontiguousarray(sample.labels, np.int64)),
-        "area": torch.from_numpy(np.ascontiguousarray(sample.area, np.float32)),
-        "iscrowd": torch.from_numpy(np.ascontiguousarray(sample.iscrowd, bool)),
-        "index": torch.tensor(sample.index),
-        "orig_size": torch.tensor(sample.orig_size),
+    dtypes = {"boxes_xyxy": np.float32, "labels": np.int64, "area": np.float32, "iscrowd": bool}
+    target = {
+        name: torch.from_numpy(np.ascontiguousarray(getattr(sample, name), dtype))
+        for name, dtype in dtypes.items()
     }
+    target |= {"index": torch.tensor(sample.index), "orig_size": torch.tensor(sample.orig_size)}
+    return image, target

@@ -1,16 +1,15 @@
-"""The same picture twice: exactly, or re-encoded, resized, brightened.
+"""Duplicate images: exact copies, and images that were re-encoded, resized or brightened.
 
-Files are equal when their bytes are. Pictures are near when two coarse views of them agree: the signs of
-256 brightness steps (a difference hash) and a thumbnail of 32 × 32. Measured on five real sets: copies that
-were re-encoded, halved or blurred differ in at most 22 signs, brightened by a fifth in at most 38, next
-frames of a film in 8 to 20, unrelated images in at least 59; the limit is 32. Pictures with much plain
-ground agree in signs by accident, which is what the thumbnail is for. Crops and mirror images are not
-found.
+Files are exact copies if their bytes are equal. Images are similar if two coarse views of them agree: the
+signs of 256 brightness steps (a difference hash) and a thumbnail of 32 × 32. Measured on five real datasets:
+re-encoded, halved or blurred copies differ in at most 22 signs, copies brightened by a fifth in at most 38,
+consecutive video frames in 8 to 20, unrelated images in at least 59; the limit is 32. Images with large plain
+areas agree in signs by accident, which is what the thumbnail is for. Crops and mirrored images are not found.
 """
 
 from __future__ import annotations
 
-__all__ = ["Looks", "look_at", "pairs_alike"]
+__all__ = ["Fingerprints", "fingerprint", "similar_pairs"]
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ import numpy as np
 from thawline.data.detection.images import opencv
 
 SIGNS = 16
-"""Brightness steps per row, and rows."""
+"""Brightness steps per row, and number of rows."""
 MAX_DIFFERENT = 32
 THUMBNAIL = 32
 MIN_CORRELATION = 0.95
@@ -33,43 +32,43 @@ CHUNK = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Looks:
-    """What is compared, of N images."""
+class Fingerprints:
+    """The compared views of N images."""
 
     digests: tuple[bytes, ...]
-    """Of the files' bytes."""
+    """Hashes of the files' bytes."""
     signs: np.ndarray
     """(N, 256) float32, ±1."""
     thumbnails: np.ndarray
     """(N, 1024) float32, mean 0, length 1."""
 
 
-def look_at(paths: Sequence[Path]) -> Looks:
-    """Read every image and keep what `pairs_alike` compares. The files must be images that can be decoded."""
+def fingerprint(paths: Sequence[Path]) -> Fingerprints:
+    """Read images and compute what `similar_pairs` compares. The files must be decodable images."""
     with ThreadPoolExecutor(THREADS) as pool:
-        looks = list(pool.map(_look, paths))
-    digests, signs, thumbnails = zip(*looks, strict=True) if looks else ((), (), ())
-    return Looks(
+        prints = list(pool.map(_fingerprint, paths))
+    digests, signs, thumbnails = zip(*prints, strict=True) if prints else ((), (), ())
+    return Fingerprints(
         digests,
         np.array(signs, np.float32).reshape(-1, SIGNS * SIGNS),
         np.array(thumbnails, np.float32).reshape(-1, THUMBNAIL * THUMBNAIL),
     )
 
 
-def pairs_alike(a: Looks, b: Looks) -> Iterator[tuple[int, int, bool]]:
-    """Images of `a` with one like them in `b`.
+def similar_pairs(a: Fingerprints, b: Fingerprints) -> Iterator[tuple[int, int, bool]]:
+    """Find the images of `a` that have a similar one in `b`.
 
-    Yields: place in `a`, place in `b` of its exact copy or else its nearest image, and whether it is exact.
+    Yields: index in `a`, index in `b` of its exact copy or else its most similar image, and True if exact.
     """
     first = {digest: j for j, digest in reversed(list(enumerate(b.digests)))}
-    least = SIGNS * SIGNS - 2 * MAX_DIFFERENT
+    min_agreement = SIGNS * SIGNS - 2 * MAX_DIFFERENT
     for start in range(0, len(a.digests) if len(b.digests) else 0, CHUNK):
         agreement = a.signs[start : start + CHUNK] @ b.signs.T
         for i, row in enumerate(agreement, start=start):
             if a.digests[i] in first:
                 yield i, first[a.digests[i]], True
                 continue
-            near = np.flatnonzero(row >= least)
+            near = np.flatnonzero(row >= min_agreement)
             if not len(near):
                 continue
             correlation = b.thumbnails[near] @ a.thumbnails[i]
@@ -77,7 +76,7 @@ def pairs_alike(a: Looks, b: Looks) -> Iterator[tuple[int, int, bool]]:
                 yield i, int(near[correlation.argmax()]), False
 
 
-def _look(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
+def _fingerprint(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
     cv2 = opencv()
     data = path.read_bytes()
     grey = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)

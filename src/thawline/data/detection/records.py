@@ -1,16 +1,28 @@
-"""What a detection data set is once read, whatever its format was: images, boxes in pixels, labels from 0.
+"""Detection datasets in memory, whatever their format: images, boxes in pixels, labels from 0, problems.
 
     DetectionSet ── splits["train"] ──► ImageRecord, ImageRecord, …
-                 ── class_names     ──► the name of label 0, 1, …
-                 ── problems        ──► what is wrong, each with its place; `KINDS` says what to do about it
+                 ── class_names     ──► name of label 0, 1, …
+                 ── problems        ──► each with its place; `PROBLEM_KINDS` says what to do about it
 
-Boxes are kept as the file has them, also where they leave the image, because an evaluation must see the
-same numbers as COCO's own tools. `DetectionDataset` clips them for training.
+Boxes are kept as annotated, even outside the image, because evaluation must see the same numbers as COCO's
+own tools. `DetectionDataset` clips them for training.
 """
 
 from __future__ import annotations
 
-__all__ = ["KINDS", "DetectionSet", "ImageRecord", "Kind", "Problem"]
+__all__ = [
+    "ERRORS",
+    "PROBLEM_KINDS",
+    "DetectionSet",
+    "ImageRecord",
+    "Problem",
+    "ProblemKind",
+    "box_areas",
+    "box_array",
+    "clip_boxes",
+    "describe",
+    "has_area",
+]
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -23,7 +35,7 @@ import numpy as np
 from thawline.errors import DataError, did_you_mean
 
 SHOWN = 5
-"""Places named per kind of problem in an error message; the rest are counted."""
+"""Maximum number of places listed per kind of problem in an error message; the rest are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,130 +43,112 @@ class ImageRecord:
     """One image and its boxes."""
 
     image_id: int | str
-    """As the file has it; formats without ids count from 0 within the split."""
+    """Id in the annotation file; formats without ids count from 0 within the split."""
     path: Path
     width: int
-    """Pixels, of the image as its boxes see it."""
+    """Pixels, in the orientation that the boxes refer to."""
     height: int
     boxes_xyxy: np.ndarray
     """(N, 4) float64, pixels, as annotated: neither clipped nor filtered."""
     labels: np.ndarray
-    """(N,) int64, contiguous from 0: places in `DetectionSet.class_names`."""
+    """(N,) int64, contiguous from 0: indices into `DetectionSet.class_names`."""
     iscrowd: np.ndarray
     """(N,) bool: a box around many objects, ignored by training and evaluation."""
     area: np.ndarray
-    """(N,) float64, pixels²: the annotation's own (a mask's, in COCO), else width × height of the box."""
+    """(N,) float64, pixels²: as annotated (of a mask, in COCO), else width × height of the box."""
     oriented: bool = False
-    """True: the boxes fit the image after its camera orientation tag was applied."""
+    """True if the boxes fit the image after its EXIF orientation is applied."""
 
 
-class Kind(NamedTuple):
-    """One way in which a data set can be wrong."""
+class ProblemKind(NamedTuple):
+    """One way in which a dataset can be wrong."""
 
-    is_error: bool
-    """True: training on it would be training on a guess."""
     title: str
     remedy: str
-    """What its owner can do."""
-    mending: str
-    """What `thawline data check --fix` does in the mended copy. Empty: nothing."""
+    """Advice to the dataset's owner."""
+    fix: str = ""
+    """Action of `thawline data check --fix` in the repaired copy. Empty: none."""
 
 
-KINDS: dict[str, Kind] = {
-    "missing-image": Kind(
-        True,
+ERRORS: dict[str, ProblemKind] = {
+    "missing-image": ProblemKind(
         "annotated images are missing",
-        "put the files there, or take the images out of the annotations",
+        "add the files, or remove the images from the annotations",
         "leaves the images out",
     ),
-    "corrupt-image": Kind(
-        True,
+    "corrupt-image": ProblemKind(
         "image files cannot be decoded",
-        "replace the files, or take the images out of the annotations",
+        "replace the files, or remove the images from the annotations",
         "leaves the images out",
     ),
-    "image-size": Kind(
-        True,
-        "images have another size than their annotations say, so their boxes are in other pixels",
-        "put the annotated images there, or rescale the boxes",
-        "rescales the boxes where the shape is the same, leaves out the other images",
+    "image-size": ProblemKind(
+        "images differ in size from their annotations, so their boxes are in other pixels",
+        "replace them with the annotated images, or rescale the boxes",
+        "rescales the boxes if the aspect ratio is the same, else leaves the images out",
     ),
-    "unknown-image": Kind(
-        True,
-        "annotations belong to an unknown image",
+    "unknown-image": ProblemKind(
+        "annotations refer to an unknown image",
         "add the image, or remove the annotations",
         "leaves the annotations out",
     ),
-    "duplicate-image": Kind(
-        True,
-        "images appear twice in a split",
+    "duplicate-image": ProblemKind(
+        "images are listed twice in a split",
         "give each image one id and one entry, with all its boxes",
-        "joins entries of one file, leaves out files that share an id",
+        "merges entries of one file, leaves out files that share an id",
     ),
-    "class-shift": Kind(
-        True,
+    "class-shift": ProblemKind(
         "class ids look shifted by one against the class list",
-        "let ids and list count from the same number",
+        "make ids and list count from the same number",
         "shifts the ids",
     ),
-    "class-id": Kind(
-        True,
+    "class-id": ProblemKind(
         "annotations have a class that is not in the class list",
         "correct the ids, or complete the list",
-        "leaves the annotations out, unless a shift by one brings all ids into the list",
+        "leaves the annotations out, unless a shift by one makes all ids fit the list",
     ),
-    "class-list": Kind(True, "the class list is contradictory", "give every class one id and one name", ""),
-    "malformed": Kind(
-        True,
+    "class-list": ProblemKind("the class list is contradictory", "give every class one id and one name"),
+    "malformed": ProblemKind(
         "annotations cannot be read",
         "correct or remove them",
-        "leaves the annotations out, and images whose whole file cannot be read",
+        "leaves the annotations out, and images whose annotation file cannot be read at all",
     ),
-    "leak": Kind(
-        False,
-        "images are in two splits, so scores on the held-out one are too good",
-        "take them out of one of the splits",
+}
+"""Problems that training must not start with, in the order in which they are reported."""
+
+WARNINGS: dict[str, ProblemKind] = {
+    "leak": ProblemKind(
+        "images are in two splits, so scores on the held-out split are too high",
+        "remove them from one of the splits",
         "leaves them out of the training split",
     ),
-    "near-leak": Kind(
-        False,
-        "images look almost like one of another split (re-encoded, resized, next frame of a film?)",
-        "look at the pairs; keep whole scenes or films in one split",
-        "",
+    "near-leak": ProblemKind(
+        "images look almost the same as one of another split (re-encoded, resized, next frame of a video?)",
+        "look at the pairs; keep whole scenes or videos in one split",
     ),
-    "copies": Kind(False, "images are there twice in a split, as copies", "keep one of each", ""),
-    "box-outside": Kind(
-        False,
-        "boxes leave their image by more than a pixel",
+    "copies": ProblemKind("images have exact copies in the same split", "keep one of each"),
+    "box-outside": ProblemKind(
+        "boxes extend beyond their image by more than a pixel",
         "training clips them to the image",
         "clips them",
     ),
-    "box-degenerate": Kind(
-        False,
-        "boxes have no area inside their image",
-        "training leaves them out",
-        "leaves them out",
+    "box-degenerate": ProblemKind(
+        "boxes have no area inside their image", "training leaves them out", "leaves them out"
     ),
-    "box-duplicate": Kind(
-        False,
-        "boxes are there twice in the same image",
-        "keep one of each",
-        "keeps one of each",
+    "box-duplicate": ProblemKind(
+        "boxes are repeated in the same image", "keep one of each", "keeps one of each"
     ),
-    "class-unused": Kind(
-        False,
+    "class-unused": ProblemKind(
         "classes have no box in the training split",
-        "remove them from the list, or see whether ids are shifted",
-        "",
+        "remove them from the list, or check whether ids are shifted",
     ),
-    "class-alike": Kind(
-        False, "class names differ only in spelling", "join the classes if they are the same", ""
+    "class-alike": ProblemKind(
+        "class names differ only in spelling", "merge the classes if they are the same"
     ),
-    "class-note": Kind(
-        False, "class lists needed reading with care", "see that the class names are right", ""
-    ),
+    "class-note": ProblemKind("class lists were ambiguous", "check that the class names are right"),
 }
-"""What can be wrong, in the order it is told. `check.py` finds what reading does not."""
+"""Problems that training can start with. `check.py` finds those that reading does not."""
+
+PROBLEM_KINDS = ERRORS | WARNINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +156,7 @@ class Problem:
     """One thing that is wrong, and where."""
 
     kind: str
-    """A key of `KINDS`."""
+    """A key of `PROBLEM_KINDS`."""
     where: str
     """File, and image or line in it."""
     detail: str = ""
@@ -174,58 +168,63 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DetectionSet:
-    """A data set as its files say."""
+    """A dataset as read from its files."""
 
     format: str
     root: Path
     class_names: tuple[str, ...]
     class_ids: tuple[int | str, ...]
-    """The ids that the files use for the classes, in label order (names, where the format has no ids)."""
+    """Ids of the classes in the files, in label order (names, for formats without ids)."""
     splits: dict[str, tuple[ImageRecord, ...]]
     problems: tuple[Problem, ...] = ()
 
     def records(self, split: str) -> tuple[ImageRecord, ...]:
-        """The images of a split. Raises: DataError: naming the splits there are."""
+        """Return the images of a split. Raises: DataError: for an unknown split."""
         if split not in self.splits:
             raise DataError(f"'{self.root}' has no split '{split}'. {did_you_mean(split, self.splits)}")
         return self.splits[split]
 
     @property
     def errors(self) -> tuple[Problem, ...]:
-        """The problems that training must not start with."""
-        return tuple(problem for problem in self.problems if KINDS[problem.kind].is_error)
+        """Problems that training must not start with."""
+        return tuple(problem for problem in self.problems if problem.kind in ERRORS)
 
     @property
     def warnings(self) -> tuple[Problem, ...]:
-        """The problems that training can live with."""
-        return tuple(problem for problem in self.problems if not KINDS[problem.kind].is_error)
+        """Problems that training can start with."""
+        return tuple(problem for problem in self.problems if problem.kind in WARNINGS)
 
 
 def describe(problems: Iterable[Problem], shown: int = SHOWN) -> list[str]:
-    """Problems by kind, the first few of each by name: lines for an error message or a log."""
+    """Return lines for an error message or a log: problems by kind, with the first places of each."""
     by_kind: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         by_kind[problem.kind].append(problem)
     lines = []
-    for kind in sorted(by_kind, key=list(KINDS).index):
+    for kind in sorted(by_kind, key=list(PROBLEM_KINDS).index):
         found = by_kind[kind]
-        lines.append(f"{len(found)} × {KINDS[kind].title}; {KINDS[kind].remedy}:")
+        lines.append(f"{len(found)} × {PROBLEM_KINDS[kind].title}; {PROBLEM_KINDS[kind].remedy}:")
         lines += [f"  - {problem}" for problem in found[:shown]]
         if len(found) > shown:
             lines.append(f"  - … and {len(found) - shown} more")
     return lines
 
 
+def box_array(boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return boxes as an (N, 4) float64 array, also if N is 0."""
+    return np.asarray(boxes, np.float64).reshape(-1, 4)
+
+
 def box_areas(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Width × height, pixels², (N,)."""
+    """Return width × height, pixels², (N,)."""
     return (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])
 
 
+def has_area(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Return True where a box has a positive width and height, (N,)."""
+    return (boxes_xyxy[:, 2] > boxes_xyxy[:, 0]) & (boxes_xyxy[:, 3] > boxes_xyxy[:, 1])
+
+
 def clip_boxes(boxes_xyxy: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Boxes cut at the image's border, (N, 4)."""
+    """Clip boxes to the image, (N, 4)."""
     return np.clip(boxes_xyxy, 0, np.array([width, height, width, height], boxes_xyxy.dtype))
-
-
-def box_array(boxes: Sequence[Sequence[float]]) -> np.ndarray:
-    """(N, 4) float64, also where N is 0."""
-    return np.asarray(boxes, np.float64).reshape(-1, 4)

@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.collate import Collate, to_float
 from thawline.data.detection.dataset import DetectionDataset, Sample, load_detection
-from thawline.data.detection.drawing import Panel, panel_grid, save_picture
+from thawline.data.detection.drawing import Panel, panel_grid, save_image
 from thawline.data.detection.geometry import resize
 from thawline.data.detection.records import DetectionSet, ImageRecord, clip_boxes
 from thawline.data.draws import Draw
@@ -212,7 +212,7 @@ class DetectionObjective(Objective):
                         caption=f"epoch {epoch}",
                     )
                 )
-        save_picture(folder / "training.png", panel_grid(panels, self.class_names))
+        save_image(folder / "training.png", panel_grid(panels, self.class_names))
 
     def describe(self) -> dict[str, Any]:
         """The classes."""

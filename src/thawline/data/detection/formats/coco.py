@@ -1,10 +1,9 @@
-"""COCO JSON, and Roboflow's way of laying it out.
+"""COCO JSON, in COCO's and in Roboflow's layout.
 
 Found: `*.json` in the folder, in its `annotations/`, or one folder down (Roboflow:
-`train/_annotations.coco.json`). The split is in the file's or its folder's name; a lone file of no split is
-training data. Where the folder has `instances_*` files, captions, keypoints and the like beside them are
-not looked at. Ids may be any numbers, sparse, from 0 or 1: labels follow the sorted category ids of the
-file.
+`train/_annotations.coco.json`). The split is in the file's or its folder's name; a single file without a
+split is training data. If there are `instances_*` files, other files beside them (captions, keypoints) are
+ignored. Ids may be any numbers, sparse, from 0 or 1: labels follow the sorted category ids of the file.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ from __future__ import annotations
 __all__ = ["HINT", "look", "read"]
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from thawline.data.detection.formats.raw import (
+    Box,
     Found,
+    RawBox,
     RawImage,
     RawSet,
     existing,
@@ -26,28 +27,28 @@ from thawline.data.detection.formats.raw import (
     split_of,
     split_of_folder,
 )
-from thawline.data.detection.records import Problem
 from thawline.errors import DataError
 
 HINT = "JSON with `images`, `annotations` and `categories`, in the folder, annotations/ or a split's folder"
 
 
 def look(path: Path) -> list[Found]:
-    """The COCO data sets at a path: a JSON file, or a folder."""
-    if path.is_file():
-        split = split_of(path.stem) or split_of_folder(path.parent.name) or "train"
-        return [_found(path.parent, {split: [path]})] if _is_coco(path) else []
-    files = [file for file in [*path.glob("*.json"), *path.glob("*/*.json")] if _is_coco(file)]
+    """Return the COCO datasets at a path: a JSON file, or a folder."""
+    candidates = [path] if path.is_file() else [*path.glob("*.json"), *path.glob("*/*.json")]
+    files = sorted(file for file in candidates if _is_coco(file))
     instances = [file for file in files if file.name.startswith("instances")]
+    root = path.parent if path.is_file() else path
     by_split: defaultdict[str, list[Path]] = defaultdict(list)
-    for file in sorted(instances or files):
-        word = split_of(file.stem) or (split_of_folder(file.parent.name) if file.parent != path else None)
-        by_split[word or ""].append(file)
+    for file in instances or files:
+        folder = None if file.parent == path else split_of_folder(file.parent.name)
+        by_split[split_of(file.stem) or folder or ""].append(file)
     rest = by_split.pop("", [])
-    # A file of no split beside files of one ("all.json") would have its images counted twice.
-    if by_split:
-        return [_found(path, by_split)]
-    return [_found(path, {"train": rest}, is_split=False)] if rest else []
+    # A file without a split beside files with one ("all.json") would have its images counted twice.
+    splits = by_split or ({"train": rest} if rest else {})
+    if not splits:
+        return []
+    sorted_splits = {split: tuple(splits[split]) for split in ordered(splits)}
+    return [Found(format="coco", root=root, splits=sorted_splits, is_split=bool(by_split) or path.is_file())]
 
 
 def read(found: Found, images: Path | None = None) -> RawSet:
@@ -55,13 +56,12 @@ def read(found: Found, images: Path | None = None) -> RawSet:
 
     Args:
         found: files by split.
-        images: the folder that `file_name` starts from. None: looked for around the annotation file.
-    Raises: DataError: if a file is no COCO JSON, or a split has several.
+        images: the folder that `file_name` is relative to. None: searched around the annotation file.
+    Raises: DataError: if a file is not COCO JSON, or a split has several.
     """
     raw = RawSet(format="coco", root=found.root)
     tables: dict[str, list[dict[str, Any]]] = {}
-    for split in ordered(found.splits):
-        files = found.splits[split]
+    for split, files in found.splits.items():
         if len(files) > 1:
             listed = ", ".join(str(file.relative_to(found.root)) for file in files)
             raise DataError(
@@ -69,23 +69,16 @@ def read(found: Found, images: Path | None = None) -> RawSet:
                 "path, or move the others away."
             )
         content = _load(files[0])
-        folders = [images] if images is not None else _image_folders(found.root, files[0], split)
-        raw.looked_in[split] = folders
-        raw.splits[split] = _images(content, files[0], split, folders, raw.problems)
+        raw.searched[split] = [images] if images else _image_folders(found.root, files[0], split)
+        raw.splits[split] = _read_images(content, files[0].name, split, raw)
         tables[split] = content["categories"]
-    for split, table in _without_unused_roots(tables, raw).items():
-        raw.classes[split] = {
-            entry["id"]: str(entry["name"])
-            for entry in sorted(table, key=lambda e: (isinstance(e["id"], str), e["id"]))
-        }
+    for split, table in tables.items():
+        table = _without_unused_root(table, split, raw)
+        table.sort(key=lambda entry: (isinstance(entry["id"], str), entry["id"]))
+        raw.classes[split] = {entry["id"]: str(entry["name"]) for entry in table}
         if len(raw.classes[split]) < len(table):
-            raw.problem("class-list", found.splits[split][0].name, "two categories share an id", split)
+            raw.add_problem("class-list", found.splits[split][0].name, "two categories share an id", split)
     return raw
-
-
-def _found(root: Path, files: dict[str, list[Path]], is_split: bool = True) -> Found:
-    splits = {split: tuple(files[split]) for split in ordered(files)}
-    return Found(format="coco", root=root, splits=splits, is_split=is_split)
 
 
 def _is_coco(path: Path) -> bool:
@@ -98,67 +91,56 @@ def _load(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"'{path}' is not JSON: {error}.") from error
-    for key in ("images", "annotations", "categories"):
+    needed = {"images": ("id", "file_name"), "annotations": (), "categories": ("id", "name")}
+    for key, names in needed.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"'{path}' is not a COCO file: expected a list under '{key}'.")
-    for key, needed in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
-        for i, entry in enumerate(content[key]):
-            if not isinstance(entry, dict) or any(name not in entry for name in needed):
+        for i, entry in enumerate(content[key] if names else ()):
+            if not isinstance(entry, dict) or any(name not in entry for name in names):
                 raise DataError(
-                    f"'{path}': entry {i} of '{key}' must have {' and '.join(needed)}, got {entry}."
+                    f"'{path}': entry {i} of '{key}' must have {' and '.join(names)}, got {entry}."
                 )
     return content
 
 
-def _images(
-    content: dict[str, Any], file: Path, split: str, folders: list[Path], problems: list[Problem]
-) -> list[RawImage]:
-    by_id: dict[Any, RawImage] = {}
+def _read_images(content: dict[str, Any], file_name: str, split: str, raw: RawSet) -> list[RawImage]:
     images = []
+    by_id: dict[Any, RawImage] = {}
     for entry in content["images"]:
-        has_size = entry.get("width") and entry.get("height")
+        name, has_size = str(entry["file_name"]), entry.get("width") and entry.get("height")
         image = RawImage(
             image_id=entry["id"],
-            name=str(entry["file_name"]),
-            path=find_image(str(entry["file_name"]), folders),
-            where=f"{file.name}: {entry['file_name']}",
+            name=name,
+            path=find_image(name, raw.searched[split]),
+            where=f"{file_name}: {name}",
             size=(int(entry["width"]), int(entry["height"])) if has_size else None,
         )
         images.append(image)
         by_id.setdefault(image.image_id, image)
     for i, entry in enumerate(content["annotations"]):
-        where = f"{file.name}: annotation {entry.get('id', f'number {i}')}"
-        image_id = entry.get("image_id")
+        where = f"{file_name}: annotation {entry.get('id', f'number {i}')}"
+        image_id, bbox, area = entry.get("image_id"), entry.get("bbox"), entry.get("area")
         if image_id not in by_id:
-            problems.append(
-                Problem(kind="unknown-image", where=where, detail=f"image_id {image_id!r}", split=split)
-            )
-        elif (box := _box(entry.get("bbox"))) is None:
-            detail = f"bbox must be [x, y, width, height], got {entry.get('bbox')!r}"
-            problems.append(Problem(kind="malformed", where=where, detail=detail, split=split))
+            raw.add_problem("unknown-image", where, f"image_id {image_id!r}", split)
+        elif (xyxy := _to_xyxy(bbox)) is None:
+            raw.add_problem("malformed", where, f"bbox must be [x, y, width, height], got {bbox!r}", split)
         else:
-            area = entry.get("area")
-            by_id[image_id].add(
-                box,
-                entry.get("category_id"),
-                iscrowd=bool(entry.get("iscrowd", 0)),
-                area=None if area is None else float(area),
-            )
+            area = None if area is None else float(area)
+            box = RawBox(xyxy, entry.get("category_id"), bool(entry.get("iscrowd", 0)), area)
+            by_id[image_id].boxes.append(box)
     return images
 
 
-def _box(bbox: object) -> tuple[float, float, float, float] | None:
-    if not isinstance(bbox, list) or len(bbox) != 4:
-        return None
+def _to_xyxy(bbox: object) -> Box | None:
     try:
-        x, y, w, h = map(float, bbox)
+        x, y, w, h = map(float, bbox if isinstance(bbox, list) else ())
     except (TypeError, ValueError):
         return None
     return x, y, x + w, y + h
 
 
 def _image_folders(root: Path, file: Path, split: str) -> list[Path]:
-    """Where `file_name` may start from: train2017/ for instances_train2017.json, then images/ and others."""
+    """List the possible folders of `file_name`: train2017/ for instances_train2017.json, then images/ etc."""
     top = file.parent.parent if file.parent.name == "annotations" else file.parent
     tops = list(dict.fromkeys((file.parent, top, root)))
     words = (file.stem.removeprefix("instances_"), split)
@@ -166,26 +148,19 @@ def _image_folders(root: Path, file: Path, split: str) -> list[Path]:
     return existing([*named, *(base / inner for base in tops for inner in ("images", "data", ""))])
 
 
-def _without_unused_roots(
-    tables: dict[str, list[dict[str, Any]]], raw: RawSet
-) -> dict[str, list[dict[str, Any]]]:
+def _without_unused_root(table: list[dict[str, Any]], split: str, raw: RawSet) -> list[dict[str, Any]]:
     """Drop the root that Roboflow puts before the real categories: their supercategory, without boxes."""
-    used = {class_id for images in raw.splits.values() for image in images for class_id in image.class_ids}
-    kept = {}
-    for split, table in tables.items():
-        parents = {entry.get("supercategory") for entry in table}
-        kept[split] = [
-            entry
-            for entry in table
-            if not (
-                len(table) > 1
-                and entry["id"] not in used
-                and entry.get("supercategory") == "none"
-                and (entry["name"] in parents or [e["name"] for e in table].count(entry["name"]) > 1)
-            )
-        ]
-        if len(kept[split]) < len(table):
-            gone = next(entry["name"] for entry in table if entry not in kept[split])
-            detail = f"'{gone}', the root of the other categories without a box of its own, is not a class"
-            raw.problem("class-note", split, detail, split)
-    return kept
+    used = {class_id for name in raw.splits for class_id in raw.used_ids(name)}
+    parents = {entry.get("supercategory") for entry in table}
+    names = Counter(entry["name"] for entry in table)
+
+    def is_unused_root(entry: dict[str, Any]) -> bool:
+        is_root = entry.get("supercategory") == "none"
+        is_parent = entry["name"] in parents or names[entry["name"]] > 1
+        return len(table) > 1 and entry["id"] not in used and is_root and is_parent
+
+    for entry in table:
+        if is_unused_root(entry):
+            detail = f"'{entry['name']}', the root of the other categories, has no boxes and is not a class"
+            raw.add_problem("class-note", split, detail, split)
+    return [entry for entry in table if not is_unused_root(entry)]

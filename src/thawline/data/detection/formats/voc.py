@@ -1,25 +1,26 @@
 """Pascal VOC: an XML file per image.
 
     Annotations/a.xml  JPEGImages/a.jpg  ImageSets/Main/train.txt   the devkit's layout
-    annotations/a.xml  images/a.jpg                                 the same without lists: all is `train`
+    annotations/a.xml  images/a.jpg                                 without lists: all images are `train`
     train/a.xml        train/a.jpg       valid/…                    Roboflow's layout
 
-The image is the one that is called like the XML file, as in the devkit; else the one that `filename` names,
-which many tools leave stale when files are renamed. Without ids in the format, labels follow the sorted class
-names. Corners are taken as pixel edges counted from 0, as today's tools write them. The VOC challenges' own
-files count pixels from 1 and include the last: where `<source>` names VOC20xx, 1 is taken from xmin and ymin.
-Objects marked `difficult` are objects like any other.
+The image is the one with the name of the XML file, as in the devkit; else the one in `filename`, which many
+tools leave unchanged when files are renamed. The format has no ids, so labels follow the sorted class names.
+Corners are pixel edges counted from 0, as today's tools write them. The VOC challenges' own files count
+pixels from 1 and include the last: if `<source>` names VOC20xx, 1 is subtracted from xmin and ymin. Objects
+marked `difficult` are kept.
 """
 
 from __future__ import annotations
 
-__all__ = ["HINT", "look", "read", "read_voc_xml"]
+__all__ = ["HINT", "look", "read"]
 
 from pathlib import Path
 from xml.etree import ElementTree
 
 from thawline.data.detection.formats.raw import (
     Found,
+    RawBox,
     RawImage,
     RawSet,
     existing,
@@ -32,46 +33,61 @@ from thawline.data.detection.images import is_image
 
 HINT = "XML files in Annotations/ (or annotations/), or beside the images in train/ and valid/"
 
+XML_FOLDERS = ("Annotations", "annotations", "xml", "labels")
+
 
 def look(path: Path) -> list[Found]:
-    """The VOC data set at a folder, if there is one."""
+    """Return the VOC dataset in a folder, if there is one."""
     if path.is_file():
         return []
-    for folder in existing(path / name for name in ("Annotations", "annotations", "xml", "labels")):
-        if _has_voc(folder):
-            lists = _split_lists(path)
-            splits = lists or {"train": (folder,)}
-            return [Found(format="voc", root=path, splits=splits, is_split=bool(lists))]
-    by_split: dict[str, tuple[Path, ...]] = {
-        split: (folder,)
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and (split := split_of(folder.name)) and _has_voc(folder)
-    }
-    if by_split:
-        by_split = {split: by_split[split] for split in ordered(by_split)}
-        return [Found(format="voc", root=path, splits=by_split, is_split=True)]
-    return (
-        [Found(format="voc", root=path, splits={"train": (path,)}, is_split=False)] if _has_voc(path) else []
-    )
+    by_split: dict[str, Path] = {}
+    annotations = next((path / name for name in XML_FOLDERS if _has_voc(path / name)), None)
+    if annotations is not None:
+        by_split = _split_lists(path)
+    else:
+        for folder in sorted(path.iterdir()):
+            if folder.is_dir() and (split := split_of(folder.name)) and _has_voc(folder):
+                by_split[split] = folder
+        annotations = path if _has_voc(path) else None
+    splits = by_split or ({"train": annotations} if annotations else {})
+    if not splits:
+        return []
+    sources: dict[str, tuple[Path, ...]] = {split: (splits[split],) for split in ordered(splits)}
+    return [Found(format="voc", root=path, splits=sources, is_split=bool(by_split))]
 
 
 def read(found: Found, images: Path | None = None) -> RawSet:
-    """Read what `look` found; `images` is the folder of the images, where it is not around the XML files."""
+    """Read what `look` found; `images` is the folder of the images, if it is not near the XML files."""
     raw = RawSet(format="voc", root=found.root)
     for split, (source,) in found.splits.items():
         folder, files = _xml_files(source, found.root)
         folders = [images] if images is not None else _image_folders(found.root, folder, split)
         by_stem = {path.stem: path for base in reversed(folders) for path in base.iterdir() if is_image(path)}
-        raw.looked_in[split] = folders
-        raw.splits[split] = [_image(i, file, folders, by_stem, split, raw) for i, file in enumerate(files)]
-    used = {str(key) for images_ in raw.splits.values() for image in images_ for key in image.class_ids}
-    table: dict[int | str, str] = {name: name for name in sorted(used)}
-    raw.classes = dict.fromkeys(raw.splits, table)
+        raw.searched[split] = folders
+        raw.splits[split] = [_read_image(i, file, by_stem, split, raw) for i, file in enumerate(files)]
+    names = sorted(str(name) for name in set().union(*map(raw.used_ids, raw.splits)))
+    raw.classes = {split: dict(zip(names, names, strict=True)) for split in raw.splits}
     return raw
 
 
-def read_voc_xml(path: Path, image: RawImage) -> list[str]:
-    """Read an XML file's image name, size and boxes into `image`. Returns: what is wrong, a line each."""
+def _read_image(i: int, file: Path, by_stem: dict[str, Path], split: str, raw: RawSet) -> RawImage:
+    where = relative_name(file, raw.root)
+    image = RawImage(image_id=i, name=file.stem, path=by_stem.get(file.stem), where=where)
+    if file.is_file():
+        faults = _read_xml(file, image)
+    else:
+        # Listed in ImageSets without annotations: its content is unknown, so it is not a negative.
+        faults = ["listed in ImageSets, but there is no such file"]
+        image.is_unreadable = True
+    for fault in faults:
+        raw.add_problem("malformed", where, fault, split)
+    if image.path is None:
+        image.path = find_image(image.name, raw.searched[split])
+    return image
+
+
+def _read_xml(path: Path, image: RawImage) -> list[str]:
+    """Read an XML file's image name, size and boxes into `image`. Returns: what is wrong, one line each."""
     try:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, UnicodeDecodeError) as error:
@@ -94,28 +110,11 @@ def read_voc_xml(path: Path, image: RawImage) -> list[str]:
         except ValueError:
             faults.append(f"object {number}: bndbox must be four numbers, got {corners}")
             continue
-        if not name:
+        if name:
+            image.boxes.append(RawBox((x1 - first, y1 - first, x2, y2), name))
+        else:
             faults.append(f"object {number}: no name")
-            continue
-        image.add((x1 - first, y1 - first, x2, y2), name)
     return faults
-
-
-def _image(
-    i: int, file: Path, folders: list[Path], by_stem: dict[str, Path], split: str, raw: RawSet
-) -> RawImage:
-    where = relative_name(file, raw.root)
-    image = RawImage(image_id=i, name=file.stem, path=by_stem.get(file.stem), where=where)
-    if not file.is_file():
-        # A name in ImageSets without an XML file: nobody looked at that image, so it is no negative.
-        raw.problem("malformed", where, "listed in ImageSets, but there is no such file", split)
-        image.is_unreadable = True
-        return image
-    for fault in read_voc_xml(file, image):
-        raw.problem("malformed", where, fault, split)
-    if image.path is None:
-        image.path = find_image(image.name, folders)
-    return image
 
 
 def _has_voc(folder: Path) -> bool:
@@ -123,21 +122,22 @@ def _has_voc(folder: Path) -> bool:
     return first is not None and b"<annotation" in first.read_bytes()[:2048]
 
 
-def _split_lists(root: Path) -> dict[str, tuple[Path, ...]]:
-    """ImageSets/Main's lists; `trainval` is the training data where `train` and `val` are not told apart."""
+def _split_lists(root: Path) -> dict[str, Path]:
+    """Return the lists of ImageSets/Main; `trainval` is the training data unless it is split into both."""
     folder = root / "ImageSets" / "Main"
     lists = {name: folder / f"{name}.txt" for name in ("train", "val", "test", "trainval")}
-    there = {name: (path,) for name, path in lists.items() if path.is_file()}
-    whole = there.pop("trainval", None)
-    if whole and not ("train" in there and "val" in there):
-        there["train"] = whole
-    return {split: there[split] for split in ordered(there)}
+    lists = {name: path for name, path in lists.items() if path.is_file()}
+    both = lists.pop("trainval", None)
+    if both and not {"train", "val"} <= lists.keys():
+        lists["train"] = both
+    return lists
 
 
 def _xml_files(source: Path, root: Path) -> tuple[Path, list[Path]]:
+    """Return the folder of the XML files, and those of a split: all in it, or those of a list."""
     if source.is_dir():
         return source, sorted(source.glob("*.xml"))
-    folder = existing(root / name for name in ("Annotations", "annotations", "xml", "labels"))[0]
+    folder = existing(root / name for name in XML_FOLDERS)[0]
     stems = [line.split()[0] for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
     return folder, [folder / f"{stem}.xml" for stem in stems]
 
