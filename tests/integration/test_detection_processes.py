@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, run
-from thawline.training.detection.trainer import HostTargets, Learner
+from thawline.training.detection.learner import HostTargets, Learner
 
 NETWORKS = {
     "atto": {"num_queries": 12, "decoder": {"num_layers": 2, "ffn_dim": 32}},

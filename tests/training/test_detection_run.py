@@ -277,7 +277,7 @@ def test_losses_that_are_not_finite_end_the_run(recipe, monkeypatch: pytest.Monk
 
 
 def test_the_published_scores_of_s_start_again_where_its_log_does(shared: Path) -> None:
-    from thawline.training.detection.trainer import Scores
+    from thawline.training.detection.scores import Scores
 
     logs = json.loads((shared / "fixtures/deimv2/published_runs.json").read_text())["dinov3_s"]
     scores, losses = Scores(), logs["epoch_mean_loss"]

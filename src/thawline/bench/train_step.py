@@ -37,7 +37,7 @@ from thawline.models.deimv2.targets import Target
 from thawline.recipe import Full, TunerSettings
 from thawline.training.detection.backbone import fast_parameters, tune_backbone
 from thawline.training.detection.groups import build_groups
-from thawline.training.detection.trainer import HostTargets, Learner
+from thawline.training.detection.learner import HostTargets, Learner
 
 GOALS = {"atto": 0.85, "pico": 0.78, "n": 0.78, "s": 0.92}
 """Wanted of our time over the port's, on two threads, batch 4."""

@@ -1,21 +1,18 @@
 """Settings of a detection run with every value filled in: each is declared here and read where it acts.
 
 `thawline.models.deimv2.published` holds the authors' values for each size and
-`thawline.training.detection.schedule` scales them to other data. A recipe overrides them by name
-(`override`). Augmentation, collation, schedule, optimiser and EMA read the result directly.
+`thawline.training.detection.schedule` scales them to other data, and overrides by name what a recipe gives.
+Augmentation, collation, schedule, optimiser and EMA read the result directly.
 """
 
 from __future__ import annotations
 
-__all__ = ["Augmentation", "GroupRule", "TrainingSettings", "Window", "check_probabilities", "override"]
+__all__ = ["NEVER", "Augmentation", "GroupRule", "TrainingSettings", "Window", "check_probabilities"]
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from thawline.errors import ConfigError
-
-if TYPE_CHECKING:
-    from thawline.recipe.detection import DetectionBase, DetectionSettings, DetectionTraining
 
 
 class Window(NamedTuple):
@@ -131,31 +128,6 @@ class TrainingSettings(Augmentation):
     """Images per step over all devices."""
     ema_decay: float = 0.9999
     ema_warmup_steps: int = 1000
-
-
-def override(
-    settings: TrainingSettings,
-    base: DetectionBase,
-    objective: DetectionSettings,
-    training: DetectionTraining,
-) -> TrainingSettings:
-    """Return `settings` with the values that a recipe gives: fields of the same name that are not None."""
-    names = {field.name for field in fields(settings)}
-    given: dict[str, Any] = {
-        name: value
-        for section in (base, objective, training)
-        for name, value in vars(section).items()
-        if name in names and value is not None
-    }
-    if not objective.multi_scale:
-        given["multi_scale_repeat"] = None
-    start = settings.strong_epochs.start
-    if not objective.strong_augmentation:
-        given["strong_epochs"] = Window(start, start)
-    if not (objective.dense_o2o and objective.strong_augmentation):
-        given["mosaic_epochs"] = Window(start, start)
-        given["mixup_epochs"] = given["copyblend_epochs"] = NEVER
-    return replace(settings, **given)
 
 
 def check_probabilities(section: Any, prefix: str = "") -> None:

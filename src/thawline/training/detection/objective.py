@@ -51,9 +51,13 @@ from thawline.recipe import (
     RunConfig,
     TunerSettings,
 )
-from thawline.recipe.resolved import override
 from thawline.training.detection.backbone import tune_backbone
-from thawline.training.detection.schedule import DetectionSchedule, derive_schedule, published_schedule
+from thawline.training.detection.schedule import (
+    DetectionSchedule,
+    derive_schedule,
+    override,
+    published_schedule,
+)
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, ReadRows
 from thawline.training.trainer import Trainer

@@ -20,18 +20,20 @@ __all__ = [
     "DetectionSchedule",
     "derive_schedule",
     "flat_cosine",
+    "override",
     "published_schedule",
 ]
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from thawline.errors import ConfigError, did_you_mean
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.recipe.resolved import TrainingSettings, Window
+from thawline.recipe import DetectionBase, DetectionSettings, DetectionTraining
+from thawline.recipe.resolved import NEVER, TrainingSettings, Window
 
 # Step 0 of the published runs still had the start value of a linear warm-up over this many steps.
 _PUBLISHED_FIRST_STEP = 1 / 500
@@ -277,6 +279,31 @@ def derive_schedule(
         ema_warmup_steps=max(1, round(ema_steps / 10)),
     )
     return DetectionSchedule(variant=variant, settings=settings, steps_per_epoch=steps_per_epoch)
+
+
+def override(
+    settings: TrainingSettings,
+    base: DetectionBase,
+    objective: DetectionSettings,
+    training: DetectionTraining,
+) -> TrainingSettings:
+    """Return `settings` with the values that a recipe gives: fields of the same name that are not None."""
+    names = {field.name for field in fields(settings)}
+    given: dict[str, Any] = {
+        name: value
+        for section in (base, objective, training)
+        for name, value in vars(section).items()
+        if name in names and value is not None
+    }
+    start = settings.strong_epochs.start
+    if not objective.multi_scale:
+        given["multi_scale_repeat"] = None
+    if not objective.strong_augmentation:
+        given["strong_epochs"] = Window(start, start)
+    if not (objective.dense_o2o and objective.strong_augmentation):
+        given["mosaic_epochs"] = Window(start, start)
+        given["mixup_epochs"] = given["copyblend_epochs"] = NEVER
+    return replace(settings, **given)
 
 
 def _published(variant: str) -> TrainingSettings:

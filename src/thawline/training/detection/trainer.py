@@ -14,7 +14,6 @@ from __future__ import annotations
 
 __all__ = ["DetectionTrainer", "detection_arguments"]
 
-import dataclasses
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +30,24 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from thawline.data.detection.augment import TrainingSample
-from thawline.data.detection.collate import Collate, build_loader, to_float
+from thawline.data.detection.collate import build_loader, to_float
 from thawline.errors import ConfigError, did_you_mean
-from thawline.files import write_text
+from thawline.files import atomic_file, atomic_folder, write_json, write_text
 from thawline.metrics.detection import STATISTICS
 from thawline.models.deimv2.config import DEIMv2Config
-from thawline.models.deimv2.loss.criterion import Criterion
 from thawline.models.deimv2.model import DEIMv2
-from thawline.models.deimv2.targets import Target
 from thawline.recipe import DetectionTraining, Training, TunerSettings
 from thawline.training.arguments import training_arguments
 from thawline.training.detection.backbone import fast_parameters, merged_detector
+from thawline.training.detection.callbacks import Speed, TrainingEvents
 from thawline.training.detection.ema import EMA
 from thawline.training.detection.groups import ParameterGroup, build_groups
+from thawline.training.detection.learner import Learner, collate_on_host
 from thawline.training.detection.objective import DetectionObjective
+from thawline.training.detection.scores import Scores
 from thawline.training.evaluation import Evaluation
 from thawline.training.trainer import Trainer
 
@@ -58,8 +57,6 @@ WEIGHTS, AVERAGE, SCORES = "pytorch_model.bin", "average.pt", "scores.json"
 """In a checkpoint: the weights as they train, their average, what evaluations found."""
 STAGE_1 = "stage_1.pt"
 """Weights, average and optimiser of the published run's best epoch of stage 1."""
-TIMED_STEPS, UNTIMED_STEPS = 20, 3
-"""After so many steps the run says how fast it is; the first few do not count."""
 
 
 class DetectionTrainer(Trainer):
@@ -102,8 +99,12 @@ class DetectionTrainer(Trainer):
         self._term_sums: dict[str, Tensor] = {}
         self._n_terms = 0
         self._resumed_from: Path | None = None
-        self.add_callback(Averaging(self))
-        self.add_callback(Speed(self.objective.device_batch_size))
+        self.add_callback(
+            TrainingEvents(
+                train_begin=self.begin_training, epoch_begin=self.begin_epoch, step_end=self.update_average
+            )
+        )
+        self.add_callback(Speed(objective.device_batch_size * args.gradient_accumulation_steps))
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -120,7 +121,7 @@ class DetectionTrainer(Trainer):
         objective = self.objective
         loader = build_loader(
             objective.train_rows,
-            _Batches(objective.collate),
+            partial(collate_on_host, objective.collate),
             batch_size=objective.device_batch_size,
             sampler=self.sampler,
             workers=objective.workers,
@@ -204,22 +205,27 @@ class DetectionTrainer(Trainer):
             self.scores = Scores(**json.loads((self._resumed_from / SCORES).read_text(encoding="utf-8")))
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def start_averaging(self) -> None:
-        """Begin the average at the weights of now, or go on with a checkpoint's."""
-        if not self.objective.settings.ema:
-            return
+    def begin_training(self) -> None:
+        """Start the average at the current weights, or restore it; catch up on a missed evaluation."""
         settings = self.schedule.settings
-        self.average = EMA(
-            self.model,
-            decay=settings.ema_decay,
-            warmup_steps=settings.ema_warmup_steps,
-            once_per_name=self.schedule.published,
-        )
-        if self._resumed_from is not None:
-            self.average.load_state_dict(torch.load(self._resumed_from / AVERAGE, weights_only=True))
+        if self.objective.settings.ema:
+            self.average = EMA(
+                self.model,
+                decay=settings.ema_decay,
+                warmup_steps=settings.ema_warmup_steps,
+                once_per_name=settings.published,
+            )
+            if self._resumed_from is not None:
+                self.average.load_state_dict(torch.load(self._resumed_from / AVERAGE, weights_only=True))
+        self._catch_up()
 
-    def catch_up(self) -> None:
-        """Evaluate an epoch whose end was saved just before its evaluation; a line of that goes first."""
+    def update_average(self) -> None:
+        """Average in the weights after a step."""
+        if self.average is not None:
+            self.average.update()
+
+    def _catch_up(self) -> None:
+        """Evaluate an epoch whose end was saved just before its evaluation, replacing a line of that."""
         step = self.state.global_step
         is_end = self._resumed_from is not None and step % self.schedule.steps_per_epoch == 0
         if not is_end or self.args.eval_strategy != "epoch" or not self.objective.held_out_rows:
@@ -246,7 +252,7 @@ class DetectionTrainer(Trainer):
         if _internal_call:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(self.model.state_dict(), folder / WEIGHTS)
-            write_text(folder / SCORES, json.dumps(dataclasses.asdict(self.scores)))
+            write_json(folder / SCORES, vars(self.scores), indent=None)
             if self.average is not None:
                 torch.save(self.average.state_dict(), folder / AVERAGE)
             return
@@ -355,9 +361,8 @@ class DetectionTrainer(Trainer):
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.average is not None:
             state["average"] = self.average.state_dict()
-        beside = self.folder / f".{STAGE_1}"
-        torch.save(state, beside)
-        beside.replace(self.folder / STAGE_1)
+        with atomic_file(self.folder / STAGE_1) as temporary:
+            torch.save(state, temporary)
 
     def _load_stage_1(self) -> None:
         """Go back to it; the rate stays the schedule's."""
@@ -370,137 +375,6 @@ class DetectionTrainer(Trainer):
             self.average.load_state_dict(state["average"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-
-
-class Learner(nn.Module):
-    """A detector with its losses, from bytes to loss terms in one forward.
-
-    It also stands between the detector's frozen config and Trainer, which writes into any `model.config`.
-    """
-
-    def __init__(self, detector: DEIMv2) -> None:
-        super().__init__()
-        # Convolutions want their channels last; the rest does not mind.
-        self.detector = detector.to(memory_format=torch.channels_last)
-        self.criterion = Criterion(detector.config)
-
-    def forward(self, pixel_values: Tensor, targets: HostTargets, *, epoch: int) -> dict[str, Tensor]:
-        """Every loss term, weighted.
-
-        Args:
-            pixel_values: (B, 3, H, W) uint8.
-            targets: boxes and classes.
-            epoch: from 0; decides how queries are matched.
-        """
-        config = self.detector.config
-        pixels = to_float(pixel_values, mean=config.image_mean, std=config.image_std)
-        return self.criterion(self.detector(pixels, targets.targets), targets.targets, epoch=epoch)
-
-    def get_base_model(self) -> DEIMv2:
-        """The detector, by PEFT's name for what lies inside."""
-        return self.detector
-
-
-@dataclass
-class Scores:
-    """What evaluations have found so far; saved with every checkpoint."""
-
-    best: float = -math.inf
-    """Over the run."""
-    best_step: int = -1
-    stretch_best: float = -math.inf
-    """Since training last started again from stage 1."""
-    start_again: bool = False
-    """The next epoch starts from stage 1's best."""
-
-    def note(self, score: float, *, step: int, is_stage_2: bool) -> bool:
-        """Take in an evaluation. Returns: whether it is the best of the run.
-
-        In stage 2 a score that does not beat those since the last start ends the stretch.
-        """
-        is_best = score > self.best
-        if is_best:
-            self.best, self.best_step = score, step
-        self.start_again = is_stage_2 and score <= self.stretch_best
-        self.stretch_best = -math.inf if self.start_again else max(score, self.stretch_best)
-        return is_best
-
-
-@dataclass(frozen=True)
-class HostTargets:
-    """A batch's targets, which nobody moves to the device: an unknown class, to accelerate and Trainer."""
-
-    targets: list[Target]
-
-    def pin_memory(self) -> HostTargets:
-        """For copies that nobody waits for."""
-        return HostTargets(
-            [{"labels": t["labels"].pin_memory(), "boxes": t["boxes"].pin_memory()} for t in self.targets]
-        )
-
-
-class Averaging(TrainerCallback):
-    """Keeps the average of the weights going."""
-
-    def __init__(self, trainer: DetectionTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start it."""
-        self.trainer.start_averaging()
-        self.trainer.catch_up()
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Turn the sampler to the epoch, and start again from stage 1 where the published run does."""
-        self.trainer.begin_epoch()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take in the weights after the step."""
-        if self.trainer.average is not None:
-            self.trainer.average.update()
-
-
-class Speed(TrainerCallback):
-    """Says after the first steps how fast the model is and how long it waits for data."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.n_steps = 0
-        self.working = self.waiting = 0.0
-        self.last = 0.0
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The batch is there."""
-        if self.n_steps < TIMED_STEPS:
-            now = _now()
-            self.waiting += now - self.last if self.n_steps > UNTIMED_STEPS else 0.0
-            self.last = now
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The step is done."""
-        if self.n_steps >= TIMED_STEPS:
-            return
-        now = _now()
-        self.working += now - self.last if self.n_steps > UNTIMED_STEPS else 0.0
-        self.last = now
-        self.n_steps += 1
-        if self.n_steps == TIMED_STEPS:
-            images = (TIMED_STEPS - UNTIMED_STEPS - 1) * self.batch_size * args.gradient_accumulation_steps
-            logger.info(
-                "speed    model %.1f images/s and device; waiting for data %.0f %% of the time",
-                images / self.working,
-                100 * self.waiting / (self.waiting + self.working),
-            )
 
 
 def detection_arguments(
@@ -548,47 +422,18 @@ def detection_arguments(
     return training_arguments(common, folder=folder, tuner=tuner, seed=seed)
 
 
-class _Batches:
-    """A collate whose targets stay on the host."""
-
-    def __init__(self, collate: Collate) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
-        batch = self.collate(samples)
-        return {"pixel_values": batch["pixel_values"], "targets": HostTargets(batch["targets"])}
-
-
 def _random_state_kept() -> AbstractContextManager[None]:
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def _save_detector(model: DEIMv2, folder: Path) -> None:
-    """Write a plain detector, whole or not at all."""
-    beside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    merged_detector(model).save_pretrained(beside)
-    _put_in_place(beside, folder)
+    with atomic_folder(folder) as temporary:
+        merged_detector(model).save_pretrained(temporary)
 
 
 def _copy_folder(source: Path, folder: Path) -> None:
-    beside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source, beside)
-    _put_in_place(beside, folder)
-
-
-def _put_in_place(beside: Path, folder: Path) -> None:
-    """Move a detector's files to `folder`, one by one where there is one: at no moment is none there.
-
-    Its config is the same throughout a run, so the old weights fit the new config and the other way round.
-    """
-    if not folder.is_dir():
-        beside.rename(folder)
-        return
-    for file in beside.iterdir():
-        file.replace(folder / file.name)
-    beside.rmdir()
+    with atomic_folder(folder) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
 def _batch_statistics(
@@ -613,9 +458,3 @@ def _batch_statistics(
             "by_class": {name: n for name, n in zip(class_names, counts, strict=True) if n},
         },
     }
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

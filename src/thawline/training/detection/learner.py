@@ -1,0 +1,66 @@
+"""The module that is trained: a detector with its losses, from bytes to loss terms in one forward."""
+
+from __future__ import annotations
+
+__all__ = ["HostTargets", "Learner", "collate_on_host"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thawline.data.detection.augment import TrainingSample
+from thawline.data.detection.collate import Collate, to_float
+from thawline.models.deimv2.loss.criterion import Criterion
+from thawline.models.deimv2.model import DEIMv2
+from thawline.models.deimv2.targets import Target
+
+
+@dataclass(frozen=True)
+class HostTargets:
+    """Targets of a batch, which stay on the host: accelerate and Trainer only move classes that they know."""
+
+    targets: list[Target]
+
+    def pin_memory(self) -> HostTargets:
+        """Return a copy in pinned memory, for asynchronous copies to a GPU."""
+        return HostTargets(
+            [{"labels": t["labels"].pin_memory(), "boxes": t["boxes"].pin_memory()} for t in self.targets]
+        )
+
+
+class Learner(nn.Module):
+    """A detector with its losses.
+
+    It also shields the detector's frozen config from Trainer, which writes to any `model.config`.
+    """
+
+    def __init__(self, detector: DEIMv2) -> None:
+        super().__init__()
+        # Channels last is the fastest layout for convolutions; the other layers do not depend on it.
+        self.detector = detector.to(memory_format=torch.channels_last)
+        self.criterion = Criterion(detector.config)
+
+    def forward(self, pixel_values: Tensor, targets: HostTargets, *, epoch: int) -> dict[str, Tensor]:
+        """Return every loss term, weighted.
+
+        Args:
+            pixel_values: (B, 3, H, W) uint8.
+            targets: boxes and classes.
+            epoch: from 0; decides how queries are matched.
+        """
+        config = self.detector.config
+        pixels = to_float(pixel_values, mean=config.image_mean, std=config.image_std)
+        return self.criterion(self.detector(pixels, targets.targets), targets.targets, epoch=epoch)
+
+    def get_base_model(self) -> DEIMv2:
+        """Return the detector, by PEFT's name for the model inside."""
+        return self.detector
+
+
+def collate_on_host(collate: Collate, samples: Sequence[TrainingSample]) -> dict[str, Any]:
+    """Collate a batch whose targets stay on the host, where the losses count them."""
+    batch = collate(samples)
+    return {"pixel_values": batch["pixel_values"], "targets": HostTargets(batch["targets"])}
