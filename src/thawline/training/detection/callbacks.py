@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+_Function = Callable[[], None]
+
 logger = logging.getLogger(__name__)
 
 TIMED_STEPS, UNTIMED_STEPS = 20, 3
