@@ -13,7 +13,7 @@ from tests.support.mhr import config, logits, routed, tokens
 from tests.support.models import tiny_llama
 from thawline import ConfigError, RoutingError, add_tasks, set_task_ids, start_adaptation
 from thawline.tuners.mhr import parameter_groups, set_uniform_mix, split_heads, uniform_annealing
-from thawline.tuners.mhr.model import find_layers
+from thawline.tuners.mhr.layer import find_layers
 from thawline.tuners.mhr.routing import LearnedRouter
 
 GRANULARITIES = ["linear", "layer", "block", "coder", "network"]
@@ -190,7 +190,7 @@ def test_taken_names_and_unknown_starts_raise_before_anything_changes() -> None:
     with pytest.raises(RoutingError, match="Unknown task 'z'"):
         add_tasks(model, ["d"], start_from="z")
     for nothing in ([], 0, -1):
-        with pytest.raises(ConfigError, match="expected the names of the new tasks, or how many"):
+        with pytest.raises(ConfigError, match="expected the names of the new tasks, or their number"):
             add_tasks(model, nothing)
     assert model.peft_config["default"].task_names == ["a", "b", "c"]
     assert next(layer for _, layer in find_layers(model)).routers["default"].logits.shape[0] == 3

@@ -11,7 +11,7 @@ from tests.support.mhr import config, logits, routed, tokens
 from tests.support.models import tiny_gpt2
 from thawline import set_task_ids
 from thawline.tuners.mhr import MHRLinear
-from thawline.tuners.mhr.model import find_layers
+from thawline.tuners.mhr.layer import find_layers
 from thawline.tuners.mhr.routing import ROUTERS, LearnedRouter, logistic_noise, skill_weights
 
 I, O = 8, 12  # noqa: E741

@@ -29,7 +29,7 @@ from thawline import (
     to_lora,
 )
 from thawline.tuners.mhr import from_loras, from_mttl, set_uniform_mix, split_heads
-from thawline.tuners.mhr.model import find_layers
+from thawline.tuners.mhr.layer import find_layers
 
 STATES: dict[str, Callable[[nn.Module], None]] = {
     "as trained": lambda model: None,

@@ -17,7 +17,7 @@ from tests.support.mhr import config, logits, routed, tokens
 from tests.support.models import VOCAB, tiny_llama, tiny_t5
 from thawline import RoutingError, route_by_batch, set_task_ids, start_adaptation
 from thawline.tuners.mhr.ids import read_ids
-from thawline.tuners.mhr.model import find_layers
+from thawline.tuners.mhr.layer import find_layers
 
 NAMES = ["translate", "summarise", "rank"]
 
@@ -89,7 +89,7 @@ def test_one_id_or_name_is_for_all_rows() -> None:
         (torch.tensor([True, False, True]), "torch.bool"),
         ([], "expected one per row"),
         (torch.zeros(3, 2, 2, dtype=torch.int64), "is a list"),
-        ([[0, 1], [1]], "all rows of a length"),
+        ([[0, 1], [1]], "all rows of the same length"),
         (torch.zeros(3, 5, dtype=torch.int64), "5 tokens per row"),
         (torch.zeros(2, 7, dtype=torch.int64), "2 task ids for 3 rows"),
     ],

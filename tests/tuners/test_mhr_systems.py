@@ -25,14 +25,16 @@ from tests.support.mhr import config, logits, one_linear, routed, tokens
 from tests.support.models import VOCAB, tiny_gpt2, tiny_llama, tiny_t5
 from thawline import ConfigError, RoutingError, route_by_batch, set_task_ids, start_adaptation, to_lora
 from thawline.tuners.mhr import MHRLinear, parameter_groups
-from thawline.tuners.mhr.model import find_layers
+from thawline.tuners.mhr.adapt import find_adapter
+from thawline.tuners.mhr.layer import find_layers
 
 
 def test_an_adapter_put_on_an_evaluating_model_evaluates() -> None:
     model, x = get_peft_model(tiny_llama().eval(), config(noise="example")), tokens()  # no .eval() of its own
     set_task_ids(model, [0, 1, 2])
     assert torch.equal(logits(model, x), logits(model, x))
-    assert all(layer.mixed for _, layer in find_layers(model))
+    kept = find_adapter(model)[0].forward.mixtures
+    assert {layer for layer, _ in kept} == {layer for _, layer in find_layers(model)}
 
 
 # Kept mixtures.
@@ -73,17 +75,15 @@ def test_a_kept_mixture_is_forgotten_when_anything_it_came_from_changes() -> Non
     assert changed()
 
 
-def test_layers_are_asked_for_kept_mixtures_once_and_not_for_every_token(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layers_mix_once_and_not_for_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    kept_mixture = MHRLinear.kept_mixture
+    mix = MHRLinear.mix
 
     def counted(layer: MHRLinear, *args: Any) -> tuple[Tensor, Tensor]:
         asked.append(layer.name)
-        return kept_mixture(layer, *args)
+        return mix(layer, *args)
 
-    monkeypatch.setattr(MHRLinear, "kept_mixture", counted)
+    monkeypatch.setattr(MHRLinear, "mix", counted)
     model, x = routed(), tokens()
     n_layers = len(list(find_layers(model)))
     for ids in ([0, 1, 2], 1):
@@ -151,7 +151,7 @@ def test_an_evaluating_model_sees_what_changed_since_its_last_forward(what: str)
         model.double()
     after = logits(model, x)
     assert not torch.equal(after.float(), before)
-    # With gradients, each layer looks for itself.
+    # With gradients, mixtures are made anew.
     torch.testing.assert_close(after, model(input_ids=x).logits.detach())
 
 
@@ -198,7 +198,7 @@ def test_mixing_together_equals_mixing_layer_by_layer(monkeypatch: pytest.Monkey
     ):
         loss, gradients = run_once(noise, granularity)
         with monkeypatch.context() as patch:
-            patch.setattr("thawline.tuners.mhr.together.MIXED_TOGETHER_BYTES", 0)
+            patch.setattr("thawline.tuners.mhr.prepare.MIXED_TOGETHER_BYTES", 0)
             same_loss, same_gradients = run_once(noise, granularity)
         torch.testing.assert_close(same_loss, loss)
         for name, gradient in gradients.items():

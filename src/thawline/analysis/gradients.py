@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from thawline.errors import ConfigError
-from thawline.tuners.mhr.layer import MHRLinear
-from thawline.tuners.mhr.model import find_layers, set_task_ids
+from thawline.tuners.mhr.layer import MHRLinear, find_layers
+from thawline.tuners.mhr.task_ids import set_task_ids
 
 Batches = Mapping[str, Any] | Mapping[int, Any]
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -66,10 +66,9 @@ def read_routing(source: nn.Module | str | Path, adapter_name: str | None = None
         CheckpointError: if the folder holds neither.
     """
     if isinstance(source, nn.Module):
-        shared, name = find_adapter(source, adapter_name)
-        tables = {part: router for (adapter, part), router in shared.bins.items() if adapter == name}
-        config = shared.configs[name]
-        return _of_routers(tables, config.n_tasks or 1, config.task_names)
+        state, name = find_adapter(source, adapter_name)
+        config = state.configs[name]
+        return _of_routers(state.tables_of(name), config.n_tasks or 1, config.task_names)
     folder = Path(source)
     if all((folder / file).is_file() for file in ADAPTER):
         return _of_files(folder, *ADAPTER)

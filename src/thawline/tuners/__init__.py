@@ -4,8 +4,9 @@ from thawline.tuners._peft import register_tuner
 from thawline.tuners.mhr.adapt import add_tasks, start_adaptation
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.convert import from_poly
-from thawline.tuners.mhr.model import MHRModel, route_by_batch, set_task_ids
+from thawline.tuners.mhr.model import MHRModel
 from thawline.tuners.mhr.routing_file import load_routing, save_routing
+from thawline.tuners.mhr.task_ids import route_by_batch, set_task_ids
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.model import PacaModel

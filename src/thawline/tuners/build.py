@@ -17,7 +17,8 @@ from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you
 from thawline.recipe import Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
 from thawline.tuners.mhr.config import MHR, MHRConfig
-from thawline.tuners.mhr.model import find_layers, route_by_batch
+from thawline.tuners.mhr.layer import find_layers
+from thawline.tuners.mhr.task_ids import route_by_batch
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
 

@@ -11,9 +11,10 @@ from thawline.tuners.mhr.adapt import (
 from thawline.tuners.mhr.config import MHRConfig
 from thawline.tuners.mhr.convert import from_loras, from_mttl, from_poly
 from thawline.tuners.mhr.layer import MHRLinear
-from thawline.tuners.mhr.model import MHRModel, route_by_batch, set_task_ids
+from thawline.tuners.mhr.model import MHRModel
 from thawline.tuners.mhr.routing import ROUTERS
 from thawline.tuners.mhr.routing_file import load_routing, save_routing
+from thawline.tuners.mhr.task_ids import route_by_batch, set_task_ids
 
 __all__ = [
     "MHRConfig",

@@ -1,4 +1,4 @@
-"""Every router, side by side: which mixture of skills a task uses in each head.
+"""Routers: the weights by which each task mixes the skills, head by head.
 
 | router  | weights of a row                         | trained | what for                              |
 |---------|------------------------------------------|---------|---------------------------------------|
@@ -7,12 +7,12 @@
 | private | skill t for task t                       | no      | one adapter per task                  |
 | random  | a random half of the skills, drawn once  | no      | the control: do learned routes matter |
 
-Axes: K tasks, G rows asked for, H heads, S skills.
+Axes: K tasks, G requested rows, H heads, S skills.
 
 Source: Ponti et al. 2022 (arXiv 2202.13914) for the sigmoids, Caccia et al. 2023 (arXiv 2211.03831) for the
-heads. Weights sum to one within each head. Differs from the authors' code in how, not in what, it computes:
+heads. Weights sum to one within each head. Differs from the authors' code in the form of the computation:
 softmax(log sigmoid(z)) is sigmoid(z) / Σ sigmoid(z) without their 1e-12, finite and with a gradient at any
-logit, where torch's RelaxedBernoulli has none below -16 (-5 in bf16). Never below fp32.
+logit, where torch's RelaxedBernoulli has none below -16 (-5 in bf16). Always in fp32 or better.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Router(nn.Module):
     """
 
     needs_ids = True
-    """Whether rows differ at all."""
+    """True if tasks differ in their weights."""
 
     def __init__(self, n_tasks: int, n_heads: int, n_skills: int, spread: float = 1e-3) -> None:
         super().__init__()
@@ -54,24 +54,20 @@ class Router(nn.Module):
         self.uniform_mix = 0.0
 
     def forward(self, rows: Tensor, noise: Tensor | None = None) -> Tensor | None:
-        """Weights (G, H, S) of `rows` (G,), each head's summing to one; `None` for 1 / S everywhere."""
+        """Return weights (G, H, S) of `rows` (G,), which sum to one per head; `None` for 1 / S everywhere."""
         raise NotImplementedError
 
     def set_rows(self, n_tasks: int, like: Tensor | None = None, keep: bool = False) -> None:
-        """Give the table `n_tasks` new rows, after the old ones or in their place.
+        """Add `n_tasks` new rows after the old ones, or replace the old ones by them.
 
         Args:
-            like: state (1, H, S) every new row starts from; `None` starts them fresh.
-            keep: keep the old rows, bit by bit, and number the new ones after them.
+            like: values (1, H, S) that every new row starts from; `None` for fresh rows.
+            keep: keep the old rows, bit-identical, and number the new ones after them.
         """
         self.n_tasks = n_tasks + (self.n_tasks if keep else 0)
 
-    def state(self) -> tuple[Tensor, ...]:
-        """The tensors that the weights come from."""
-        return (*self.parameters(recurse=False), *self.buffers(recurse=False))
-
     def split_heads(self, n_heads: int) -> None:
-        """Give every head's weights to the `n_heads` / H heads it falls into: routes stay as they are."""
+        """Split every head into `n_heads` / H heads with its weights, which leaves the mixtures unchanged."""
         self.n_heads = n_heads
 
 
@@ -83,7 +79,7 @@ class LearnedRouter(Router):
         self.logits = nn.Parameter(self._fresh(n_tasks))
 
     def forward(self, rows: Tensor, noise: Tensor | None = None) -> Tensor:
-        """`skill_weights` of the rows' logits."""
+        """Return the `skill_weights` of the rows' logits."""
         logits = self.logits.index_select(0, rows)
         return skill_weights(logits, noise, self.temperature, self.uniform_mix)
 
@@ -107,12 +103,12 @@ class LearnedRouter(Router):
 
 
 class UniformRouter(Router):
-    """Every skill counts the same for every task, so no ids are needed."""
+    """Equal weights for all skills and tasks, so that no ids are needed."""
 
     needs_ids = False
 
     def forward(self, rows: Tensor, noise: Tensor | None = None) -> None:
-        """`None`: the average of the skills."""
+        """Return `None`: the average of the skills."""
         return
 
 
@@ -120,7 +116,7 @@ class PrivateRouter(Router):
     """Skill t for task t: S = K separate LoRAs."""
 
     def forward(self, rows: Tensor, noise: Tensor | None = None) -> Tensor:
-        """One-hot rows."""
+        """Return one-hot rows."""
         # Not F.one_hot: it reads the largest id back to the host.
         skills = torch.arange(self.n_skills, device=rows.device)
         return (rows[:, None] == skills).float()[:, None].expand(-1, self.n_heads, -1)
@@ -139,7 +135,7 @@ class RandomRouter(Router):
         self.register_buffer("table", self._fresh(n_tasks))
 
     def forward(self, rows: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The rows of the table."""
+        """Return the rows of the table."""
         return self.table.index_select(0, rows)
 
     def set_rows(self, n_tasks: int, like: Tensor | None = None, keep: bool = False) -> None:  # noqa: D102
@@ -171,25 +167,23 @@ ROUTERS: dict[str, type[Router]] = {
 def skill_weights(
     logits: Tensor, noise: Tensor | None = None, temperature: float = 1.0, uniform_mix: float = 0.0
 ) -> Tensor:
-    """Sigmoids of `logits` (..., S), normalised over the last axis, in fp32 or better.
+    """Return the sigmoids of `logits` (..., S), normalised over the last axis, in fp32 or better.
 
     Args:
-        noise: logistic noise of the same shape: the relaxed Bernoulli of Polytropon. Without it no
-            temperature.
-        temperature: of the relaxation, above 0; near 0 the skills are switched on or off.
+        noise: logistic noise of the same shape: the relaxed Bernoulli of Polytropon.
+        temperature: temperature of the noise, above 0; near 0 a skill is either on or off.
         uniform_mix: share of 1 / S in the weights, 0 to 1; raised to 1 by uniform annealing.
     """
     logits = logits if logits.dtype is torch.float64 else logits.float()
     if noise is not None:
         logits = logits + noise
         logits = logits if temperature == 1 else logits / temperature
-    # Along the first axis: along one as short as the skills, a processor takes several times as long.
+    # Along the first axis: a CPU takes several times as long along a last axis as short as the skills.
     weights = F.logsigmoid(logits).movedim(-1, 0).softmax(0).movedim(0, -1)
-    return (
-        weights.lerp(torch.full_like(weights, 1 / weights.shape[-1]), uniform_mix) if uniform_mix else weights
-    )
+    average = 1 / weights.shape[-1]
+    return weights.lerp(torch.full_like(weights, average), uniform_mix) if uniform_mix else weights
 
 
 def logistic_noise(*shape: int, device: torch.device | None = None) -> Tensor:
-    """log u − log(1 − u) for uniform u, fp32, from torch's generator."""
+    """Draw log u − log(1 − u) for uniform u, fp32, from torch's generator."""
     return torch.rand(shape, device=device).logit_(SMALLEST_UNIFORM)
