@@ -33,9 +33,9 @@ from thawline.measure import (
     paired_rounds,
     saved_bytes,
 )
+from thawline.models.deimv2.loss.targets import Target
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.models.deimv2.targets import Target
 from thawline.recipe import Frozen, Full, Lora, Paca, TunerSettings
 
 TUNERS: dict[str, TunerSettings] = {

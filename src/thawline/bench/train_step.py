@@ -31,9 +31,9 @@ from torch.optim import AdamW
 from thawline.bench.host_reads import HostReads
 from thawline.bench.port import build_port
 from thawline.measure import machine_stamp, median_ratio, paired_rounds, write_results
+from thawline.models.deimv2.loss.targets import Target
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.models.deimv2.targets import Target
 from thawline.recipe import Full, TunerSettings
 from thawline.training.detection.backbone import fast_parameters, tune_backbone
 from thawline.training.detection.groups import build_groups

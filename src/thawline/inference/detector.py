@@ -1,8 +1,8 @@
-"""A detector ready for pictures: `Detector.from_pretrained("runs/cards")("photo.jpg")`.
+"""Detector for images and videos: `Detector.from_pretrained("runs/cards")("photo.jpg")`.
 
-Pictures are resized to the size the weights were trained at without keeping their aspect, as in training,
-by the same antialiased bilinear filter (Pillow's; torch gives the same bytes), and normalised as the config
-that travels with the weights says. Boxes come back in pixels of the original, cut at its edges.
+Images are resized to the training size without keeping their aspect ratio, as in training, by Pillow's
+antialiased bilinear filter (torch computes the same bytes), and normalised as the checkpoint's config says.
+Boxes are returned in pixels of the original image, clipped to its edges.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thawline.errors import CheckpointError, ConfigError, DataError, MissingExtraError, did_you_mean
+from thawline.errors import CheckpointError, ConfigError, DataError, did_you_mean, requires_extra
 from thawline.inference.sources import Frame, is_single, is_video, open_source
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 from thawline.models.deimv2.checkpoints.read import read_checkpoint
@@ -37,25 +37,25 @@ THRESHOLD = 0.4
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """One picture of a source, and what is in it."""
+    """One image of a source and its detections."""
 
     name: str
-    """Path, or place in the source."""
+    """Path, or position in the source."""
     image: np.ndarray | None
-    """RGB, (H, W, 3) uint8; None where it could not be read."""
+    """RGB, (H, W, 3) uint8; None if it could not be read."""
     detections: supervision.Detections
-    """Empty where the picture could not be read."""
+    """Empty if the image could not be read."""
     error: str = ""
-    """Why it could not be read."""
+    """Reason why it could not be read."""
 
 
 class Detector:
-    """Pictures in, `supervision.Detections` out.
+    """Detector that takes images and returns `supervision.Detections`.
 
     Args:
-        model: a detector; it is put into eval mode and fused, which changes it for good.
-        device: where it runs; None: a GPU if there is one.
-        threshold: lowest score of a detection, unless a call says otherwise.
+        model: a detector; it is put into eval mode and fused.
+        device: None: a GPU if there is one.
+        threshold: minimum score of a detection; a call may override it.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Detector:
     ) -> None:
         self.config = model.config
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        fuse = getattr(model.eval(), "fuse", None)
-        self.model = (fuse() if fuse else model).to(self.device).eval()
+        fuse = getattr(model.eval(), "fuse", lambda: model)
+        self.model = fuse().to(self.device).eval()
         self.threshold = threshold
         self.class_names = self.config.class_names or tuple(
             f"class {index}" for index in range(self.config.num_classes)
@@ -83,13 +83,13 @@ class Detector:
         device: str | torch.device | None = None,
         threshold: float = THRESHOLD,
     ) -> Detector:
-        """A detector from what `DEIMv2.from_pretrained` reads, or the published one of a size.
+        """Load a detector from anything `DEIMv2.from_pretrained` reads.
 
         Args:
-            path_or_variant: where the weights are; or a size (atto … x), for the published weights.
-            variant: the size, where the file does not tell.
-            weights: "random" builds the size untrained, to try things out. Never without being asked.
-            class_names: what class 0, 1, … is called, where the weights do not say or say it otherwise.
+            path_or_variant: path of the weights, or a size (atto … x) for its published weights.
+            variant: the size, for weights that do not determine it.
+            weights: "random" builds the size untrained, to try things out.
+            class_names: names of class 0, 1, …; they replace those of the weights.
         Raises: CheckpointError: unreadable, does not fit, or holds no trained detector.
         """
         names = {} if class_names is None else {"class_names": tuple(class_names)}
@@ -104,11 +104,12 @@ class Detector:
         """Detect.
 
         Args:
-            source: one picture (path, Pillow image, array, tensor): its detections come back. Several
-                (folder, pattern, batch, list): a list; one that cannot be read is logged, and its detections
-                are empty with the reason in `metadata["error"]`. A film or a camera's number: an iterator.
-            options: as of `stream`.
-        Raises: DataError: the one picture cannot be read, or there is none.
+            source: a single image (path, Pillow image, array, tensor), several (folder, pattern, batch,
+                list), a video, or a camera's number.
+            options: see `stream`.
+        Returns: the detections of a single image; a list for several, where an unreadable image is logged and
+            has empty detections with the reason in `metadata["error"]`; an iterator for a video or camera.
+        Raises: DataError: the single image cannot be read, or nothing was found.
         """
         predictions = self.stream(source, **options)
         if is_video(source):
@@ -130,18 +131,18 @@ class Detector:
         tile: int | tuple[int, int] | None = None,
         batch_size: int = 8,
     ) -> Iterator[Prediction]:
-        """Picture by picture, with names and pixels: for large folders and films.
+        """Yield predictions image by image, with names and pixels, for large folders and videos.
 
         Args:
-            source: as of a call.
-            threshold: lowest score; None: the detector's.
+            source: see `__call__`.
+            threshold: minimum score; None: the detector's.
             classes: names or numbers to keep; None: all.
-            max_detections: the best so many of a picture; None: all.
-            tile: side of the squares, or (width, height), that large pictures are cut into, pixels, with a
-                fifth of overlap; small objects are then seen at their own size.
-            batch_size: pictures that go through the network together.
-        Raises: ConfigError: an unknown class. DataError: nothing there, or it cannot be opened; both at the
-            call, before the first picture is asked for.
+            max_detections: maximum detections per image (highest scores kept); None: all.
+            tile: side of the squares, or (width, height) in pixels, that large images are cut into, with an
+                overlap of a fifth; small objects keep their size.
+            batch_size: images in one forward pass.
+        Raises: ConfigError: unknown class. DataError: nothing found, or it cannot be opened. Both are raised
+            by the call, before the first image is requested.
         """
         kept = None if classes is None else [self._class_id(name) for name in classes]
         lowest = self.threshold if threshold is None else threshold
@@ -160,11 +161,7 @@ class Detector:
         max_detections: int | None,
         tile: int | tuple[int, int] | None,
     ) -> Iterator[Prediction]:
-        images, errors = [], []
-        for frame in frames:
-            image, error = _load(frame)
-            images.append(image)
-            errors.append(error)
+        images, errors = zip(*map(_load, frames), strict=True)
         readable = [image for image in images if image is not None]
         if tile is None:
             found = iter(self._detect(readable, threshold) if readable else [])
@@ -233,24 +230,21 @@ class Detector:
 
 
 def _check_trained(path: str | Path, class_names: Sequence[str] | None) -> None:
-    """Refuse what would leave a part of the detector random."""
+    """Reject weights that would leave a part of the detector random."""
     try:
         checkpoint = read_checkpoint(path)
     except CheckpointError as error:
         if str(path) in VARIANTS:
-            raise CheckpointError(
-                f"{error} Random weights come only if asked for: weights='random'."
-            ) from error
+            raise CheckpointError(f"{error} For random weights pass weights='random'.") from error
         raise
     if checkpoint.layout == "backbone":
         raise CheckpointError(
             f"'{path}' holds a backbone alone: the rest of the detector would be random. Train it first."
         )
-    name = next(name for name in checkpoint.state if name.endswith("enc_score_head.weight"))
-    n_classes = len(checkpoint.state[name])
+    n_classes = len(checkpoint.score_head)
     if class_names is not None and len(class_names) != n_classes:
         raise CheckpointError(
-            f"'{path}' knows {n_classes} classes, but {len(class_names)} `class_names` came."
+            f"'{path}' has {n_classes} classes, but {len(class_names)} `class_names` were given."
         )
 
 
@@ -259,19 +253,17 @@ def _load(frame: Frame) -> tuple[np.ndarray | None, str]:
         return frame.load(), ""
     except DataError as error:
         return None, str(error)
-    except Exception as error:  # decoders raise what they like, and one file must not end a whole folder
+    except Exception as error:  # decoders raise anything, and one file must not end a whole folder
         return None, f"'{frame.name}': {type(error).__name__}: {error}"
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """(H, W, 3) to (3, *size), both uint8, with Pillow's own result."""
+    """Resize (H, W, 3) to (3, *size), both uint8, with the same result as Pillow."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def _supervision() -> ModuleType:
-    try:
+    with requires_extra("Detection", "supervision", "detect"):
         import supervision
-    except ImportError as error:
-        raise MissingExtraError("Detection", "supervision", "detect") from error
     return supervision

@@ -1,7 +1,8 @@
-"""Whatever holds a picture, as RGB bytes.
+"""Convert any image to RGB bytes.
 
-Files go through `data/detection/images.py`, which turns them upright and knows cut ones. In memory an image
-may be Pillow's, NumPy's or torch's; grey, with alpha (dropped), CMYK, 16 bits (upper byte), or floats in 0–1.
+Files are read by `data/detection/images.py`, which applies their orientation and detects truncated ones. An
+image in memory may be Pillow's, NumPy's or torch's; grey, with alpha (dropped), CMYK, 16 bits (upper byte),
+or floats in 0–1.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from thawline.errors import DataError
 
 
 def to_rgb(source: Any) -> np.ndarray:
-    """One picture as (H, W, 3) uint8, RGB.
+    """Return one image as (H, W, 3) uint8, RGB.
 
     Args:
-        source: path; Pillow image (its camera orientation is applied); array (H, W), (H, W, 1), (H, W, 3) or
+        source: path; Pillow image (its EXIF orientation is applied); array (H, W), (H, W, 1), (H, W, 3) or
             (H, W, 4), RGB; tensor (3, H, W) or (1, H, W). Arrays and tensors hold bytes, 16-bit values, or
             floats in 0–1.
     Raises: DataError: unreadable, of another shape, empty, or floats beyond 0–1.
@@ -39,9 +40,7 @@ def to_rgb(source: Any) -> np.ndarray:
         return _to_bytes(source)
     if hasattr(source, "getexif"):
         return _to_bytes(_from_pillow(source))
-    raise DataError(
-        f"A picture is a path, a Pillow image, an array or a tensor, not {type(source).__name__}."
-    )
+    raise DataError(f"Expected a path, a Pillow image, an array or a tensor, got {type(source).__name__}.")
 
 
 def _from_pillow(image: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where pictures come from: files, folders, patterns, lists, videos, cameras."""
+"""Sources of images: files, folders, patterns, lists, videos, cameras."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture not yet decoded."""
+    """An image not yet decoded."""
 
     name: str
-    """Its path, or what it is of its source."""
+    """Path, or position in the source."""
     load: Callable[[], np.ndarray]
-    """Gives RGB, (H, W, 3) uint8, or raises DataError."""
+    """Returns RGB, (H, W, 3) uint8, or raises DataError."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source once opened: a camera can be only once."""
+    """An opened source; a camera can be opened only once."""
 
     frames: Iterable[Frame]
-    """A sequence, or of a film or camera an iterator."""
+    """A sequence; an iterator for a video or camera."""
     total: int | None
-    """How many there are, where that is known."""
+    """Number of frames, if known."""
     is_camera: bool = False
-    """Whether they come as time passes, so that waiting for a batch of them would lag behind."""
+    """Live frames are predicted one by one: waiting for a batch would add delay."""
     rate: float | None = None
-    """Pictures a second of a film or camera; 25 where it does not say."""
+    """Frames per second of a video or camera, 25 if unknown; None for images."""
 
 
 def is_video(source: Any) -> bool:
-    """Whether the source is a film or a camera, whose pictures come one after the other."""
+    """Return True for a video or a camera."""
     if isinstance(source, str | Path):
         return Path(source).suffix.lower() in VIDEO_SUFFIXES
     return isinstance(source, int) and not isinstance(source, bool)
 
 
 def is_single(source: Any) -> bool:
-    """Whether the source is one picture."""
+    """Return True for a single image."""
     if isinstance(source, str | Path):
         return not is_video(source) and not Path(source).is_dir() and not _is_pattern(str(source))
     if isinstance(source, torch.Tensor | np.ndarray):
@@ -61,13 +61,13 @@ def is_single(source: Any) -> bool:
 
 
 def open_source(source: Any) -> Source:
-    """The pictures of a source.
+    """Open a source of images.
 
     Args:
-        source: path of a picture, folder or film; a pattern (`*.jpg`); the number of a camera; a Pillow
-            image, array or tensor; a batch as one tensor (B, 3, H, W) or array (B, H, W, 3); or a sequence.
-            What was opened comes back as it is.
-    Raises: DataError: nothing there, or it cannot be opened.
+        source: path of an image, folder or video; a pattern (`*.jpg`); a camera's number; a Pillow image,
+            array or tensor; a batch as one tensor (B, 3, H, W) or array (B, H, W, 3); or a sequence. A
+            `Source` is returned unchanged.
+    Raises: DataError: nothing found, or it cannot be opened.
     """
     if isinstance(source, Source):
         return source
@@ -93,7 +93,7 @@ def _find(source: str) -> list[Path]:
     if Path(source).is_dir():
         paths = sorted(path for path in Path(source).rglob("*") if path.is_file() and is_image(path))
         if not paths:
-            raise DataError(f"No pictures in '{source}': looked for {', '.join(IMAGE_SUFFIXES)}.")
+            raise DataError(f"No images in '{source}': looked for {', '.join(IMAGE_SUFFIXES)}.")
         return paths
     paths = sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())
     if not paths:
@@ -119,8 +119,8 @@ def _open_video(source: Any) -> Source:
         index = 0
         try:
             while (read := capture.read())[0]:
-                picture = cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
-                yield _frame(picture, f"frame {index}")
+                image = cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
+                yield _frame(image, f"frame {index}")
                 index += 1
         finally:
             capture.release()

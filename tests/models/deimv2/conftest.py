@@ -13,8 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
-from thawline.models.deimv2.config import DEIMv2Config, with_overrides
-from thawline.models.deimv2.loss.criterion import CriterionConfig
+from thawline.models.deimv2.config import CriterionConfig, DEIMv2Config, with_overrides
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.network.decoder import DecoderConfig
 from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config, StageConfig

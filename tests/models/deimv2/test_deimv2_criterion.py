@@ -16,9 +16,11 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from thawline.errors import ConfigError, DataError
-from thawline.models.deimv2.denoising import build_denoising_queries
-from thawline.models.deimv2.loss.criterion import Criterion, CriterionConfig
+from thawline.models.deimv2.config import CriterionConfig
+from thawline.models.deimv2.loss.criterion import Criterion
+from thawline.models.deimv2.loss.denoising import build_denoising_queries
 from thawline.models.deimv2.loss.matcher import match_queries, matching_cost, union_of_matches
+from thawline.models.deimv2.loss.targets import Target, pack_targets
 from thawline.models.deimv2.outputs import (
     DenoisingOutput,
     DetectionOutput,
@@ -26,7 +28,6 @@ from thawline.models.deimv2.outputs import (
     Predictions,
     TrainingOutput,
 )
-from thawline.models.deimv2.targets import Target, pack_targets
 from thawline.ops.boxes import box_giou, box_iou, cxcywh_to_xyxy
 from thawline.ops.distribution import weighting_function
 

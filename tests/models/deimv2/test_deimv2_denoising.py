@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from thawline.models.deimv2.denoising import build_denoising_queries, denoising_matches
-from thawline.models.deimv2.targets import PackedTargets, Target, pack_targets
+from thawline.models.deimv2.loss.denoising import build_denoising_queries, denoising_matches
+from thawline.models.deimv2.loss.targets import PackedTargets, Target, pack_targets
 from thawline.ops.boxes import cxcywh_to_xyxy
 
 C, Q = 9, 6

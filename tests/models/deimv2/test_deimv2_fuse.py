@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from thawline.models.deimv2.fused.forms import fuse
 from thawline.models.deimv2.model import DEIMv2
 
 # Parameters of the authors' deployed graphs, which leave the backbone unfolded.
@@ -97,7 +98,7 @@ def test_a_fused_model_has_nothing_left_to_fuse_or_train() -> None:
 @pytest.mark.parametrize("size", [(64, 96), (128, 32)])
 def test_a_stem_in_strips_gives_what_the_whole_gives(size: tuple[int, int]) -> None:
     stem = randomised("pico").backbone.stem
-    fused = stem.fuse()
+    fused = fuse(copy.deepcopy(stem))
     pixels = torch.rand(2, 3, *size)
     with torch.no_grad():
         for fused.strip_size in (1, 2 * 9 * size[1] // 4, 10**9):  # strips of 8 and 9 rows, and all rows

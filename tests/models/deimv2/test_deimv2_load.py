@@ -326,10 +326,10 @@ def test_a_pruned_hgnetv2_takes_what_it_shares_and_says_the_rest(
         model = DEIMv2.from_pretrained(path, "atto")
     own = model.backbone.state_dict()
     assert_close(own["stem.stem1.conv.weight"], state["stem.stem1.conv.weight"])
-    assert "these start anew: stages.2.blocks.0.layers.0.conv2.conv.weight" in caplog.text
+    assert "these are re-initialised: stages.2.blocks.0.layers.0.conv2.conv.weight" in caplog.text
     caplog.clear()
     pico = DEIMv2.from_pretrained(path, "pico").backbone.state_dict()
-    assert "start anew" not in caplog.text
+    assert "re-initialised" not in caplog.text
     assert all(torch.equal(tensor, state[name]) for name, tensor in pico.items())
     with pytest.raises(CheckpointError, match="not an HGNetv2 B0"):
         load_backbone(DEIMv2.from_variant("atto"), saved({"stem.stem1.conv.weight": torch.zeros(1)}, path))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thawline.errors import DataError, MissingExtraError
 from thawline.models.deimv2.loss.matcher import Matches, match_queries, matching_cost, union_of_matches
-from thawline.models.deimv2.targets import Target, pack_targets
+from thawline.models.deimv2.loss.targets import Target, pack_targets
 
 S, C = 3, 7
 

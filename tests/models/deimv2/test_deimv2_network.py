@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from thawline.errors import ConfigError
 from thawline.models.deimv2 import Criterion, DEIMv2, DEIMv2Config, Target
-from thawline.models.deimv2.network.decoder import make_anchors
+from thawline.models.deimv2.network.anchors import make_anchors
 
 Build = Callable[..., DEIMv2]
 KINDS = ["lite", "hgnet", "tiny", "dino"]

@@ -9,13 +9,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from thawline.models.deimv2.network.vit import (
-    Attention,
-    RotaryEmbedding,
-    VisionTransformer,
-    ViTConfig,
-    rotate,
-)
+from thawline.models.deimv2.network.vit import Attention, RotaryEmbedding, VisionTransformer, ViTConfig
+from thawline.ops.rotary import rotate
 
 CONFIG = ViTConfig(
     family="dinov3",

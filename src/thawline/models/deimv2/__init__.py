@@ -13,9 +13,9 @@ __all__ = [
     "get_variant",
 ]
 
-from thawline.models.deimv2.config import DEIMv2Config
-from thawline.models.deimv2.loss.criterion import Criterion, CriterionConfig
+from thawline.models.deimv2.config import CriterionConfig, DEIMv2Config
+from thawline.models.deimv2.loss.criterion import Criterion
+from thawline.models.deimv2.loss.targets import Target
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.outputs import DetectionOutput
-from thawline.models.deimv2.targets import Target
 from thawline.models.deimv2.variants import VARIANTS, get_variant

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackboneConfig", "DEIMv2Config", "EncoderConfig", "with_overrides"]
+__all__ = ["BackboneConfig", "CriterionConfig", "DEIMv2Config", "EncoderConfig", "with_overrides"]
 
 import types
 import typing
@@ -12,7 +12,6 @@ from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 from thawline.errors import ConfigError, did_you_mean
-from thawline.models.deimv2.loss.criterion import CriterionConfig
 from thawline.models.deimv2.network.decoder import DecoderConfig
 from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config
 from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
@@ -21,6 +20,41 @@ from thawline.models.deimv2.network.sta import AdaptedViTConfig
 
 BackboneConfig: TypeAlias = HGNetV2Config | AdaptedViTConfig
 EncoderConfig: TypeAlias = HybridEncoderConfig | LiteEncoderConfig
+ClassLoss: TypeAlias = Literal["mal", "vfl", "focal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriterionConfig:
+    """Loss terms, their weights, and when the matcher changes. Defaults are those of N to X."""
+
+    class_loss: ClassLoss = "mal"
+    """Classification term; `mal` as published."""
+    gamma: float = 1.5
+    """Exponent of the classification term."""
+    local: bool = True
+    """Add fgl and ddf, the terms on the edges' distributions. Off for Atto, Femto and Pico."""
+    union_set: bool = True
+    """Box terms of all stages share the union of their matches. Off for Atto, Femto and Pico."""
+    matcher_change_epoch: int = 45
+    """From this epoch on, counted from 0, queries are matched by score and overlap alone."""
+    class_weight: float = 1.0
+    """Weight of the classification term."""
+    bbox_weight: float = 5.0
+    """Weight of the L1 distance of boxes."""
+    giou_weight: float = 2.0
+    """Weight of 1 - GIoU."""
+    fgl_weight: float = 0.15
+    """Weight of the fine-grained localisation term."""
+    ddf_weight: float = 1.5
+    """Weight of the distillation from the last layer."""
+
+    def __post_init__(self) -> None:
+        if self.class_loss not in typing.get_args(ClassLoss):
+            raise ConfigError(
+                f"`class_loss='{self.class_loss}'`: expected one of {', '.join(typing.get_args(ClassLoss))}."
+            )
+        if self.gamma < 0:
+            raise ConfigError(f"`gamma={self.gamma}`: expected 0 or more; published is 1.5.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
-"""DEIMv2, the detector: backbone, encoder, decoder.
+"""DEIMv2 object detector: backbone, encoder, decoder.
 
-Huang et al., Real-Time Object Detection Meets DINOv3, arXiv 2509.20787 (2025). The numbers of the authors'
-network are kept, and where their code has a quirk that the published weights were trained with, so has this
-one; each quirk is named where it stands. Parameters carry the authors' names, so their checkpoints load
-without renaming.
+Huang et al., Real-Time Object Detection Meets DINOv3, arXiv 2509.20787 (2025). The network computes the same
+numbers as the authors' code, including quirks that the published weights were trained with; each quirk is
+named where it occurs. Parameters have the authors' names, so their checkpoints load without renaming.
 """
 
 __all__ = ["DEIMv2"]
@@ -19,11 +18,12 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError
-from thawline.models.deimv2.checkpoints.read import load_pretrained
+from thawline.models.deimv2.checkpoints.read import config_of, load_weights, read_checkpoint
 from thawline.models.deimv2.config import DEIMv2Config, with_overrides
-from thawline.models.deimv2.denoising import build_denoising_queries
 from thawline.models.deimv2.fused.decoder import FusedDecoder
-from thawline.models.deimv2.fused.forms import fuse_children
+from thawline.models.deimv2.fused.forms import fuse
+from thawline.models.deimv2.loss.denoising import build_denoising_queries
+from thawline.models.deimv2.loss.targets import Target, pack_targets
 from thawline.models.deimv2.network.decoder import Decoder
 from thawline.models.deimv2.network.hgnetv2 import HGNetV2, HGNetV2Config
 from thawline.models.deimv2.network.hybrid_encoder import HybridEncoder
@@ -31,7 +31,6 @@ from thawline.models.deimv2.network.lite_encoder import LiteEncoder, LiteEncoder
 from thawline.models.deimv2.network.sta import AdaptedViT
 from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.models.deimv2.postprocess import Detected, postprocess
-from thawline.models.deimv2.targets import Target, pack_targets
 from thawline.models.deimv2.variants import get_variant
 
 
@@ -42,10 +41,10 @@ class DEIMv2(
     paper_url="https://arxiv.org/abs/2509.20787",
     pipeline_tag="object-detection",
 ):
-    """A detector.
+    """DEIMv2 object detector.
 
     Args:
-        config: its shape; `DEIMv2.from_variant` gives the published ones.
+        config: shape of the network; `DEIMv2.from_variant` builds the published ones.
     """
 
     def __init__(self, config: DEIMv2Config) -> None:
@@ -64,7 +63,7 @@ class DEIMv2(
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> Self:
-        """One of the published sizes, with random weights.
+        """Build one of the published sizes with random weights.
 
         Args:
             name: atto, femto, pico, n, s, m, l or x.
@@ -78,35 +77,38 @@ class DEIMv2(
     def from_pretrained(  # type: ignore[override]
         cls, path: str | Path, variant: str | None = None, **overrides: Any
     ) -> "DEIMv2":
-        """A detector with the weights of a file, a folder, or a repository on the hub, in eval mode.
+        """Load a detector from a file, a folder or a hub repository, in eval mode.
 
         Reads what `save_pretrained` writes, the authors' `.pth` and hub folders, transformers' `deimv2`, and
         pretrained backbones alone. Weights are cast to torch's default dtype.
 
         Args:
-            path: of a file or folder, also a run's; a size, for its published weights; or a hub id.
-            variant: the size, where the file does not tell; a detector's does.
+            path: a file, a folder, a run folder, a size for its published weights, or a hub id.
+            variant: the size, for files of a backbone alone, which do not determine it.
             overrides: settings to change, as in `from_variant`. Another number of classes (`num_classes`,
-                or `class_names`) makes the layers that know the classes start anew, and nothing else.
+                or `class_names`) re-initialises the layers sized by it, and nothing else.
         Raises: CheckpointError: unreadable, or missing, unexpected or misshapen tensors, all listed.
         """
-        return load_pretrained(cls, path, variant, overrides)
+        checkpoint = read_checkpoint(path)
+        model = cls(config_of(checkpoint, variant, overrides)).eval()
+        load_weights(model, checkpoint)
+        return model
 
     def fuse(self) -> Self:
-        """The deployed model: a copy in eval mode that gives the same detections with fewer, leaner layers.
+        """Return a copy for inference that gives the same detections with fewer, leaner layers.
 
-        Norms and learnable scales are inside convolutions and linears; decoder layers, heads and embeddings
-        that only training reads are gone. Load weights first: a fused model has other parameters, and cannot
-        train.
+        Norms and learnable scales are folded into convolutions and linears; decoder layers, heads and
+        embeddings that only training reads are removed. Load weights first: a fused model has other
+        parameters and cannot train.
         """
         if self.is_fused:
             return self
         with torch.inference_mode(False), torch.no_grad():
-            fused = fuse_children(deepcopy(self).eval())
+            fused = fuse(deepcopy(self).eval())
         return fused.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor, targets: Sequence[Target] | None = None) -> DetectionOutput:
-        """Detect; in train mode, and whenever targets are given, also give what the losses need.
+        """Detect; in train mode, and whenever targets are given, also return what the losses need.
 
         Args:
             pixel_values: (B, 3, H, W), normalised as `config.image_mean` and `image_std` say; H and W are
@@ -134,7 +136,7 @@ class DEIMv2(
     def postprocess(
         self, output: DetectionOutput, sizes: Sequence[tuple[int, int]] | Tensor
     ) -> list[Detected]:
-        """The best detections of each image, in its pixels.
+        """Return the best detections of each image, in its pixels.
 
         Args:
             sizes: (height, width) of each original image.
@@ -144,11 +146,11 @@ class DEIMv2(
 
     @property
     def is_fused(self) -> bool:
-        """Whether this came from `fuse()`."""
+        """True for a model returned by `fuse()`."""
         return isinstance(self.decoder, FusedDecoder)
 
     def _num_queries(self, pixel_values: Tensor) -> int:
-        """Queries that an image of this size can have: a small one may have fewer tokens than asked for."""
+        """Return the number of queries: a small image may have fewer tokens than `num_queries`."""
         height, width = pixel_values.shape[-2:]
         n_tokens = sum((height // stride) * (width // stride) for stride in self.config.strides)
         return min(self.config.decoder.num_queries, n_tokens)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from thawline.models.deimv2.denoising import DenoisingQueries
+from thawline.models.deimv2.loss.denoising import DenoisingQueries
 
 
 @dataclass(kw_only=True)

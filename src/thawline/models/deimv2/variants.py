@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from thawline.errors import ConfigError, did_you_mean
-from thawline.models.deimv2.config import DEIMv2Config
-from thawline.models.deimv2.loss.criterion import CriterionConfig
+from thawline.models.deimv2.config import CriterionConfig, DEIMv2Config
 from thawline.models.deimv2.network.decoder import DecoderConfig
 from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config, StageConfig
 from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig

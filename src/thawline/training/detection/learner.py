@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from thawline.data.detection.augment import TrainingSample
 from thawline.data.detection.collate import Collate, to_float
 from thawline.models.deimv2.loss.criterion import Criterion
+from thawline.models.deimv2.loss.targets import Target
 from thawline.models.deimv2.model import DEIMv2
-from thawline.models.deimv2.targets import Target
 
 
 @dataclass(frozen=True)

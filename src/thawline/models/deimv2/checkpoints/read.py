@@ -1,28 +1,27 @@
-"""Read a detector from whatever holds one, and refuse, in words, what does not fit.
+"""Read a detector from any checkpoint that holds one, and report everything that does not fit.
 
     thawline        a folder written by `save_pretrained`
-    authors         their `.pth` (the average `ema.module` before `model`) or a folder from their hub
+    authors         their `.pth` (the EMA weights, `ema.module`, before `model`) or a folder from their hub
     transformers    a folder or file of `Deimv2ForObjectDetection`
-    backbone        pretrained weights of the backbone alone: the rest of the detector starts anew
+    backbone        pretrained weights of the backbone alone: the rest of the detector stays random
 
-Files are read without running anything they hold: `weights_only=True`, or safetensors. Nothing is skipped
-in silence: what is missing, unexpected or of another shape is one error that lists it; what is replaced on
-purpose, the layers of another set of classes, is logged.
+Files are read with `weights_only=True` or by safetensors, so nothing in them can run. Missing, unexpected and
+misshapen tensors raise one error that lists them all; layers that are re-initialised on purpose, for another
+number of classes, are logged.
 """
 
 from __future__ import annotations
 
-__all__ = ["Checkpoint", "Layout", "load_backbone", "load_pretrained", "read_checkpoint"]
+__all__ = ["Checkpoint", "Layout", "config_of", "load_backbone", "load_weights", "read_checkpoint"]
 
 import datetime
-import json
 import logging
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from thawline.errors import CheckpointError
+from thawline.files import read_json
 from thawline.models.deimv2.checkpoints.names import StateDict, from_transformers, read_backbone
 from thawline.models.deimv2.coco import COCO_NAMES
 from thawline.models.deimv2.config import DEIMv2Config, with_overrides
@@ -40,21 +40,19 @@ from thawline.models.deimv2.network.hgnetv2 import HGNetV2
 from thawline.models.deimv2.network.sta import AdaptedViT, AdaptedViTConfig
 from thawline.models.deimv2.variants import VARIANTS, get_variant
 
-if TYPE_CHECKING:
-    from thawline.models.deimv2.model import DEIMv2
-
 logger = logging.getLogger(__name__)
 
 Layout = Literal["thawline", "authors", "transformers", "backbone"]
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 RUN_PARTS = ("model", "best", "last")
-"""Detectors in a run's folder, by which is taken first."""
+"""Subfolders of a run that hold a detector, in order of preference."""
+SCORE_HEADS = ("decoder.enc_score_head.weight", "model.enc_score_head.weight")
 _CLASS_LAYER = re.compile(
     r"decoder\.(enc_score_head|dec_score_head\.\d+|denoising_class_embed)\.(weight|bias)"
 )
-_FOLLOWS = ("num_batches_tracked", "rope_embed.periods")
-"""Tensors that may be absent or left over: a counter that nothing reads, and what follows from the shape."""
+_OPTIONAL = ("num_batches_tracked", "rope_embed.periods")
+"""Tensors that may be missing or left over: a counter that nothing reads, a table computed from shapes."""
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _HARMLESS: list[Any] = [
@@ -67,113 +65,123 @@ _HARMLESS: list[Any] = [
     (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
 ]
-"""What training checkpoints hold beside tensors: dates, and metrics as NumPy scalars."""
-_LISTED = 6
-"""Names of each kind that an error shows."""
+"""Objects besides tensors in training checkpoints: dates, and metrics as NumPy scalars."""
+_MAX_LISTED = 6
+"""Maximum number of names of each kind in an error."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file or folder holds, in its own names."""
+    """Contents of a file or folder, under its own tensor names."""
 
     path: str
     layout: Layout
     state: StateDict
     config: DEIMv2Config | None
-    """Only thawline's own folders have one that says everything."""
+    """Complete config; only thawline's own folders have one."""
     class_names: tuple[str, ...] | None
 
+    @property
+    def score_head(self) -> Tensor:
+        """Weight of the encoder's score head, (classes, hidden_dim)."""
+        for name in SCORE_HEADS:
+            if name in self.state:
+                return self.state[name]
+        raise CheckpointError(
+            f"No score head among {len(self.state)} tensors ({_some(self.state)}): the file is incomplete."
+        )
 
-def load_pretrained(
-    cls: type[DEIMv2], path: str | Path, variant: str | None, overrides: Mapping[str, Any]
-) -> DEIMv2:
-    """See `DEIMv2.from_pretrained`."""
-    checkpoint = read_checkpoint(path)
-    model = cls(_config(checkpoint, variant, overrides)).eval()
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a file, a folder or a hub repository and recognise its layout.
+
+    Args:
+        path: a file (`.pth`, `.pt`, `.bin`, `.safetensors`), a folder, a run folder, a size for its published
+            weights, or a hub id, `owner/name`.
+    Raises: CheckpointError: not found, unreadable, or not a detector.
+    """
+    folder = Path(path) if Path(path).exists() else _download(str(path))
+    file, settings = folder, {}
+    if folder.is_dir():
+        folder, file = _weight_file(folder)
+        settings = read_json(folder / "config.json")
+    state = _without_wrappers(_read_tensors(file))
+    layout = _layout(state, settings, path)
+    config = DEIMv2Config(**settings) if layout == "thawline" else None
+    checkpoint = Checkpoint(str(path), layout, state, config, config.class_names if config else None)
+    return replace(checkpoint, class_names=_class_names(checkpoint, settings))
+
+
+def config_of(checkpoint: Checkpoint, variant: str | None, overrides: Mapping[str, Any]) -> DEIMv2Config:
+    """Return the config of the detector in a checkpoint, with overrides applied.
+
+    Args:
+        variant: the size, for checkpoints that do not determine it.
+    Raises: CheckpointError: the size is unknown, or is not `variant`.
+    """
+    config = checkpoint.config
+    found = config.variant if config else _size_of(checkpoint)
+    if variant is not None and found is not None and variant != found:
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds a '{found}', not a '{variant}'. Leave `variant` out."
+        )
+    if config is None:
+        size = variant or found
+        if size is None:
+            raise CheckpointError(
+                f"'{checkpoint.path}' does not say which size it is for. Pass `variant`: "
+                f"{', '.join(VARIANTS)}."
+            )
+        config = get_variant(size).config
+        if checkpoint.layout != "backbone":
+            n_classes = len(checkpoint.score_head)
+            config = replace(config, num_classes=n_classes, class_names=checkpoint.class_names)
+    return with_overrides(config, overrides)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into a detector built from `config_of`.
+
+    Raises: CheckpointError: tensors are missing, unexpected, misshapen or not finite.
+    """
     if checkpoint.layout == "backbone":
         load_backbone(model, checkpoint)
         logger.warning(
             "'%s' holds a backbone alone: encoder and decoder have random weights.", checkpoint.path
         )
     else:
-        state = _in_our_names(checkpoint, model)
-        _fit(model, _with_own_class_layers(state, model, checkpoint.path), checkpoint.path)
-    return model
+        own = model.state_dict()
+        _load(model, _with_own_class_layers(_renamed(checkpoint, own), own, checkpoint.path), checkpoint.path)
 
 
-def load_backbone(model: DEIMv2, source: str | Path | Checkpoint) -> None:
-    """Fill the backbone of a detector, and nothing else, with pretrained weights.
+def load_backbone(model: nn.Module, source: str | Path | Checkpoint) -> None:
+    """Load pretrained weights into the backbone of a detector and leave the rest as it is.
 
     Args:
-        source: DINOv3 as Meta, transformers or timm ship it, the authors' ViT-Tiny, PaddleClas' HGNetv2, or
-            any detector whose backbone has the same shape.
+        source: DINOv3 from Meta, transformers or timm, the authors' ViT-Tiny, PaddleClas' HGNetv2, or any
+            detector whose backbone has the same shape.
     Raises: CheckpointError: the weights are of another backbone, or incomplete.
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    backbone = model.get_submodule("backbone")
     if checkpoint.layout != "backbone":
-        state = _in_our_names(checkpoint, model)
-        part = {
-            name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")
-        }
-        _fit(model.backbone, part, checkpoint.path)
-        return
-    backbone = model.backbone.vit if isinstance(model.backbone, AdaptedViT) else model.backbone
-    state = read_backbone(checkpoint.state, backbone.state_dict())
-    if isinstance(backbone, HGNetV2):
-        state = _pruned(state, backbone, checkpoint.path)
-    _fit(backbone, state, checkpoint.path)
-
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a file, a folder, or a repository on the hub, and say what it is.
-
-    Args:
-        path: of a file (`.pth`, `.pt`, `.bin`, `.safetensors`) or folder, also a run's; a size, for its
-            published weights; or a hub id, `owner/name`.
-    Raises: CheckpointError: nothing there, unreadable, or no detector.
-    """
-    place = Path(path) if Path(path).exists() else _download(str(path))
-    settings: dict[str, Any] = {}
-    file = place
-    if place.is_dir():
-        place, file = _weight_file(place)
-        if (place / "config.json").is_file():
-            settings = json.loads((place / "config.json").read_text())
-    state = _without_wrappers(_read_tensors(file))
-    layout = _layout(state, settings, path)
-    config = DEIMv2Config(**settings) if layout == "thawline" else None
-    return Checkpoint(str(path), layout, state, config, _class_names(layout, state, settings, config))
-
-
-def _config(checkpoint: Checkpoint, variant: str | None, overrides: Mapping[str, Any]) -> DEIMv2Config:
-    """The shape the weights have, but for what is asked for otherwise."""
-    config = checkpoint.config
-    if config is None:
-        found = _size_of(checkpoint)
-        size = variant or found
-        if size is None:
-            raise CheckpointError(
-                f"'{checkpoint.path}' does not say which size it is for. Name it: "
-                f"`variant` is one of {', '.join(VARIANTS)}."
-            )
-        config = get_variant(size).config
-        if checkpoint.layout != "backbone":
-            num_classes = len(_score_head(checkpoint.state))
-            config = replace(config, num_classes=num_classes, class_names=checkpoint.class_names)
+        state = _renamed(checkpoint, model.state_dict())
+        prefix = "backbone."
+        state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     else:
-        found = config.variant
-    if variant is not None and found is not None and variant != found:
-        raise CheckpointError(
-            f"'{checkpoint.path}' holds a '{found}', not a '{variant}'. Leave `variant` out."
-        )
-    return with_overrides(config, overrides)
+        backbone = backbone.vit if isinstance(backbone, AdaptedViT) else backbone
+        own = backbone.state_dict()
+        state = read_backbone(checkpoint.state, own)
+        if isinstance(backbone, HGNetV2):
+            state = _pruned(state, own, checkpoint.path)
+    _load(backbone, state, checkpoint.path)
 
 
 def _size_of(checkpoint: Checkpoint) -> str | None:
-    """The published size that has the widths of these weights: no two have the same."""
+    """Return the published size with the widths of these weights; no two sizes share them."""
     if checkpoint.layout == "backbone":
         return None
-    dim = _score_head(checkpoint.state).shape[1]
+    dim = checkpoint.score_head.shape[1]
     tokens = [t.shape[-1] for name, t in checkpoint.state.items() if name.endswith("cls_token")]
     for name, variant in VARIANTS.items():
         backbone = variant.config.backbone
@@ -183,15 +191,14 @@ def _size_of(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _in_our_names(checkpoint: Checkpoint, model: DEIMv2) -> StateDict:
-    if checkpoint.layout == "transformers":
-        return from_transformers(checkpoint.state, model.state_dict())
-    return checkpoint.state
+def _renamed(checkpoint: Checkpoint, own: StateDict) -> StateDict:
+    """Return the tensors under this network's names."""
+    is_port = checkpoint.layout == "transformers"
+    return from_transformers(checkpoint.state, own) if is_port else checkpoint.state
 
 
-def _with_own_class_layers(state: StateDict, model: DEIMv2, path: str) -> StateDict:
-    """Keep the model's own layers whose size is the number of classes, where that differs, and say so."""
-    own = model.state_dict()
+def _with_own_class_layers(state: StateDict, own: StateDict, path: str) -> StateDict:
+    """Keep the model's own weights in layers sized by the number of classes, where that differs; log them."""
     other = [
         name
         for name, tensor in state.items()
@@ -200,45 +207,43 @@ def _with_own_class_layers(state: StateDict, model: DEIMv2, path: str) -> StateD
     if other:
         layers = sorted({name.rpartition(".")[0].removeprefix("decoder.") for name in other})
         logger.warning(
-            "'%s' was trained on %d classes, this model has %d: these layers start anew: %s.",
+            "'%s' was trained on %d classes, this model has %d: these layers are re-initialised: %s.",
             path,
-            len(state["decoder.enc_score_head.weight"]),
-            model.config.num_classes,
+            len(state[SCORE_HEADS[0]]),
+            len(own[SCORE_HEADS[0]]),
             ", ".join(layers),
         )
     return state | {name: own[name] for name in other}
 
 
-def _fit(module: nn.Module, state: StateDict, path: str) -> None:
-    """Load every tensor, or raise with all that does not fit."""
+def _load(module: nn.Module, state: StateDict, path: str) -> None:
+    """Load every tensor, or raise with everything that does not fit."""
     own = module.state_dict()
     state = _with_shared(state, module)
-    misshapen = [
-        f"{name}: {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
-        for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
     fitting = {name: t for name, t in state.items() if name not in own or t.shape == own[name].shape}
     result = module.load_state_dict(fitting, strict=False)
-    missing = [name for name in result.missing_keys if name not in state and not name.endswith(_FOLLOWS)]
-    unexpected = [name for name in result.unexpected_keys if not name.endswith(_FOLLOWS)]
-    broken = [name for name, tensor in fitting.items() if name in own and not _is_finite(tensor)]
-    kinds = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": misshapen,
-        "not finite": broken,
+    problems = {
+        "missing": [n for n in result.missing_keys if n not in state and not n.endswith(_OPTIONAL)],
+        "unexpected": [name for name in result.unexpected_keys if not name.endswith(_OPTIONAL)],
+        "of another shape": [
+            f"{name}: {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+            for name, tensor in state.items()
+            if name not in fitting
+        ],
+        "not finite": [n for n, t in fitting.items() if n in own and not bool(t.isfinite().all())],
     }
-    if any(kinds.values()):
+    if any(problems.values()):
+        found = "; ".join(
+            f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names
+        )
         raise CheckpointError(
-            f"'{path}' does not fit the model ({len(own)} tensors): "
-            + "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names)
-            + ". Check `variant`, and that the file is of this detector."
+            f"'{path}' does not fit the model ({len(own)} tensors): {found}. Check `variant`, and that the "
+            "file is of this detector."
         )
 
 
 def _with_shared(state: StateDict, module: nn.Module) -> StateDict:
-    """Give every name of a shared tensor its value: safetensors keeps but one of them."""
+    """Give every name of a shared tensor its value: safetensors keeps only one of them."""
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -250,77 +255,65 @@ def _with_shared(state: StateDict, module: nn.Module) -> StateDict:
     return state
 
 
-def _pruned(state: StateDict, backbone: HGNetV2, path: str) -> StateDict:
-    """Atto, Femto and Pico are prunings of B0 and start from what they share with its file."""
-    own = backbone.state_dict()
+def _pruned(state: StateDict, own: StateDict, path: str) -> StateDict:
+    """Take from B0's file the tensors that Atto, Femto and Pico, its prunings, share with it."""
     shared = {name: t for name, t in state.items() if name in own and t.shape == own[name].shape}
     if not shared:
         raise CheckpointError(f"'{path}' shares no tensor with this backbone: it is not an HGNetv2 B0.")
-    anew = [name for name in own if name not in shared and not name.endswith(_FOLLOWS)]
-    if anew:
+    rest = [name for name in own if name not in shared and not name.endswith(_OPTIONAL)]
+    if rest:
         logger.warning(
-            "'%s' gives %d of the backbone's %d tensors; these start anew: %s.",
+            "'%s' gives %d of the backbone's %d tensors; these are re-initialised: %s.",
             path,
             len(shared),
             len(own),
-            _some(anew),
+            _some(rest),
         )
-    return {name: shared.get(name, tensor) for name, tensor in own.items()}
+    return own | shared
 
 
 def _layout(state: StateDict, settings: Mapping[str, Any], path: str | Path) -> Layout:
-    if settings.get("model_type") == "deimv2" or any(
-        name.startswith("model.conv_encoder.") for name in state
-    ):
-        return "transformers"
-    if "decoder.enc_score_head.weight" in state:
-        is_ours = isinstance(settings.get("backbone"), Mapping) and "kind" in settings["backbone"]
-        return "thawline" if is_ours else "authors"
-    if {"cls_token", "embeddings.cls_token", "stem.stem1.conv.weight"} & set(state):
-        return "backbone"
+    backbone = settings.get("backbone")
+    is_port = any(name.startswith("model.conv_encoder.") for name in state)
+    matches: dict[Layout, bool] = {  # the first that holds
+        "transformers": is_port or settings.get("model_type") == "deimv2",
+        "thawline": SCORE_HEADS[0] in state and isinstance(backbone, Mapping) and "kind" in backbone,
+        "authors": SCORE_HEADS[0] in state,
+        "backbone": bool({"cls_token", "embeddings.cls_token", "stem.stem1.conv.weight"} & set(state)),
+    }
+    for layout, does_match in matches.items():
+        if does_match:
+            return layout
     raise CheckpointError(
         f"'{path}' holds neither a DEIMv2 nor a backbone of one, but {len(state)} tensors: {_some(state)}."
     )
 
 
-def _class_names(
-    layout: Layout, state: StateDict, settings: Mapping[str, Any], config: DEIMv2Config | None
-) -> tuple[str, ...] | None:
-    if config is not None:
-        return config.class_names
-    if layout == "transformers":
+def _class_names(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[str, ...] | None:
+    if checkpoint.layout == "transformers":
         labels = {int(index): str(name) for index, name in settings.get("id2label", {}).items()}
         names = tuple(labels[index] for index in sorted(labels))
         return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
-    if layout == "authors" and len(_score_head(state)) == len(COCO_NAMES):
-        logger.info("80 classes without names: taken to be COCO's.")
+    if checkpoint.layout == "authors" and len(checkpoint.score_head) == len(COCO_NAMES):
+        logger.info("80 classes without names: assumed to be COCO's.")
         return COCO_NAMES
-    return None
-
-
-def _score_head(state: StateDict) -> Tensor:
-    for name in ("decoder.enc_score_head.weight", "model.enc_score_head.weight"):
-        if name in state:
-            return state[name]
-    raise CheckpointError(
-        f"No score head among {len(state)} tensors ({_some(state)}): the file is incomplete."
-    )
+    return checkpoint.class_names
 
 
 def _weight_file(folder: Path) -> tuple[Path, Path]:
-    """A folder and its weights; of a run what it ended with, before that its best or its last."""
+    """Return a folder and its weight file; of a run the final, best or last detector."""
     for place in (folder, *(folder / part for part in RUN_PARTS)):
         for name in WEIGHT_FILES:
             if (place / name).is_file():
                 return place, place / name
     raise CheckpointError(
-        f"No weights in '{folder}': expected {' or '.join(WEIGHT_FILES)}, or a run's folder with "
+        f"No weights in '{folder}': expected {' or '.join(WEIGHT_FILES)}, or a run folder with "
         f"{', '.join(f'{part}/' for part in RUN_PARTS)}."
     )
 
 
 def _download(path: str) -> Path:
-    """The folder of a hub repository in the local cache, fetched if need be."""
+    """Return the local copy of a hub repository, downloaded if necessary."""
     repository = VARIANTS[path].weights_id if path in VARIANTS else path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or Path(path).suffix in _SUFFIXES:
         raise CheckpointError(
@@ -331,7 +324,7 @@ def _download(path: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"Cannot fetch '{repository}' from the Hugging Face hub ({type(error).__name__}), and there is "
-            f"no '{path}' here. Download it where there is a network, and give the folder's path."
+            f"no '{path}' here. Download it on a machine with network access and pass the folder's path."
         ) from error
 
 
@@ -352,15 +345,13 @@ def _read_tensors(file: Path) -> StateDict:
 
 
 def _state_dict(content: Any, file: Path) -> StateDict:
-    """The weights in a training checkpoint; of the average of the weights, where there is one."""
-    for path in (("ema", "module"), ("ema",), ("model",), ("state_dict",)):
+    """Find the weights in a training checkpoint; the EMA weights where there are any."""
+    for path in (("ema", "module"), ("ema",), ("model",), ("state_dict",), ()):
         inner = content
         for key in path:
             inner = inner.get(key) if isinstance(inner, Mapping) else None
         if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
             return {name: value for name, value in inner.items() if isinstance(value, Tensor)}
-    if isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values()):
-        return {name: value for name, value in content.items() if isinstance(value, Tensor)}
     raise CheckpointError(f"'{file}' holds no state dict.")
 
 
@@ -371,12 +362,7 @@ def _without_wrappers(state: StateDict) -> StateDict:
     return state
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:_LISTED]) + (
-        f", … and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    )
+    n_more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f", … and {n_more} more" if n_more > 0 else "")

@@ -1,19 +1,18 @@
-"""Write a detector for others to read, and prove that it can be read back.
+"""Write a detector in one of several layouts and verify it by reading it back.
 
-    thawline        a folder: `config.json` and `model.safetensors`, everything
-    authors         one `.pth` as their training code reads it
-    authors_hub     a folder as their hub repositories have it
-    transformers    a folder that `Deimv2ForObjectDetection.from_pretrained` reads
+    thawline        a folder with `config.json` and `model.safetensors`
+    authors         one `.pth` for the authors' training code
+    authors_hub     a folder like their hub repositories
+    transformers    a folder for `Deimv2ForObjectDetection.from_pretrained`
 
-The numbers that the authors' code computes from theirs are the same; transformers' port computes others
+The authors' code computes the same numbers from its layouts; transformers' port computes others
 (docs/models/detect.md says where and why).
 """
 
 from __future__ import annotations
 
-__all__ = ["WRITERS", "convert_checkpoint", "save_as"]
+__all__ = ["WRITERS", "convert_checkpoint", "port_settings", "save_as"]
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,40 +22,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
+from thawline.files import atomic_file, atomic_folder, write_json
 from thawline.models.deimv2.checkpoints.names import StateDict, to_transformers
 from thawline.models.deimv2.config import DEIMv2Config
 from thawline.models.deimv2.model import DEIMv2
-from thawline.models.deimv2.network.decoder import make_anchors
+from thawline.models.deimv2.network.anchors import make_anchors
 from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config
 from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
 from thawline.models.deimv2.network.lite_encoder import LiteEncoderConfig
 from thawline.models.deimv2.network.sta import AdaptedViTConfig
 
 TOLERANCE = 1e-5
-"""Largest difference of logits, after reading back, that counts as the same: rounding alone is below 1e-6."""
+"""Maximum difference of logits after reading back; rounding alone stays below 1e-6."""
 
 
 def convert_checkpoint(
     source: str | Path, destination: str | Path, layout: str, variant: str | None = None
 ) -> float:
-    """Read a detector, write it in another layout, read that, and compare what both detect.
+    """Read a detector, write it in another layout, read it back and compare the logits.
 
     Args:
         source: anything `DEIMv2.from_pretrained` reads.
         destination: a folder, or for `authors` a file; it must not exist.
         layout: one of WRITERS.
-        variant: the size, where the source does not tell.
+        variant: the size, for sources that do not determine it.
     Returns: the largest difference of a logit on one random image.
-    Raises: CheckpointError: unreadable, in the way, or not the same after reading back.
+    Raises: CheckpointError: unreadable source, existing destination, or different logits.
     """
     model = DEIMv2.from_pretrained(source, variant)
     save_as(model, destination, layout)
     again = DEIMv2.from_pretrained(destination, model.config.variant)
     generator = torch.Generator().manual_seed(0)
     stride = model.config.strides[-1]
-    image = torch.rand(
-        1, 3, *(min(side, 10 * stride) for side in model.config.image_size), generator=generator
-    )
+    height, width = (min(side, 10 * stride) for side in model.config.image_size)
+    image = torch.rand(1, 3, height, width, generator=generator)
     with torch.inference_mode():
         difference = (model(image).logits - again(image).logits).abs().max().item()
     if not difference <= TOLERANCE:
@@ -70,37 +69,32 @@ def convert_checkpoint(
 def save_as(model: DEIMv2, destination: str | Path, layout: str) -> None:
     """Write a detector, in its training form, in one of the layouts.
 
-    Raises: ConfigError: no such layout, or one that cannot say this model's shape.
-        CheckpointError: something is in the way.
+    Raises: ConfigError: unknown layout, or one that cannot express this model's shape.
+        CheckpointError: the destination exists.
     """
     if layout not in WRITERS:
         raise ConfigError(f"Unknown layout '{layout}'. {did_you_mean(layout, WRITERS)}")
     destination = Path(destination)
     if destination.exists():
-        raise CheckpointError(f"'{destination}' exists. Name a place that does not, or remove it first.")
+        raise CheckpointError(f"'{destination}' exists. Choose another path, or remove it first.")
     WRITERS[layout](model, destination)
-
-
-def _save_own(model: DEIMv2, folder: Path) -> None:
-    model.save_pretrained(folder)
 
 
 def _save_authors(model: DEIMv2, file: Path) -> None:
     state = _authors_state(model)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"last_epoch": -1, "model": state, "ema": {"module": state, "updates": 0}}, file)
+    with atomic_file(file) as temporary:
+        torch.save({"last_epoch": -1, "model": state, "ema": {"module": state, "updates": 0}}, temporary)
 
 
 def _save_authors_hub(model: DEIMv2, folder: Path) -> None:
-    _write_folder(folder, _authors_settings(model.config), _authors_state(model))
+    _write_folder(folder, _authors_state(model), {"config.json": _authors_settings(model.config)})
 
 
 def _save_transformers(model: DEIMv2, folder: Path) -> None:
-    state = to_transformers(model.state_dict())
+    config, state = model.config, to_transformers(model.state_dict())
     has_key_bias = any(name.endswith("attention.k_proj.bias") for name in state)
-    _write_folder(folder, port_settings(model.config, has_key_bias=has_key_bias), state)
-    config = model.config
-    preparation = {
+    settings = port_settings(config, has_key_bias=has_key_bias)
+    processor = {
         "image_processor_type": "RTDetrImageProcessor",
         "do_resize": True,
         "size": {"height": config.image_size[0], "width": config.image_size[1]},
@@ -112,28 +106,28 @@ def _save_transformers(model: DEIMv2, folder: Path) -> None:
         "image_std": list(config.image_std),
         "do_pad": False,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(preparation, indent=2) + "\n")
+    _write_folder(folder, state, {"config.json": settings, "preprocessor_config.json": processor})
 
 
-WRITERS: dict[str, Callable[[DEIMv2, Path], None]] = {
-    "thawline": _save_own,
+WRITERS: dict[str, Callable[[DEIMv2, Path], object]] = {
+    "thawline": lambda model, folder: model.save_pretrained(folder),
     "authors": _save_authors,
     "authors_hub": _save_authors_hub,
     "transformers": _save_transformers,
 }
 
 
-def _write_folder(folder: Path, settings: dict[str, Any], state: StateDict) -> None:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+def _write_folder(folder: Path, state: StateDict, settings: dict[str, dict[str, Any]]) -> None:
     # A tensor under several names is written under each: readers then need no rule for shared ones.
-    save_file(
-        {name: t.detach().clone().contiguous() for name, t in state.items()}, folder / "model.safetensors"
-    )
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    with atomic_folder(folder) as temporary:
+        for name, values in settings.items():
+            write_json(temporary / name, values)
+        save_file(tensors, temporary / "model.safetensors")
 
 
 def _authors_state(model: DEIMv2) -> dict[str, Tensor]:
-    """With what their network keeps twice, and their tables for one image size."""
+    """Return the state dict with the tensors that their network holds twice and its tables for one size."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name in ("up", "reg_scale"):
         state[f"decoder.{name}"] = state[f"decoder.decoder.{name}"]
@@ -148,42 +142,49 @@ _VIT_NAMES = {"s": "vit_tiny", "m": "vit_tinyplus", "l": "dinov3_vits16", "x": "
 
 
 def _authors_settings(config: DEIMv2Config) -> dict[str, Any]:
-    """Their constructors' arguments."""
+    """Return the arguments of their constructors."""
     variant, backbone, encoder, decoder = config.variant, config.backbone, config.encoder, config.decoder
     if variant not in {**_HGNET_NAMES, **_VIT_NAMES}:
         raise ConfigError("The authors' hub layout names backbones by size; this model is none of the eight.")
     dim, strides = encoder.hidden_dim, list(config.strides)
-    settings: dict[str, Any] = {}
     if isinstance(backbone, HGNetV2Config):
-        settings["HGNetv2"] = {
-            "name": _HGNET_NAMES[variant],
-            "return_idx": list(backbone.out_stages),
-            "freeze_at": -1,
-            "freeze_norm": False,
-            "use_lab": True,
-            "pretrained": False,
-        }
+        backbone_key, backbone_settings = (
+            "HGNetv2",
+            {
+                "name": _HGNET_NAMES[variant],
+                "return_idx": list(backbone.out_stages),
+                "freeze_at": -1,
+                "freeze_norm": False,
+                "use_lab": True,
+                "pretrained": False,
+            },
+        )
     else:
-        settings["DINOv3STAs"] = {
-            "name": _VIT_NAMES[variant],
-            "embed_dim": backbone.vit.dim,
-            "num_heads": backbone.vit.num_heads,
-            "interaction_indexes": list(backbone.vit.out_blocks),
-            "conv_inplane": backbone.detail_channels,
-            "hidden_dim": backbone.out_channels_each,
-        }
-    common = {
-        "in_channels": list(backbone.out_channels),
-        "feat_strides": list(backbone.strides),
-        "hidden_dim": dim,
-        "expansion": encoder.expansion,
-        "depth_mult": round(encoder.n_blocks / 3, 2),
-        "act": "silu",
-    }
-    if isinstance(encoder, LiteEncoderConfig):
-        settings["LiteEncoder"] = common
-    else:
-        settings["HybridEncoder"] = common | {
+        backbone_key, backbone_settings = (
+            "DINOv3STAs",
+            {
+                "name": _VIT_NAMES[variant],
+                "embed_dim": backbone.vit.dim,
+                "num_heads": backbone.vit.num_heads,
+                "interaction_indexes": list(backbone.vit.out_blocks),
+                "conv_inplane": backbone.detail_channels,
+                "hidden_dim": backbone.out_channels_each,
+            },
+        )
+    encoder_key, encoder_settings = (
+        "LiteEncoder",
+        {
+            "in_channels": list(backbone.out_channels),
+            "feat_strides": list(backbone.strides),
+            "hidden_dim": dim,
+            "expansion": encoder.expansion,
+            "depth_mult": round(encoder.n_blocks / 3, 2),
+            "act": "silu",
+        },
+    )
+    if isinstance(encoder, HybridEncoderConfig):
+        encoder_key = "HybridEncoder"
+        encoder_settings |= {
             "use_encoder_idx": [len(strides) - 1],
             "num_encoder_layers": 1,
             "nhead": encoder.num_heads,
@@ -194,7 +195,7 @@ def _authors_settings(config: DEIMv2Config) -> dict[str, Any]:
             "csp_type": "csp2",
             "fuse_op": "sum",
         }
-    settings["DEIMTransformer"] = {
+    decoder_settings = {
         "num_classes": config.num_classes,
         "feat_channels": [dim] * len(strides),
         "feat_strides": strides,
@@ -220,12 +221,16 @@ def _authors_settings(config: DEIMv2Config) -> dict[str, Any]:
         "share_bbox_head": decoder.share_bbox_head,
         "eval_spatial_size": list(config.image_size),
     }
-    settings["PostProcessor"] = {"num_classes": config.num_classes, "num_top_queries": config.max_detections}
-    return settings
+    return {
+        backbone_key: backbone_settings,
+        encoder_key: encoder_settings,
+        "DEIMTransformer": decoder_settings,
+        "PostProcessor": {"num_classes": config.num_classes, "num_top_queries": config.max_detections},
+    }
 
 
 def port_settings(config: DEIMv2Config, *, has_key_bias: bool) -> dict[str, Any]:
-    """`Deimv2Config` of transformers 5, as close to the network as it can say."""
+    """Return the arguments of transformers' `Deimv2Config` that come closest to this network."""
     encoder, decoder, strides = config.encoder, config.decoder, list(config.strides)
     dim, backbone = encoder.hidden_dim, config.backbone
     names = config.class_names or tuple(f"LABEL_{index}" for index in range(config.num_classes))

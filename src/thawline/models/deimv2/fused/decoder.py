@@ -10,27 +10,30 @@ Legend: B images, T tokens of all levels, Q queries, D channels, C classes, R + 
 
 from __future__ import annotations
 
-__all__ = ["FusedDecoder"]
+__all__ = ["FusedDecoder", "FusedDecoderLayer", "FusedDeformableAttention", "FusedSelfAttention"]
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thawline.models.deimv2.fused.forms import linear_of
+from thawline.models.deimv2.fused.conv import linear_of
 from thawline.models.deimv2.network.anchors import make_anchors
-from thawline.models.deimv2.network.decoder_layer import FLOAT16_MAX, OFFSET_SCALE, POSITION_LIMIT, to_wide
+from thawline.models.deimv2.network.blocks import SelfAttention
+from thawline.models.deimv2.network.decoder import Decoder
+from thawline.models.deimv2.network.decoder_layer import (
+    FLOAT16_MAX,
+    OFFSET_SCALE,
+    POSITION_LIMIT,
+    DecoderLayer,
+    DeformableAttention,
+    to_wide,
+)
 from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.ops.boxes import inverse_sigmoid
 from thawline.ops.cache import TensorCache
 from thawline.ops.deformable import SamplingPlan, deformable_gather, deformable_sample, plan_sampling
-
-if TYPE_CHECKING:
-    from thawline.models.deimv2.network.blocks import SelfAttention
-    from thawline.models.deimv2.network.decoder import Decoder
-    from thawline.models.deimv2.network.decoder_layer import DecoderLayer, DeformableAttention
 
 
 class FusedDecoder(nn.Module):
@@ -46,7 +49,7 @@ class FusedDecoder(nn.Module):
         self.num_points = config.num_points
         self.enc_score_head, self.enc_bbox_head = decoder.enc_score_head, decoder.enc_bbox_head
         self.query_pos_head, self.pre_bbox_head = decoder.query_pos_head, decoder.pre_bbox_head
-        self.layers = nn.ModuleList(FusedDecoderLayer(layer) for layer in decoder.decoder.layers[: last + 1])
+        self.layers = decoder.decoder.layers[: last + 1]
         self.bbox_heads = decoder.dec_bbox_head[: last + 1]
         self.score_head, self.quality = decoder.dec_score_head[last], decoder.decoder.lqe_layers[last]
         bins = decoder.decoder.bins()
@@ -112,8 +115,8 @@ class FusedDecoderLayer(nn.Module):
 
     def __init__(self, layer: DecoderLayer) -> None:
         super().__init__()
-        self.self_attn = FusedSelfAttention(layer.self_attn)
-        self.cross_attn = FusedDeformableAttention(layer.cross_attn)
+        self.self_attn = layer.self_attn
+        self.cross_attn = layer.cross_attn
         self.swish_ffn = layer.swish_ffn
         self.norm1, self.norm3 = layer.norm1, layer.norm3
         if hasattr(layer, "gateway"):

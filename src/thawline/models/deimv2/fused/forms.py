@@ -1,185 +1,61 @@
-"""What a network becomes for inference: layers folded into one another, and the walk that folds them.
+"""The table of inference forms, and the walk that puts them in place.
 
-A module with a leaner form has a method `fuse()` that returns it; `fuse_children` walks a tree and puts those
-forms in. The leaf they share is `FusedConv`, a convolution with bias and activation, which on a CPU in
-float32 is one oneDNN call whose weights were laid out beforehand. Folding is done in float64: it costs one
-rounding.
+The walk goes from the leaves up, so a form is made from a module whose children already have theirs.
 """
 
 from __future__ import annotations
 
-__all__ = ["Clamp", "FusedConv", "concatenate", "fold_norm", "fuse_children", "linear_of", "onednn_serves"]
+__all__ = ["FORMS", "fuse"]
 
-import math
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from thawline.ops.cache import TensorCache
+from thawline.models.deimv2.fused.blocks import FusedCSP, FusedELAN, fuse_down_sample, fuse_rep_vgg
+from thawline.models.deimv2.fused.conv import FusedConv
+from thawline.models.deimv2.fused.decoder import (
+    FusedDecoder,
+    FusedDecoderLayer,
+    FusedDeformableAttention,
+    FusedSelfAttention,
+)
+from thawline.models.deimv2.fused.hgnetv2 import FusedBlock, FusedStem, fuse_unit
+from thawline.models.deimv2.fused.vit import (
+    FusedAdaptedViT,
+    FusedVisionTransformer,
+    fuse_adapter,
+)
+from thawline.models.deimv2.fused.vit import FusedBlock as FusedViTBlock
+from thawline.models.deimv2.network import blocks, decoder, decoder_layer, hgnetv2, lite_encoder, sta, vit
 
-
-@dataclass(frozen=True)
-class Clamp:
-    """The activation that limits values to a range."""
-
-    low: float = -math.inf
-    high: float = math.inf
-
-
-FusedActivation = Literal["none", "relu", "silu", "gelu"] | Clamp
-
-# Name, parameters and algorithm of each activation, as oneDNN's fused convolution takes them.
-_ONEDNN: dict[str, tuple[str, str | None]] = {
-    "none": ("none", None),
-    "relu": ("relu", None),
-    "silu": ("swish", None),
-    "gelu": ("gelu", "none"),
+FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    blocks.ConvNorm: lambda unit: FusedConv.fold(unit.conv, unit.norm, unit.activation),
+    blocks.RepVGG: fuse_rep_vgg,
+    blocks.CSP: FusedCSP,
+    blocks.ELAN: FusedELAN,
+    blocks.SelfAttention: FusedSelfAttention,
+    lite_encoder.DownSample: fuse_down_sample,
+    hgnetv2.Unit: fuse_unit,
+    hgnetv2.Stem: FusedStem,
+    hgnetv2.Block: FusedBlock,
+    vit.PatchEmbed: lambda patches: FusedConv(
+        patches.proj.weight, patches.proj.bias, stride=patches.proj.stride[0]
+    ),
+    vit.Block: FusedViTBlock,
+    vit.VisionTransformer: FusedVisionTransformer,
+    sta.SpatialTuningAdapter: fuse_adapter,
+    sta.AdaptedViT: FusedAdaptedViT,
+    decoder_layer.DeformableAttention: FusedDeformableAttention,
+    decoder_layer.DecoderLayer: FusedDecoderLayer,
+    decoder.Decoder: FusedDecoder,
 }
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
+"""Class of a network's module → what makes its inference form."""
 
 
-class FusedConv(nn.Module):
-    """Convolution, bias and activation; maps come out channels-last.
-
-    Args:
-        weight: (O, I / groups, k, k).        bias: (O,).
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        *,
-        stride: int = 1,
-        padding: int = 0,
-        groups: int = 1,
-        activation: FusedActivation = "none",
-    ) -> None:
-        super().__init__()
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-        self.stride, self.padding, self.groups = stride, padding, groups
-        self.activation = activation
-        self._packed = TensorCache(size=4)
-
-    @classmethod
-    def fold(cls, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: FusedActivation = "none") -> FusedConv:
-        """A convolution and its norm in eval mode."""
-        weight, bias = fold_norm(conv.weight, norm)
-        return cls(
-            weight,
-            bias,
-            stride=conv.stride[0],
-            padding=int(conv.padding[0]),
-            groups=conv.groups,
-            activation=activation,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, I, H, W) to (B, O, H', W')."""
-        if not onednn_serves(x):
-            x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
-            if isinstance(self.activation, Clamp):
-                return x.clamp(self.activation.low, self.activation.high)
-            return _PLAIN[self.activation](x)
-        padding, stride = [self.padding] * 2, [self.stride] * 2
-        shape = tuple(x.shape)
-        packed = self._packed.get(
-            (shape, self.weight._version),
-            lambda: torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, padding, stride, [1, 1], self.groups, shape
-            ),
-        )
-        if isinstance(self.activation, Clamp):
-            name, limits, algorithm = "hardtanh", [self.activation.low, self.activation.high], None
-        else:
-            (name, algorithm), limits = _ONEDNN[self.activation], []
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, packed, self.bias, padding, stride, [1, 1], self.groups, name, limits, algorithm
-        )
-
-    def extra_repr(self) -> str:
-        """Shape and activation."""
-        out, into, kernel, _ = self.weight.shape
-        return f"{into * self.groups}, {out}, {kernel}×{kernel}, stride={self.stride}, {self.activation}"
-
-    def _apply(self, *args: Any, **kwargs: Any) -> FusedConv:
-        self._packed.clear()
-        return super()._apply(*args, **kwargs)
-
-
-def fold_norm(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the layer that equals a layer without bias and then a batch norm in eval mode.
-
-    Args:
-        weight: (O, ...), of a convolution or a linear layer.
-    """
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    shift = norm.bias.double() - norm.running_mean.double() * scale
-    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    return folded.to(weight.dtype), shift.to(weight.dtype)
-
-
-def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A frozen linear layer with these values, (O, I) and (O,)."""
-    linear = nn.Linear(*weight.T.shape, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
-    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
-
-
-def fuse_children(module: nn.Module) -> nn.Module:
-    """Put the leaner form of every part of `module` in its place, from the top down; returns `module`."""
+def fuse(module: nn.Module) -> nn.Module:
+    """Return the inference form of a module in eval mode; the module itself is used up."""
     for name, child in module.named_children():
-        fuse = getattr(child, "fuse", None)
-        setattr(module, name, fuse_children(child) if fuse is None else fuse())
-    return module
-
-
-_workspace = threading.local()
-
-
-def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Maps (B, C_i, H, W) side by side in their channels, to be read before the next call and not kept.
-
-    On a CPU they lie in one buffer of this thread, as large as its largest concatenation so far: memory fresh
-    from the system costs several times the copy.
-    """
-    first = parts[0]
-    if not onednn_serves(first):
-        return torch.cat(list(parts), dim=1)
-    batch, _, height, width = first.shape
-    channels = sum(part.shape[1] for part in parts)
-    size = batch * height * width * channels
-    buffer = getattr(_workspace, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):
-            buffer = _workspace.buffer = torch.empty(size)
-    out = buffer[:size].view(batch, height, width, channels)
-    torch.cat([part.permute(0, 2, 3, 1) for part in parts], dim=-1, out=out)
-    return out.permute(0, 3, 1, 2)
-
-
-def onednn_serves(x: Tensor) -> bool:
-    """Whether the fused call computes what the plain ones do: eager float32 on a CPU, without gradient."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-    )
+        setattr(module, name, fuse(child))
+    form = FORMS.get(type(module))
+    return module if form is None else form(module)

@@ -16,20 +16,22 @@ Legend: S stages, L layers, B images, Q queries, N matched pairs.
 
 from __future__ import annotations
 
-__all__ = ["Criterion", "CriterionConfig"]
+__all__ = ["Criterion"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
 from thawline.errors import ConfigError
-from thawline.models.deimv2.denoising import denoising_matches
+from thawline.models.deimv2.config import CriterionConfig, DEIMv2Config
+from thawline.models.deimv2.loss.denoising import denoising_matches
 from thawline.models.deimv2.loss.losses import CLASS_LOSSES, box_losses, ddf_balance, ddf_loss, fgl_loss
 from thawline.models.deimv2.loss.matcher import Matches, match_queries, matching_cost, union_of_matches
+from thawline.models.deimv2.loss.targets import PackedTargets, Target, pack_targets
 from thawline.models.deimv2.outputs import (
     DenoisingOutput,
     DetectionOutput,
@@ -37,46 +39,10 @@ from thawline.models.deimv2.outputs import (
     Predictions,
     TrainingOutput,
 )
-from thawline.models.deimv2.targets import PackedTargets, Target, pack_targets
 from thawline.ops.boxes import box_iou, cxcywh_to_xyxy
 from thawline.ops.distribution import box_to_distance, distance_to_bins, weighting_function
 
-if TYPE_CHECKING:
-    from thawline.models.deimv2.config import DEIMv2Config
-
 Count: TypeAlias = "float | Tensor"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriterionConfig:
-    """Loss terms, their weights, and when the matcher changes. Defaults are those of N to X."""
-
-    class_loss: Literal["mal", "vfl", "focal"] = "mal"
-    """Classification term; `mal` as published."""
-    gamma: float = 1.5
-    """Exponent of the classification term."""
-    local: bool = True
-    """Add fgl and ddf, the terms on the edges' distributions. Off for Atto, Femto and Pico."""
-    union_set: bool = True
-    """Box terms of all stages share the union of their matches. Off for Atto, Femto and Pico."""
-    matcher_change_epoch: int = 45
-    """From this epoch on, counted from 0, queries are matched by score and overlap alone."""
-    class_weight: float = 1.0
-    """Weight of the classification term."""
-    bbox_weight: float = 5.0
-    """Weight of the L1 distance of boxes."""
-    giou_weight: float = 2.0
-    """Weight of 1 - GIoU."""
-    fgl_weight: float = 0.15
-    """Weight of the fine-grained localisation term."""
-    ddf_weight: float = 1.5
-    """Weight of the distillation from the last layer."""
-
-    def __post_init__(self) -> None:
-        if self.class_loss not in CLASS_LOSSES:
-            raise ConfigError(f"`class_loss='{self.class_loss}'`: expected one of {', '.join(CLASS_LOSSES)}.")
-        if self.gamma < 0:
-            raise ConfigError(f"`gamma={self.gamma}`: expected 0 or more; published is 1.5.")
 
 
 class Criterion:

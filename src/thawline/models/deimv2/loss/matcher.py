@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from thawline.errors import MissingExtraError
-from thawline.models.deimv2.targets import PackedTargets
+from thawline.models.deimv2.loss.targets import PackedTargets
 from thawline.ops.boxes import cxcywh_to_xyxy, pairwise_giou, pairwise_iou
 
 if TYPE_CHECKING:

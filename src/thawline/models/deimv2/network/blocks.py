@@ -7,7 +7,7 @@ re-parameterised block RepVGG's (Ding et al., CVPR 2021).
 
 from __future__ import annotations
 
-__all__ = ["ELAN", "MLP", "ConvNorm", "RMSNorm", "SelfAttention", "SwiGLU"]
+__all__ = ["CSP", "ELAN", "MLP", "ConvNorm", "RMSNorm", "RepVGG", "SelfAttention", "SwiGLU"]
 
 from itertools import pairwise
 from typing import Literal
@@ -15,8 +15,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from thawline.models.deimv2.fused.forms import FusedConv, concatenate, fold_norm, fuse_children
 
 
 class ConvNorm(nn.Module):
@@ -45,13 +43,9 @@ class ConvNorm(nn.Module):
         x = self.norm(self.conv(x))
         return F.silu(x) if self.activation == "silu" else x
 
-    def fuse(self) -> FusedConv:
-        """One convolution."""
-        return FusedConv.fold(self.conv, self.norm, self.activation)
-
 
 class RepVGG(nn.Module):
-    """A 3×3 and a 1×1 convolution side by side, summed; one 3×3 convolution once fused."""
+    """A 3×3 and a 1×1 convolution side by side, summed."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -61,12 +55,6 @@ class RepVGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         return F.silu(self.conv1(x) + self.conv2(x))
-
-    def fuse(self) -> FusedConv:
-        """One convolution: the 1×1 kernel is the middle of a 3×3 one."""
-        weight, bias = fold_norm(self.conv1.conv.weight, self.conv1.norm)
-        weight_1, bias_1 = fold_norm(self.conv2.conv.weight, self.conv2.norm)
-        return FusedConv(weight + F.pad(weight_1, (1, 1, 1, 1)), bias + bias_1, padding=1, activation="silu")
 
 
 class CSP(nn.Module):
@@ -81,23 +69,6 @@ class CSP(nn.Module):
         """(B, I, H, W) to (B, C, H, W)."""
         straight, deep = self.conv1(x).chunk(2, dim=1)
         return straight + self.bottlenecks(deep)
-
-    def fuse(self) -> FusedCSP:
-        """With a convolution for each half."""
-        return FusedCSP(self)
-
-
-class FusedCSP(nn.Module):
-    """CSP with a convolution for each half: half of a channels-last map is not dense, and would be copied."""
-
-    def __init__(self, csp: CSP) -> None:
-        super().__init__()
-        self.straight, self.deep = _halves(csp.conv1)
-        self.bottlenecks = fuse_children(csp.bottlenecks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, I, H, W) to (B, C, H, W)."""
-        return self.bottlenecks(self.deep(x)).add_(self.straight(x))
 
 
 class ELAN(nn.Module):
@@ -124,39 +95,10 @@ class ELAN(nn.Module):
         first = self.cv2(halves.chunk(2, dim=1)[1])
         return self.cv4(torch.cat([halves, first, self.cv3(first)], dim=1))
 
-    def fuse(self) -> FusedELAN:
-        """With a convolution for each half."""
-        return FusedELAN(self)
-
-
-class FusedELAN(nn.Module):
-    """ELAN whose halves come from two convolutions."""
-
-    def __init__(self, elan: ELAN) -> None:
-        super().__init__()
-        self.straight, self.deep = _halves(elan.cv1)
-        self.first, self.second = fuse_children(elan.cv2), fuse_children(elan.cv3)
-        self.mix = elan.cv4.fuse()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W) to the same."""
-        deep = self.deep(x)
-        first = self.first(deep)
-        return self.mix(concatenate([self.straight(x), deep, first, self.second(first)]))
-
 
 def _chain(in_channels: int, width: int, n_blocks: int, trailing_conv: bool) -> nn.Sequential:
     tail = [ConvNorm(width, width, 3, activation="silu")] if trailing_conv else []
     return nn.Sequential(CSP(in_channels, width, n_blocks), *tail)
-
-
-def _halves(unit: ConvNorm) -> tuple[FusedConv, FusedConv]:
-    weight, bias = fold_norm(unit.conv.weight, unit.norm)
-    first, second = (
-        FusedConv(w, b, activation=unit.activation)
-        for w, b in zip(weight.chunk(2), bias.chunk(2), strict=True)
-    )
-    return first, second
 
 
 class MLP(nn.Module):

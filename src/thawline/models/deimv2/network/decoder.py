@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError
-from thawline.models.deimv2.denoising import DenoisingQueries
-from thawline.models.deimv2.fused.decoder import FusedDecoder
+from thawline.models.deimv2.loss.denoising import DenoisingQueries
 from thawline.models.deimv2.network.anchors import make_anchors
 from thawline.models.deimv2.network.blocks import MLP
 from thawline.models.deimv2.network.decoder_layer import (
@@ -223,10 +222,6 @@ class Decoder(nn.Module):
             if twin is not None:
                 state_dict.setdefault(f"{prefix}decoder.{name}", twin)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def fuse(self) -> FusedDecoder:
-        """Only what the answer needs."""
-        return FusedDecoder(self)
 
 
 class LayerStack(nn.Module):

@@ -8,7 +8,15 @@ Legend: B images, Q queries, D channels, H heads, P points of all levels, C clas
 
 from __future__ import annotations
 
-__all__ = ["FLOAT16_MAX", "OFFSET_SCALE", "POSITION_LIMIT", "DecoderLayer", "LocationQuality", "to_wide"]
+__all__ = [
+    "FLOAT16_MAX",
+    "OFFSET_SCALE",
+    "POSITION_LIMIT",
+    "DecoderLayer",
+    "DeformableAttention",
+    "LocationQuality",
+    "to_wide",
+]
 
 import math
 from collections.abc import Sequence

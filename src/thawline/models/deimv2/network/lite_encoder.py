@@ -5,7 +5,7 @@ Source: DEIMv2, arXiv 2509.20787, section 3.2.
 
 from __future__ import annotations
 
-__all__ = ["LiteEncoder", "LiteEncoderConfig"]
+__all__ = ["DownSample", "LiteEncoder", "LiteEncoderConfig"]
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thawline.models.deimv2.fused.forms import FusedConv
 from thawline.models.deimv2.network.blocks import ELAN, ConvNorm
 
 
@@ -76,8 +75,3 @@ class DownSample(nn.Sequential):
             nn.BatchNorm2d(dim),
             nn.SiLU(),
         )
-
-    def fuse(self) -> nn.Sequential:
-        """Means, then one convolution."""
-        means, conv, norm, _ = self
-        return nn.Sequential(means, FusedConv.fold(conv, norm, "silu"))

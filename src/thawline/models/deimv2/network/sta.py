@@ -8,7 +8,7 @@ Source: DEIMv2, arXiv 2509.20787, section 3.1.
 
 from __future__ import annotations
 
-__all__ = ["AdaptedViT", "AdaptedViTConfig", "SpatialTuningAdapter"]
+__all__ = ["AdaptedViT", "AdaptedViTConfig", "SpatialTuningAdapter", "resize_like"]
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError
-from thawline.models.deimv2.fused.forms import FusedConv, fold_norm, linear_of
 from thawline.models.deimv2.network.vit import VisionTransformer, ViTConfig
 
 
@@ -77,45 +76,9 @@ class AdaptedViT(nn.Module):
             maps = maps * 3
         details = self.sta(pixel_values)
         return [
-            norm(conv(torch.cat([_resize(semantic, detail), detail], dim=1)))
+            norm(conv(torch.cat([resize_like(semantic, detail), detail], dim=1)))
             for conv, norm, semantic, detail in zip(self.convs, self.norms, maps, details, strict=True)
         ]
-
-    def fuse(self) -> FusedAdaptedViT:
-        """With the mixing of each stride cut in two."""
-        return FusedAdaptedViT(self)
-
-
-class FusedAdaptedViT(nn.Module):
-    """The backbone at inference: mixing a concatenation is mixing its parts and adding.
-
-    The transformer's part is mixed before it is enlarged, and while its tokens still lie one after the other.
-    """
-
-    def __init__(self, backbone: AdaptedViT) -> None:
-        super().__init__()
-        self.vit, self.sta = backbone.vit.fuse(), backbone.sta.fuse()
-        dim = backbone.vit.config.dim
-        self.semantic, self.detail = nn.ModuleList(), nn.ModuleList()
-        for conv, norm in zip(backbone.convs, backbone.norms, strict=True):
-            weight, bias = fold_norm(conv.weight, norm)
-            self.semantic.append(linear_of(weight[:, :dim, 0, 0]))
-            self.detail.append(FusedConv(weight[:, dim:], bias))
-
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), normalised, to maps (B, C, H / s, W / s)."""
-        maps = self.vit(pixel_values)
-        if len(maps) == 1:
-            maps = maps * 3
-        fused = []
-        for linear, conv, semantic, detail in zip(
-            self.semantic, self.detail, maps, self.sta(pixel_values), strict=True
-        ):
-            if semantic.shape[-1] > detail.shape[-1]:
-                semantic = _resize(semantic, detail)
-            mixed = linear(semantic.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            fused.append(_resize(mixed, detail) + conv(detail))
-        return fused
 
 
 class SpatialTuningAdapter(nn.Module):
@@ -137,27 +100,6 @@ class SpatialTuningAdapter(nn.Module):
         middle = self.conv3(fine)
         return [fine, middle, self.conv4(middle)]
 
-    def fuse(self) -> FusedAdapter:
-        """With norms and the first activation inside the convolutions."""
-        return FusedAdapter(self)
-
-
-class FusedAdapter(nn.Module):
-    """The adapter at inference."""
-
-    def __init__(self, adapter: SpatialTuningAdapter) -> None:
-        super().__init__()
-        self.stem = FusedConv.fold(adapter.stem[0], adapter.stem[1], "gelu")
-        self.conv2 = FusedConv.fold(adapter.conv2[0], adapter.conv2[1])
-        self.conv3 = FusedConv.fold(adapter.conv3[1], adapter.conv3[2])
-        self.conv4 = FusedConv.fold(adapter.conv4[1], adapter.conv4[2])
-
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) to maps at strides 8, 16, 32."""
-        fine = self.conv2(F.max_pool2d(self.stem(pixel_values), 3, stride=2, padding=1))
-        middle = self.conv3(F.gelu(fine))
-        return [fine, middle, self.conv4(F.gelu(middle))]
-
 
 def _halve(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Module]:
     return (
@@ -166,7 +108,8 @@ def _halve(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Module]:
     )
 
 
-def _resize(semantic: Tensor, detail: Tensor) -> Tensor:
+def resize_like(semantic: Tensor, detail: Tensor) -> Tensor:
+    """Resize a map to the size of another, bilinearly."""
     size = detail.shape[-2:]
     if semantic.shape[-2:] == size:
         return semantic

@@ -10,7 +10,17 @@ in every block.
 
 from __future__ import annotations
 
-__all__ = ["RotaryEmbedding", "ViTConfig", "VisionTransformer", "rotate", "rotate_pairs"]
+__all__ = [
+    "Attention",
+    "Block",
+    "LayerScale",
+    "MaskedBiasLinear",
+    "PatchEmbed",
+    "RotaryEmbedding",
+    "SwiGLU",
+    "ViTConfig",
+    "VisionTransformer",
+]
 
 import math
 from dataclasses import dataclass
@@ -21,11 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError
-from thawline.models.deimv2.fused.forms import FusedConv, linear_of
 from thawline.ops.cache import TensorCache
-
-Table = tuple[Tensor, Tensor]
-"""Cosines and sines, (T, head_dim) each."""
+from thawline.ops.rotary import Table, rotated_heads
 
 ROPE_BASE = 100.0
 
@@ -99,7 +106,7 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W), normalised, to maps (B, C, H / 16, W / 16), one per entry of `out_blocks`."""
         patches = self.patch_embed(pixel_values)
         size = (patches.shape[-2], patches.shape[-1])
-        prefix = self._prefix().expand(patches.shape[0], -1, -1)
+        prefix = self.prefix().expand(patches.shape[0], -1, -1)
         n_prefix = prefix.shape[1]
         x = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
@@ -114,7 +121,8 @@ class VisionTransformer(nn.Module):
                 break
         return maps
 
-    def _prefix(self) -> Tensor:
+    def prefix(self) -> Tensor:
+        """Class and storage tokens, (1, n, C)."""
         tokens = [self.cls_token]
         if self.config.family == "dinov3":
             # Zero, but it gives the mask token a gradient, which data-parallel training waits for.
@@ -133,37 +141,6 @@ class VisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def fuse(self) -> FusedVisionTransformer:
-        """With leaner blocks, and without what only training reads."""
-        return FusedVisionTransformer(self)
-
-
-class FusedVisionTransformer(nn.Module):
-    """The transformer at inference."""
-
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.out_blocks = vit.config.out_blocks
-        self.prefix = nn.Parameter(vit._prefix().detach(), requires_grad=False)
-        self.patch_embed, self.rope_embed = vit.patch_embed.fuse(), vit.rope_embed
-        self.blocks = nn.ModuleList(block.fuse() for block in vit.blocks[: max(self.out_blocks) + 1])
-        self.norm = vit.norm if vit.config.final_norm else nn.Identity()
-
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), normalised, to channels-last maps (B, C, H / 16, W / 16)."""
-        patches = self.patch_embed(pixel_values)
-        size = (patches.shape[-2], patches.shape[-1])
-        n_prefix = self.prefix.shape[1]
-        tokens = patches.flatten(2).transpose(1, 2)
-        x = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], dim=1)
-        turns = self.rope_embed.turns(size, x.dtype, n_prefix)
-        maps = []
-        for index, block in enumerate(self.blocks):
-            x = block(x, turns)
-            if index in self.out_blocks:
-                maps.append(self.norm(x[:, n_prefix:]).transpose(1, 2).unflatten(-1, size))
-        return maps
-
 
 class PatchEmbed(nn.Module):
     """Image to a map of patches, by one convolution."""
@@ -175,10 +152,6 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, H / patch, W / patch)."""
         return self.proj(x)
-
-    def fuse(self) -> FusedConv:
-        """The same convolution."""
-        return FusedConv(self.proj.weight, self.proj.bias, stride=self.proj.stride[0])
 
 
 class Block(nn.Module):
@@ -199,33 +172,6 @@ class Block(nn.Module):
         x = x + self.ls1(self.attn(self.norm1(x), table))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
-    def fuse(self) -> FusedBlock:
-        """With its scales inside its linears."""
-        return FusedBlock(self)
-
-
-class FusedBlock(nn.Module):
-    """A block at inference. Writes over its own intermediate values: fresh memory is dear on a CPU."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = block.norm1, block.norm2
-        self.num_heads = block.attn.num_heads
-        self.qkv = _pair_adjacent(block.attn.qkv, self.num_heads)
-        self.proj = _scale_rows(block.attn.proj, block.ls1)
-        self.mlp = block.mlp
-        name = "w3" if isinstance(self.mlp, SwiGLU) else "fc2"
-        setattr(self.mlp, name, _scale_rows(getattr(self.mlp, name), block.ls2))
-
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        """(B, T, C) to the same; x is kept."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
-        query, key = rotate_pairs(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4).unbind(0)
-        value = qkv[:, :, 2].transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x.add_(self.mlp(self.norm2(x)))
-
 
 class Attention(nn.Module):
     """Multi-head attention whose queries and keys are rotated by their place."""
@@ -238,7 +184,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Table) -> Tensor:
         """(B, T, C) to the same."""
-        query, key, value = _rotated_heads(self.qkv(x), table, self.num_heads)
+        query, key, value = rotated_heads(self.qkv(x), table, self.num_heads)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -340,22 +286,14 @@ class RotaryEmbedding(nn.Module):
         key = (*size, dtype, n_prefix, self.periods.dtype, self.periods.device)
         return self._tables.get(key, lambda: self._table(size, dtype, n_prefix))
 
-    def turns(self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int) -> Tensor:
-        """Cosine and sine of each pair, (T, 1, 1, head_dim / 2, 2), for `rotate_pairs`."""
-        key = ("pairs", *size, dtype, n_prefix, self.periods.dtype, self.periods.device)
-        return self._tables.get(key, lambda: self._turns(size, dtype, n_prefix))
-
     def _table(
         self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int, stretch: Tensor | None = None
     ) -> Table:
-        angles = self._angles(size, n_prefix, stretch).tile(2)
+        angles = self.angles(size, n_prefix, stretch).tile(2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def _turns(self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int) -> Tensor:
-        angles = self._angles(size, n_prefix)
-        return torch.stack([angles.cos(), angles.sin()], dim=-1)[:, None, None].to(dtype)
-
-    def _angles(self, size: tuple[int, int], n_prefix: int, stretch: Tensor | None = None) -> Tensor:
+    def angles(self, size: tuple[int, int], n_prefix: int, stretch: Tensor | None = None) -> Tensor:
+        """Angle of each pair of channels, (T, head_dim / 2)."""
         # Coordinates in float32 also in a float64 model, as the authors' are; the periods widen the angles.
         rows, columns = (
             (torch.arange(n, device=self.periods.device, dtype=torch.float32) + 0.5) / n * 2 - 1 for n in size
@@ -370,104 +308,6 @@ class RotaryEmbedding(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._tables.clear()
-
-
-def rotate(x: Tensor, table: Table) -> Tensor:
-    """Turn each pair (x[j], x[j + D/2]) by its angle.
-
-    Args:
-        x: (..., T, D).        table: cosines and sines, (T, D) each, the second half equal to the first.
-    """
-    cos, sin = table
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
-
-
-def _rotated_heads(qkv: Tensor, table: Table, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys rotated, and values: (B, T, 3·C) to three of (B, H, T, D)."""
-    is_wide = qkv.dtype in (torch.float32, torch.float64)
-    if is_wide and qkv.requires_grad and not torch.compiler.is_compiling():
-        return _RotateHeads.apply(qkv, *table, num_heads)
-    query, key, value = _heads(qkv, num_heads).unbind(0)
-    return rotate(query, table), rotate(key, table), value
-
-
-class _RotateHeads(torch.autograd.Function):
-    """Split and rotate with each value written once, forward and backward, and dense outputs.
-
-    Attention reads dense heads a tenth faster. Keeps nothing for backward but the table.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        query, key, value = _heads(qkv, num_heads).unbind(0)
-        return (
-            _turned(query, cos, sin, out=qkv.new_empty(query.shape)),
-            _turned(key, cos, sin, out=qkv.new_empty(query.shape)),
-            value.contiguous(),
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        batch, heads, tokens, dim = grads[0].shape
-        whole = grads[0].new_empty(batch, tokens, 3 * heads * dim)
-        query, key, value = _heads(whole, heads).unbind(0)
-        _turned(grads[0], cos, -sin, out=query)
-        _turned(grads[1], cos, -sin, out=key)
-        value.copy_(grads[2])
-        return whole, None, None, None
-
-
-def _heads(qkv: Tensor, num_heads: int) -> Tensor:
-    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> Tensor:
-    """`rotate` into `out`."""
-    half = x.shape[-1] // 2
-    (a, b), (out_a, out_b), cos, sin = x.chunk(2, -1), out.chunk(2, -1), cos[:, :half], sin[:, :half]
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    return out
-
-
-def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn each pair (x[2j], x[2j + 1]) by its angle; x may be overwritten.
-
-    Args:
-        x: (B, T, ..., D).        turns: cosines and sines, (T, ..., D / 2, 2).
-    """
-    pairs = x.unflatten(-1, (-1, 2))
-    if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
-        # One pass in place instead of five with copies; compilers want the plain form.
-        torch.view_as_complex(pairs).mul_(torch.view_as_complex(turns))
-        return x
-    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-
-
-def _pair_adjacent(qkv: nn.Linear, num_heads: int) -> nn.Linear:
-    """The projection with the two halves of each query's and key's pairs side by side, and its masked bias.
-
-    Products of queries and keys do not notice, since both change alike.
-    """
-    head_dim = qkv.out_features // 3 // num_heads
-    order = torch.arange(qkv.out_features).view(3, num_heads, 2, head_dim // 2)
-    order[:2] = order[:2].transpose(-1, -2).reshape(2, num_heads, 2, -1)
-    order = order.flatten()
-    bias = qkv.bias * qkv.bias_mask if isinstance(qkv, MaskedBiasLinear) else qkv.bias
-    return linear_of(qkv.weight[order], bias[order])
-
-
-def _scale_rows(linear: nn.Linear, scale: nn.Module) -> nn.Linear:
-    """A linear with the layer scale that follows it inside."""
-    if not isinstance(scale, LayerScale):
-        return linear
-    return linear_of(linear.weight * scale.gamma[:, None], linear.bias * scale.gamma)
 
 
 def _layer_scale(config: ViTConfig) -> nn.Module:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from thawline.models.deimv2.loss.matcher import Matches
-from thawline.models.deimv2.targets import PackedTargets
+from thawline.models.deimv2.loss.targets import PackedTargets
 from thawline.ops.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 
 
