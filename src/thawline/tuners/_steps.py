@@ -1,6 +1,6 @@
-"""When optimisers step: the one place where tuners hear of it.
+"""Optimiser steps of this process, as far as tuners have to know of them.
 
-Fused optimisers, transformers' default, move a parameter without a sign on its version counter, and some
+Fused optimisers, transformers' default, change a parameter without raising its version counter, and some
 optimisers write `.data` or a copy. PyTorch calls one global hook after the step of every
 `torch.optim.Optimizer`, through accelerate and GradScaler too; a step that GradScaler skips does not call it.
 """
@@ -9,38 +9,29 @@ from __future__ import annotations
 
 __all__ = ["n_steps", "watch", "watched"]
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-
-
-class Watched(Protocol):
-    """What a layer must answer to be told of optimiser steps."""
-
-    def after_step(self, moved: set[int]) -> None:
-        """An optimiser stepped that holds the parameters with the ids in `moved`."""
-
 
 _watched: WeakSet[Any] = WeakSet()
 _steps = 0
 
 
 def n_steps() -> int:
-    """Steps taken so far by all optimisers of this process: what was kept before one may be stale."""
+    """Return the number of optimiser steps in this process. What was cached before one may be stale."""
     return _steps
 
 
-def watch(layer: Watched) -> None:
-    """Tell `layer` of optimiser steps for as long as it lives."""
+def watch(layer: Any) -> None:
+    """Call `layer.after_step(ids of the optimiser's parameters)` after every step, while the layer lives."""
     _watched.add(layer)
 
 
-def watched() -> Iterator[Any]:
-    """Every layer that is told, in no order."""
-    return iter(list(_watched))
+def watched() -> list[Any]:
+    """Return the layers that are called after optimiser steps, in no particular order."""
+    return list(_watched)
 
 
 @torch.compiler.disable

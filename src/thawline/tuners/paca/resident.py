@@ -12,35 +12,31 @@ from __future__ import annotations
 
 __all__ = ["Change", "Resident", "is_sharded"]
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from thawline.errors import CheckpointError, ConfigError
+from thawline.errors import ConfigError
 from thawline.ops.partial_linear import write_columns
 
 
-class Change:
-    """One adapter's part in a weight, weight[:, index] += scale · delta, and its mark once written."""
+class Change(NamedTuple):
+    """One adapter's part in a weight: weight[:, index] += scale · delta."""
 
-    __slots__ = ("_mark", "delta", "index", "scale")
+    delta: Tensor
+    index: Tensor
+    scale: float
 
-    def __init__(self, delta: Tensor, index: Tensor, scale: float) -> None:
-        self.delta, self.index, self.scale = delta, index, scale
-        self._mark = _mark(delta)
+    def mark(self) -> tuple[float, ...]:
+        """Numbers that differ once the change does, found without reading the tensors.
 
-    def is_unmoved(self, delta: Tensor, index: Tensor, scale: float) -> bool:
-        """Whether these are the tensors that were written, as far as can be seen without reading them.
-
-        Fused optimisers and writes to `.data` do not show in a version counter; other marks must tell of
-        those.
+        They miss steps of fused optimisers and writes to `.data`, which leave no trace on a tensor.
         """
-        return (
-            delta is self.delta and index is self.index and scale == self.scale and _mark(delta) == self._mark
-        )
+        delta = self.delta
+        return id(delta), delta.data_ptr(), delta._version, id(self.index), self.scale
 
 
 class Resident:
@@ -53,34 +49,39 @@ class Resident:
 
     def __init__(self, name: str, view: Callable[[Tensor], Tensor]) -> None:
         self.name = name
-        self.changes: tuple[Change, ...] = ()
+        self._changes: list[Change] = []
+        self._marks: list[tuple[float, ...]] = []
         self._view = view
         self._weight: Any = None  # the weight as written last, and where
         self._place = 0
         self._index: Tensor | None = None
         self._original: Tensor | None = None
-        self._checked: tuple[Any, int] = (None, 0)
 
     def is_in(self, weight: Tensor) -> bool:
         """Whether `weight` is the tensor, at the place, that was written last."""
         return weight is self._weight and weight.data_ptr() == self._place
+
+    def holds(self, weight: Tensor, changes: list[Change]) -> bool:
+        """Whether `weight` holds these changes, as far as can be told without reading it."""
+        marks = [change.mark() for change in changes]
+        return marks == self._marks and (not marks or self.is_in(weight))
 
     def is_elsewhere(self, weight: Tensor) -> bool:
         """Whether columns are in another tensor than `weight`."""
         return self._original is not None and not self.is_in(weight)
 
     @torch.no_grad()
-    def install(self, weight: Tensor, changes: Sequence[Change]) -> None:
+    def install(self, weight: Tensor, changes: list[Change]) -> None:
         """Make the weight W₀ + Σ changes, whatever is inside now.
 
         Raises: ConfigError: if the weight was replaced from outside while columns were inside it.
         """
         self._follow(weight)
-        if [id(change.index) for change in changes] != [id(change.index) for change in self.changes]:
+        if [id(change.index) for change in changes] != [id(change.index) for change in self._changes]:
             self.evict(weight)
             if changes:
                 self._remember(weight, changes)
-        self.changes = tuple(changes)
+        self._changes, self._marks = changes, [change.mark() for change in changes]
         if self._original is not None and self._index is not None:
             write_columns(self._columns_of(weight), self._index, self._changed())
 
@@ -94,7 +95,8 @@ class Resident:
 
     def forget(self) -> None:
         """Let go of the original values: what is in the weight now stays."""
-        self.changes, self._index, self._original, self._weight = (), None, None, None
+        self._changes, self._marks = [], []
+        self._index = self._original = self._weight = None
 
     @torch.no_grad()
     def original(self, weight: Tensor) -> Tensor:
@@ -109,10 +111,8 @@ class Resident:
         """Whether the columns that are inside are free of NaN and infinity."""
         return self._original is None or bool(torch.isfinite(self._changed()).all())
 
-    def _remember(self, weight: Tensor, changes: Sequence[Change]) -> None:
+    def _remember(self, weight: Tensor, changes: list[Change]) -> None:
         columns = self._columns_of(weight)
-        for change in changes:
-            self._check_index(change.index, columns.shape[1])
         # Never the adapter's own index: another one can be loaded into that tensor.
         self._index = torch.cat([change.index for change in changes]).to(columns.device)
         if len(changes) > 1:
@@ -120,33 +120,17 @@ class Resident:
         self._original = columns.index_select(1, self._index)
         self._weight, self._place = weight, weight.data_ptr()
 
-    def _check_index(self, index: Tensor, n: int) -> None:
-        """Raises: CheckpointError: for columns that only a damaged or foreign file can name."""
-        if self._checked[0] is index and self._checked[1] == index._version:
-            return  # reading the values makes a GPU wait
-        found = sorted(index.tolist())
-        if found[0] < 0 or found[-1] >= n:
-            raise CheckpointError(
-                f"The adapter names column {found[-1]} of '{self.name}', which has {n} input features: it "
-                "was made for another base model."
-            )
-        if len(set(found)) < len(found):
-            raise CheckpointError(
-                f"The adapter's column indices of '{self.name}' repeat: the file is damaged."
-            )
-        self._checked = (index, index._version)
-
     def _changed(self) -> Tensor:
         """W₀ + Σ scale · delta at the columns, summed in fp32 or wider and rounded once."""
         assert self._original is not None
         assert self._index is not None
-        if len(self.changes) == 1:
-            change = self.changes[0]
+        if len(self._changes) == 1:
+            change = self._changes[0]
             return torch.add(self._original, _local(change.delta), alpha=change.scale).to(
                 self._original.dtype
             )
         total = self._original.to(torch.promote_types(self._original.dtype, torch.float32), copy=True)
-        for change in self.changes:
+        for change in self._changes:
             position = torch.searchsorted(self._index, change.index)
             total.index_add_(1, position, _local(change.delta).to(total.dtype), alpha=change.scale)
         return total.to(self._original.dtype)
@@ -165,7 +149,7 @@ class Resident:
             self._index = self._index.to(weight.device)
             columns = self._columns_of(weight).index_select(1, self._index)
             if torch.equal(columns, self._original):
-                self.changes = ()
+                self._changes, self._marks = [], []
             elif not torch.equal(columns, self._changed()):
                 raise ConfigError(
                     f"The weight of '{self.name}' was replaced while adapted columns were inside it, so its "
