@@ -1,1 +1,1 @@
-"""Floor 1: from files to examples and batches."""
+"""Datasets: from files to examples and batches."""

@@ -1,1 +1,1 @@
-"""Floor 1: from predictions and references to numbers."""
+"""Metrics: from predictions and references to numbers."""

@@ -1,30 +1,43 @@
-"""How good detections are: COCO's twelve numbers, each class and size, curves, confusions, worst images.
+"""Detection metrics: COCO's twelve numbers, per class and size, curves, confusions, worst images.
 
     evaluator = DetectionEvaluator(dataset.records, class_names)
     evaluator.update(indices, detections)        # each batch, each process its own
-    metrics = evaluator.compute()                # gathers over processes; every process gets the same answer
+    metrics = evaluator.compute()                # gathers over processes; every process gets the same result
     metrics.statistics["AP"]
 
-AP is computed by faster-coco-eval, whose numbers equal COCO's own tools'. What AP does not tell, the score
-to cut at and what then goes wrong, comes from `thawline.metrics.mistakes`.
+AP is computed by faster-coco-eval, whose numbers equal those of COCO's own tools. The score threshold of the
+best F1, and the errors made there, come from `mistakes.py`.
 """
 
 from __future__ import annotations
 
-__all__ = ["STATISTICS", "AnnotatedImage", "ClassMetrics", "DetectionEvaluator", "DetectionMetrics"]
+__all__ = [
+    "RECALLS",
+    "STATISTICS",
+    "AnnotatedImage",
+    "ClassMetrics",
+    "DetectionEvaluator",
+    "DetectionMetrics",
+    "Detections",
+]
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from thawline.errors import DataError, MissingExtraError
-from thawline.metrics.mistakes import ImageMistakes, Matched, match_image, operating_point, tell_mistakes
+from thawline.errors import DataError, requires_extra
+from thawline.metrics.mistakes import (
+    ImageMistakes,
+    OperatingPoint,
+    count_mistakes,
+    match_image,
+    operating_point,
+)
 
 STATISTICS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -33,16 +46,16 @@ STATISTICS = (
 """COCO's twelve numbers in its tools' order. ARn: with at most n detections per image and class."""
 
 RECALLS = tuple(round(0.01 * i, 2) for i in range(101))
-"""The recalls at which COCO takes precision."""
+"""Recalls at which COCO samples precision."""
 
 ALL, SMALL, MEDIUM, LARGE = range(4)
-"""Places of the area ranges in COCO's arrays: all, below 32², to 96², above."""
+"""Indices of the area ranges in COCO's arrays: all, below 32², to 96², above."""
 AT_MOST_100 = 2
 IOU_50, IOU_75 = 0, 5
 
 
 class AnnotatedImage(Protocol):
-    """What an evaluation needs of an image; `thawline.data.detection.records.ImageRecord` has it."""
+    """Annotations of an image, such as `thawline.data.detection.records.ImageRecord`."""
 
     @property
     def boxes_xyxy(self) -> np.ndarray:
@@ -54,7 +67,7 @@ class AnnotatedImage(Protocol):
 
     @property
     def iscrowd(self) -> np.ndarray:
-        """(N,), bool: matched by any number of detections, and never missed."""
+        """(N,), bool: may match any number of detections, and is never missed."""
 
     @property
     def area(self) -> np.ndarray:
@@ -63,7 +76,7 @@ class AnnotatedImage(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMetrics:
-    """One class. NaN where the class has no boxes (of that size)."""
+    """Metrics of one class. NaN if the class has no boxes (of that size)."""
 
     name: str
     n_boxes: int
@@ -76,24 +89,24 @@ class ClassMetrics:
     AP_large: float
     AR100: float
     precision: float
-    """At `DetectionMetrics.threshold` and IoU 0.5, as are recall and f1."""
+    """At `DetectionMetrics.threshold` and IoU 0.5. The same for recall and f1."""
     recall: float
     f1: float
     precision_at_recall: tuple[float, ...]
-    """At IoU 0.5 and the recalls 0, 0.01 … 1, as COCO interpolates it."""
+    """At IoU 0.5 and the recalls 0, 0.01 … 1, interpolated as in COCO."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionMetrics:
-    """The result of an evaluation, in plain numbers."""
+    """Result of an evaluation, in plain numbers."""
 
     statistics: dict[str, float]
-    """`STATISTICS`. NaN where there is nothing to measure (no small box, say); COCO's tools write -1."""
+    """`STATISTICS`. NaN if there is nothing to measure (no small box, say), where COCO's tools write -1."""
     classes: tuple[ClassMetrics, ...]
     threshold: float
-    """The score at which F1 over all boxes is best (IoU 0.5): a first choice where detections must be cut."""
+    """Score at which F1 over all boxes is best (IoU 0.5): a first choice of a threshold for detections."""
     precision: float
-    """At `threshold`, over all classes' boxes together, as are recall and f1."""
+    """At `threshold`, over the boxes of all classes. The same for recall and f1."""
     recall: float
     f1: float
     confusion: tuple[tuple[int, ...], ...]
@@ -104,29 +117,23 @@ class DetectionMetrics:
     n_boxes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values for JSON, which has no NaN: null stands for it."""
-        return _without_nan(dataclasses.asdict(self))
+        """Return nested plain values for JSON, with None for NaN, which JSON lacks."""
+        return _map_leaves(
+            asdict(self), lambda value: None if isinstance(value, float) and math.isnan(value) else value
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DetectionMetrics:
-        """What `to_dict` gave."""
-        return cls(
-            statistics={key: _number(value) for key, value in values["statistics"].items()},
-            classes=tuple(ClassMetrics(**_with_nan(entry)) for entry in values["classes"]),
-            confusion=tuple(map(tuple, values["confusion"])),
-            images=tuple(ImageMistakes(**_with_nan(entry)) for entry in values["images"]),
-            threshold=values["threshold"],
-            precision=_number(values["precision"]),
-            recall=_number(values["recall"]),
-            f1=_number(values["f1"]),
-            n_images=values["n_images"],
-            n_boxes=values["n_boxes"],
-        )
+        """Restore metrics from `to_dict`."""
+        values = _map_leaves(dict(values), lambda value: math.nan if value is None else value)
+        classes = tuple(ClassMetrics(**entry) for entry in values["classes"])
+        images = tuple(ImageMistakes(**entry) for entry in values["images"])
+        return cls(**{**values, "classes": classes, "images": images})
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was detected in one image, best score first."""
+    """Detections of one image, by descending score."""
 
     boxes_xyxy: np.ndarray
     """(K, 4), pixels."""
@@ -137,11 +144,11 @@ class Detections:
 
 
 class DetectionEvaluator:
-    """Collects detections image by image and measures them against the annotations.
+    """Collect detections image by image and evaluate them against the annotations.
 
     Args:
-        images: the annotations of the evaluated images, all of them in every process, in the data set's
-        order. class_names: the name of label 0, 1, ….
+        images: annotations of all evaluated images, in the dataset's order; the same in every process.
+        class_names: name of label 0, 1, ….
     Raises: DataError: if a label has no name. MissingExtraError: without faster-coco-eval.
     """
 
@@ -157,71 +164,82 @@ class DetectionEvaluator:
     def update(self, indices: Iterable[int] | torch.Tensor, detections: Iterable[Mapping[str, Any]]) -> None:
         """Add the detections of some images.
 
-        An image that comes twice counts once: samplers pad the last batch with images from the start.
+        An image given twice counts once: samplers pad the last batch with images from the start.
 
         Args:
-            indices: places of the images in `images`. detections: per image `boxes` (K, 4) xyxy in pixels,
-            `scores` (K,), `labels` (K,); tensors or arrays.
+            indices: indices of the images in `images`.
+            detections: per image `boxes` (K, 4) xyxy in pixels, `scores` (K,), `labels` (K,); tensors or
+                arrays.
         Raises: DataError: for an index or label out of range, or scores that are not finite.
         """
         for index, detected in zip(indices, detections, strict=True):
-            self._detections.setdefault(self._index(index), self._checked(detected))
+            self._detections.setdefault(self._check_index(index), self._convert(detected))
 
     def reset(self) -> None:
         """Forget all detections."""
         self._detections.clear()
 
     def compute(self) -> DetectionMetrics:
-        """Measure. Where a process group is up, all its processes must call this; all get the same answer.
+        """Evaluate. In a process group all processes must call this; all get the same result.
 
         Raises: DataError: if an image was never evaluated: its boxes would silently count as missed.
         """
-        self._detections = detections = self._gathered()
-        if missing := [i for i in range(len(self.images)) if i not in detections]:
+        self._detections = self._gather()
+        if missing := [i for i in range(len(self.images)) if i not in self._detections]:
             raise DataError(
                 f"{len(missing)} of {len(self.images)} images were not evaluated (first: {missing[0]}). "
-                "Give `update` every image, also those without detections."
+                "Pass every image to `update`, even those without detections."
             )
-        results = [detections[i] for i in range(len(self.images))]
-        arrays = _accumulate(self.images, results, len(self.class_names))
+        n_classes = len(self.class_names)
+        results = [self._detections[i] for i in range(len(self.images))]
         matched = [
             match_image(
                 image.boxes_xyxy, image.labels, image.iscrowd, found.boxes_xyxy, found.scores, found.labels
             )
             for image, found in zip(self.images, results, strict=True)
         ]
-        return self._summary(arrays, matched)
+        point = operating_point(matched, n_classes)
+        confusion, images = count_mistakes(matched, point.threshold, n_classes)
+        statistics, precision, recall = _evaluate_coco(self.images, results, n_classes)
+        return DetectionMetrics(
+            statistics=dict(zip(STATISTICS, statistics, strict=True)),
+            classes=tuple(
+                _class_metrics(k, name, precision[:, :, k], recall[:, k], point)
+                for k, name in enumerate(self.class_names)
+            ),
+            threshold=point.threshold,
+            precision=float(point.precisions[-1]),
+            recall=float(point.recalls[-1]),
+            f1=float(point.f1s[-1]),
+            confusion=tuple(map(tuple, confusion.tolist())),
+            images=images,
+            n_images=len(self.images),
+            n_boxes=int(point.n_boxes[-1]),
+        )
 
     def detections(self, index: int) -> Detections:
-        """What was detected in an image; after `compute`, whichever process did it."""
-        return self._detections[self._index(index)]
+        """Return the detections of an image; after `compute`, those of any process."""
+        return self._detections[self._check_index(index)]
 
     def to_coco_results(
         self, image_ids: Sequence[int | str], class_ids: Sequence[int | str]
     ) -> list[dict[str, Any]]:
-        """Detections in COCO's result format, with the files' own ids; after `compute`, of all processes."""
+        """Return detections as COCO results, with the files' ids; after `compute`, those of all processes."""
         return [
-            {
-                "image_id": image_ids[index],
-                "category_id": class_ids[label],
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": score,
-            }
+            {"image_id": image_ids[index], "category_id": class_ids[label], "bbox": bbox, "score": score}
             for index, found in sorted(self._detections.items())
-            for (x1, y1, x2, y2), score, label in zip(
-                found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
-            )
+            for label, bbox, score in _coco_rows(found, found.scores)
         ]
 
-    def _index(self, index: int | torch.Tensor) -> int:
+    def _check_index(self, index: int | torch.Tensor) -> int:
         index = int(index)
         if not 0 <= index < len(self.images):
             raise DataError(f"Image index must be in 0–{len(self.images) - 1}, got {index}.")
         return index
 
-    def _checked(self, detected: Mapping[str, Any]) -> Detections:
-        boxes = _array(detected["boxes"]).reshape(-1, 4)
-        scores, labels = _array(detected["scores"]), _array(detected["labels"]).astype(np.int64)
+    def _convert(self, detected: Mapping[str, Any]) -> Detections:
+        boxes = _to_numpy(detected["boxes"]).reshape(-1, 4)
+        scores, labels = _to_numpy(detected["scores"]), _to_numpy(detected["labels"]).astype(np.int64)
         if not len(boxes) == len(scores) == len(labels):
             raise DataError(
                 f"Detections of an image must match: {len(boxes)} boxes, {len(scores)} scores, "
@@ -229,7 +247,7 @@ class DetectionEvaluator:
             )
         if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
             raise DataError(
-                "Detections hold NaN or infinity: the model has diverged. Lower the learning rate."
+                "Detections contain NaN or infinity: the model has diverged. Lower the learning rate."
             )
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
             raise DataError(
@@ -239,146 +257,106 @@ class DetectionEvaluator:
         order = np.argsort(-scores, kind="stable")
         return Detections(boxes[order], scores[order], labels[order])
 
-    def _gathered(self) -> dict[int, Detections]:
+    def _gather(self) -> dict[int, Detections]:
         if not (dist.is_available() and dist.is_initialized()):
             return self._detections
         parts: list[dict[int, Detections]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, self._detections)
         merged: dict[int, Detections] = {}
-        for part in reversed(parts):  # the lowest rank's answer stands, so that all processes agree
+        for part in reversed(parts):  # the lowest rank's detections count, so that all processes agree
             merged |= part
         return merged
 
-    def _summary(self, arrays: _CocoArrays, matched: list[Matched]) -> DetectionMetrics:
-        n_classes = len(self.class_names)
-        point = operating_point(matched, n_classes)
-        confusion, images = tell_mistakes(matched, point.threshold, n_classes)
-        return DetectionMetrics(
-            statistics=dict(zip(STATISTICS, arrays.statistics, strict=True)),
-            classes=tuple(
-                ClassMetrics(
-                    name=name,
-                    n_boxes=int(point.n_boxes[k]),
-                    AP=arrays.average_precision(k),
-                    AP50=arrays.average_precision(k, iou=IOU_50),
-                    AP75=arrays.average_precision(k, iou=IOU_75),
-                    AP_small=arrays.average_precision(k, SMALL),
-                    AP_medium=arrays.average_precision(k, MEDIUM),
-                    AP_large=arrays.average_precision(k, LARGE),
-                    AR100=_mean(arrays.recall[:, k, ALL, AT_MOST_100]),
-                    precision=float(point.precisions[k]),
-                    recall=float(point.recalls[k]),
-                    f1=float(point.f1s[k]),
-                    precision_at_recall=tuple(
-                        math.nan if value < 0 else float(value)
-                        for value in arrays.precision[IOU_50, :, k, ALL, AT_MOST_100]
-                    ),
-                )
-                for k, name in enumerate(self.class_names)
-            ),
-            threshold=point.threshold,
-            precision=point.precision,
-            recall=point.recall,
-            f1=point.f1,
-            confusion=tuple(tuple(row) for row in confusion.tolist()),
-            images=images,
-            n_images=len(self.images),
-            n_boxes=int(point.n_boxes.sum()),
-        )
+
+def _class_metrics(
+    k: int, name: str, precision: np.ndarray, recall: np.ndarray, point: OperatingPoint
+) -> ClassMetrics:
+    """Summarise class k. `precision`: (T, R, A, M), `recall`: (T, A, M), as in `_evaluate_coco`."""
+    precision, recall = precision[..., AT_MOST_100], recall[..., AT_MOST_100]
+    return ClassMetrics(
+        name=name,
+        n_boxes=int(point.n_boxes[k]),
+        AP=_mean(precision[..., ALL]),
+        AP50=_mean(precision[IOU_50, :, ALL]),
+        AP75=_mean(precision[IOU_75, :, ALL]),
+        AP_small=_mean(precision[..., SMALL]),
+        AP_medium=_mean(precision[..., MEDIUM]),
+        AP_large=_mean(precision[..., LARGE]),
+        AR100=_mean(recall[..., ALL]),
+        precision=float(point.precisions[k]),
+        recall=float(point.recalls[k]),
+        f1=float(point.f1s[k]),
+        precision_at_recall=tuple(precision[IOU_50, :, ALL].tolist()),
+    )
 
 
-@dataclass(frozen=True)
-class _CocoArrays:
-    """faster-coco-eval's arrays: T IoU thresholds, R recalls, K classes, A areas, M detection limits."""
-
-    statistics: tuple[float, ...]
-    precision: np.ndarray
-    """(T, R, K, A, M), -1 where a class has no box of that area."""
-    recall: np.ndarray
-    """(T, K, A, M)"""
-
-    def average_precision(self, k: int, area: int = ALL, iou: int | slice = slice(None)) -> float:
-        return _mean(self.precision[iou, :, k, area, AT_MOST_100])
-
-
-def _accumulate(
+def _evaluate_coco(
     images: Sequence[AnnotatedImage], results: Sequence[Detections], n_classes: int
-) -> _CocoArrays:
+) -> tuple[list[float], np.ndarray, np.ndarray]:
+    """Run faster-coco-eval; NaN where there is nothing to measure.
+
+    Returns: `STATISTICS`, precision (T, R, K, A, M) and recall (T, K, A, M), for T IoU thresholds, R recalls,
+        K classes, A areas, M limits of detections.
+    """
     coco, evaluate = _coco_tools()
-    shell = {
-        "images": [{"id": i} for i in range(len(images))],
-        "categories": [{"id": k, "name": str(k)} for k in range(n_classes)],
-    }
     truth = [
         {"image_id": i, "category_id": label, "bbox": bbox, "area": area, "iscrowd": int(crowd)}
         for i, image in enumerate(images)
-        for label, bbox, area, crowd in zip(
-            image.labels.tolist(),
-            _xywh(image.boxes_xyxy),
-            image.area.tolist(),
-            image.iscrowd.tolist(),
-            strict=True,
-        )
+        for label, bbox, area, crowd in _coco_rows(image, image.area, image.iscrowd)
     ]
     found = [
         {"image_id": i, "category_id": label, "bbox": bbox, "area": bbox[2] * bbox[3], "score": score}
         for i, result in enumerate(results)
-        for label, bbox, score in zip(
-            result.labels.tolist(), _xywh(result.boxes_xyxy), result.scores.tolist(), strict=True
-        )
+        for label, bbox, score in _coco_rows(result, result.scores)
     ]
     for entries in (truth, found):
         for number, entry in enumerate(entries, start=1):  # COCO's matching takes id 0 for "no match"
             entry["id"] = number
-    evaluator = evaluate(coco({**shell, "annotations": truth}), coco({**shell, "annotations": found}), "bbox")
+    shared = {
+        "images": [{"id": i} for i in range(len(images))],
+        "categories": [{"id": k, "name": str(k)} for k in range(n_classes)],
+    }
+    datasets = (coco({**shared, "annotations": entries}) for entries in (truth, found))
+    evaluator = evaluate(*datasets, "bbox")
     evaluator.run()
-    statistics = tuple(
-        math.nan if value < 0 else float(value) for value in evaluator.stats[: len(STATISTICS)]
-    )
     shape = (10, len(RECALLS), n_classes, 4, 3)
-    precision = np.asarray(evaluator.eval["precision"]).reshape(shape)
-    recall = np.asarray(evaluator.eval["recall"]).reshape(shape[:1] + shape[2:])
-    return _CocoArrays(statistics, precision, recall)
+    statistics, precision, recall = (
+        np.where(np.asarray(values) < 0, math.nan, values)
+        for values in (evaluator.stats, evaluator.eval["precision"], evaluator.eval["recall"])
+    )
+    twelve = statistics[: len(STATISTICS)].tolist()
+    return twelve, precision.reshape(shape), recall.reshape(shape[:1] + shape[2:])
 
 
 def _coco_tools() -> tuple[Any, Any]:
-    try:
+    with requires_extra("COCO metrics", "faster-coco-eval", "detect"):
         from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as error:
-        raise MissingExtraError("COCO metrics", "faster-coco-eval", "detect") from error
     return COCO, COCOeval_faster
 
 
-def _xywh(boxes_xyxy: np.ndarray) -> list[list[float]]:
-    return np.concatenate([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], 1).tolist()
+def _coco_rows(image: AnnotatedImage | Detections, *columns: np.ndarray) -> Iterable[Any]:
+    """Yield label, bbox (x, y, width, height) and the values of other columns, box by box."""
+    corners, others = image.boxes_xyxy[:, :2], image.boxes_xyxy[:, 2:]
+    bboxes = np.concatenate([corners, others - corners], 1)
+    return zip(*(column.tolist() for column in (image.labels, bboxes, *columns)), strict=True)
 
 
-def _array(values: object) -> np.ndarray:
+def _to_numpy(values: object) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().double().cpu().numpy()
     return np.asarray(values, np.float64)
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the entries that are defined; NaN where none is."""
-    defined = values[values > -1]
+    """Return the mean of the entries that are not NaN; NaN if there are none."""
+    defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else math.nan
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _with_nan(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: tuple(map(_number, value)) if isinstance(value, (list, tuple)) else _number(value)
-        for key, value in entry.items()
-    }
-
-
-def _without_nan(value: Any) -> Any:
+def _map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to all leaves of nested dicts and sequences; sequences become tuples."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _map_leaves(item, function) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return tuple(_map_leaves(item, function) for item in value)
+    return function(value)

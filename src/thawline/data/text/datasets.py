@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thawline.errors import DataError, MissingExtraError
+from thawline.errors import DataError, requires_extra
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,8 @@ def _rows(rows: Any, where: str, answers: Collection[str]) -> Iterator[tuple[str
 
 def _load(path: str) -> Any:
     """Load what `dataset_rows` or `table_rows` were given. Raises: DataError: with the reason in one line."""
-    try:
+    with requires_extra("A dataset", "datasets", "text"):
         import datasets
-    except ImportError as error:
-        raise MissingExtraError("A dataset", "datasets", "text") from error
     try:
         if path.startswith(HUB):
             parts = path.removeprefix(HUB).split("/")

@@ -21,13 +21,8 @@ from torch.utils.data import Sampler
 from thawline.data.draws import ORDER, Draw, rng_for
 from thawline.errors import ConfigError, did_you_mean
 
-SAMPLING: dict[str, str] = {
-    "each": "every row once per epoch",
-    "size": "tasks in proportion to their number of rows",
-    "temperature": "tasks in proportion to their number of rows to the power of 1/temperature",
-    "equal": "all tasks equally often",
-}
-"""Way of sampling tasks → its meaning."""
+SAMPLING = ("each", "size", "temperature", "equal")
+"""Ways of sampling tasks; `thawline list sampling` explains them."""
 
 
 def mixture_weights(
