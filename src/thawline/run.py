@@ -406,7 +406,7 @@ def _open_folder(config: RunConfig, objective: Objective) -> None:
     write_text(env_file, _to_json([*starts, environment()]))
     write_text(folder / "objective.json", _to_json(objective.describe()))
     write_text(folder / "sample.txt", objective.preview() + "\n")
-    objective.save_pictures(folder / PICTURES)
+    objective.save_images(folder / PICTURES)
     named = dataclasses.replace(config, name=config.run_name)
     text = yaml.safe_dump(named.to_mapping(), sort_keys=False, allow_unicode=True)
     write_text(folder / "config.yaml", text)

@@ -112,7 +112,7 @@ class Objective(ABC):
     def describe(self) -> dict[str, Any]:
         """Return what predicting needs beyond model and processor, as plain values."""
 
-    def save_pictures(self, folder: Path) -> None:  # noqa: B027
+    def save_images(self, folder: Path) -> None:  # noqa: B027
         """Draw what is worth seeing before step 1 into `folder`."""
 
     def build_model(self, tuner: TunerSettings | None = None, *, saved: bool = False) -> nn.Module:

@@ -42,6 +42,16 @@ class ParameterGroup:
             "name": self.name,
         }
 
+    def describe(self) -> dict[str, Any]:
+        """Return the group in plain values."""
+        return {
+            "name": self.name,
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "tensors": len(self.parameters),
+            "parameters": sum(p.numel() for p in self.parameters.values()),
+        }
+
 
 def build_groups(
     model: nn.Module, settings: TrainingSettings, *, fast: Iterable[str] = ()

@@ -1,18 +1,18 @@
-"""How a detector is trained: groups and rates, the average of its weights, its best state kept.
+"""Trainer of a detector: parameter groups, schedule, averaged weights, best and last detector.
 
-On top of the engine's Trainer, through its public seams. In a run's folder there are, beside the checkpoints
-that it resumes from, two detectors ready to use, both of averaged weights and with any adapter merged:
+It extends the engine's Trainer through public methods. Besides the checkpoints that a run resumes from, the
+run's folder holds two detectors ready to use, with averaged weights and any adapter merged:
 
-    best/   at the highest value of the chosen metric so far
-    last/   at the latest evaluation
+    best/   highest value of the chosen metric so far
+    last/   latest evaluation
 
-With `published`, stage 2 starts again from the epoch of stage 1 that scored best, weights, average and
-optimiser, and does so after every epoch that beats none of those since it last did.
+A published run starts stage 2 from the best epoch of stage 1 (weights, average and optimiser), and restarts
+it from there after every epoch that beats none of those since the last restart.
 """
 
 from __future__ import annotations
 
-__all__ = ["DetectionTrainer", "detection_arguments"]
+__all__ = ["DetectionTrainer"]
 
 import json
 import logging
@@ -33,20 +33,19 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from thawline.data.detection.collate import build_loader, to_float
+from thawline.data.detection.collate import build_loader
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import atomic_file, atomic_folder, write_json, write_text
 from thawline.metrics.detection import STATISTICS
-from thawline.models.deimv2.config import DEIMv2Config
 from thawline.models.deimv2.model import DEIMv2
-from thawline.recipe import DetectionTraining, Training, TunerSettings
-from thawline.training.arguments import training_arguments
+from thawline.recipe import TunerSettings
+from thawline.training.detection.arguments import DetectionTrainingData
 from thawline.training.detection.backbone import fast_parameters, merged_detector
 from thawline.training.detection.callbacks import Speed, TrainingEvents
 from thawline.training.detection.ema import EMA
 from thawline.training.detection.groups import ParameterGroup, build_groups
 from thawline.training.detection.learner import Learner, collate_on_host
-from thawline.training.detection.objective import DetectionObjective
+from thawline.training.detection.plan import batch_statistics, schedule_overview
 from thawline.training.detection.scores import Scores
 from thawline.training.evaluation import Evaluation
 from thawline.training.trainer import Trainer
@@ -54,7 +53,7 @@ from thawline.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 WEIGHTS, AVERAGE, SCORES = "pytorch_model.bin", "average.pt", "scores.json"
-"""In a checkpoint: the weights as they train, their average, what evaluations found."""
+"""Files of a checkpoint: the weights in training, their average, the results of evaluations."""
 STAGE_1 = "stage_1.pt"
 """Weights, average and optimiser of the published run's best epoch of stage 1."""
 
@@ -64,13 +63,14 @@ class DetectionTrainer(Trainer):
 
     Args:
         model: with its tuner attached (`tune_backbone`).
-        args: of `detection_arguments`.
+        args: see `detection_arguments`.
         objective: images, schedule, evaluation.
         tuner: the recipe's; decides which of the backbone's parameters train at the full rate.
-        callbacks: further ones.
+        callbacks: additional callbacks.
+    Raises: ConfigError: if `training.best_metric` is unknown.
     """
 
-    objective: DetectionObjective
+    objective: DetectionTrainingData
     optimizer: torch.optim.Optimizer
     lr_scheduler: LambdaLR
 
@@ -78,7 +78,7 @@ class DetectionTrainer(Trainer):
         self,
         model: DEIMv2,
         args: TrainingArguments,
-        objective: DetectionObjective,
+        objective: DetectionTrainingData,
         tuner: TunerSettings,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -88,7 +88,7 @@ class DetectionTrainer(Trainer):
         self.schedule = objective.schedule
         settings = self.schedule.settings
         if args.world_size > 1 and args.device.type == "cuda":
-            # As published. A device's few images alone would make poor statistics; processors cannot do it.
+            # As published: the few images of one device make poor statistics. There is no CPU version.
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.groups: list[ParameterGroup] = build_groups(model, settings, fast=fast_parameters(model, tuner))
         super().__init__(Learner(model), args, objective, callbacks)
@@ -108,16 +108,16 @@ class DetectionTrainer(Trainer):
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The detector."""
+        """Detector that is evaluated."""
         return self.model.detector
 
     @property
     def epoch(self) -> int:
-        """Of the next step, from 0."""
+        """Epoch of the next step, from 0."""
         return self.state.global_step // self.schedule.steps_per_epoch
 
     def get_train_dataloader(self) -> DataLoader:
-        """Augmented batches by draw; targets stay on the host, which the losses ask for counts."""
+        """Build the loader of augmented batches; targets stay on the host, where the losses count them."""
         objective = self.objective
         loader = build_loader(
             objective.train_rows,
@@ -130,19 +130,16 @@ class DetectionTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW on the schedule's groups."""
+        """Build AdamW on the parameter groups."""
         if self.optimizer is None:
-            self.optimizer = AdamW(
-                [group.for_optimizer() for group in self.groups],
-                betas=self.schedule.settings.betas,
-                fused=True,
-            )
+            groups = [group.for_optimizer() for group in self.groups]
+            self.optimizer = AdamW(groups, betas=self.schedule.settings.betas, fused=True)
         return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LambdaLR:
-        """The schedule's rate at every step, a function of the step alone."""
+        """Build the schedule's learning rate, a function of the step alone."""
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule.factor_at)
             self._created_lr_scheduler = True
@@ -155,16 +152,19 @@ class DetectionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The sum of all loss terms."""
+        """Return the sum of all loss terms."""
         terms = model(inputs["pixel_values"], inputs["targets"], epoch=self.epoch)
-        self._note_terms(terms)
+        self._n_terms += 1
+        for name, value in terms.items():
+            kind = "_".join(name.split("_")[:2])  # over all layers; the device is not read here
+            self._term_sums[kind] = self._term_sums.get(kind, 0) + value.detach()
         loss = torch.stack(list(terms.values())).sum()
         return (loss, terms) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each kind of loss term since the last line.
+        """Log the mean of each kind of loss term since the last line as well.
 
-        Raises: ConfigError: the loss is not finite.
+        Raises: ConfigError: if the loss is not finite.
         """
         if "loss" in logs and self._n_terms:
             sums = torch.stack(list(self._term_sums.values())).tolist()
@@ -174,7 +174,7 @@ class DetectionTrainer(Trainer):
             if not all(math.isfinite(value) for value in terms.values()):
                 raise ConfigError(
                     f"The loss is no longer finite at step {self.state.global_step}. Lower `training.lr`, or "
-                    "take `training.precision: fp32`; the last checkpoint is from before."
+                    "use `training.precision: fp32`; the last checkpoint is from before."
                 )
         super().log(logs, start_time)
 
@@ -186,12 +186,13 @@ class DetectionTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate the averaged weights; keep them as best/ and last/. Training's random state stays."""
-        with _random_state_kept(), self._averaged():
+        """Evaluate the averaged weights and save them as last/ and best/, without drawing random numbers."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices), self._averaged():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            is_best_of_stage_1 = self.is_in_train and self._keep(
+            is_best_of_stage_1 = self.is_in_train and self._save_evaluated(
                 self._score(output.metrics or {}, metric_key_prefix)
             )
         if is_best_of_stage_1 and self.schedule.published:
@@ -199,7 +200,7 @@ class DetectionTrainer(Trainer):
         return output
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As of transformers' Trainer; a resumed run finds its average and best scores again."""
+        """Train as transformers' Trainer does; a resumed run restores its average and best scores."""
         if isinstance(resume_from_checkpoint, str):
             self._resumed_from = Path(resume_from_checkpoint)
             self.scores = Scores(**json.loads((self._resumed_from / SCORES).read_text(encoding="utf-8")))
@@ -242,9 +243,9 @@ class DetectionTrainer(Trainer):
         self.evaluate()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """For a checkpoint, all that resuming needs; else the detector the run ends with.
+        """Save all that resuming needs, for a checkpoint; else the detector that the run ends with.
 
-        That is the best one of the run, where images are held out, else that of the latest weights.
+        That is the best one of the run if images are held out, else the latest one.
         """
         folder = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
@@ -262,7 +263,7 @@ class DetectionTrainer(Trainer):
         _copy_folder(self.folder / kept, folder)
 
     def begin_epoch(self) -> None:
-        """Turn the sampler to the epoch; start it from stage 1's best where the published run does."""
+        """Set the sampler's epoch; restart from the best of stage 1 where the published run does."""
         self.sampler.set_epoch(self.epoch)
         is_start = self.state.global_step == self.epoch * self.schedule.steps_per_epoch
         stage_2 = self.schedule.windows["stage_2"]
@@ -271,7 +272,7 @@ class DetectionTrainer(Trainer):
             self._load_stage_1()
 
     def final_evaluation(self) -> Evaluation:
-        """Of the detector that the run ends with."""
+        """Evaluate the detector that the run ends with."""
         if not self.objective.held_out_rows:
             return Evaluation(metrics={})
         ends_with_last = self.scores.best_step in (-1, self.state.global_step)
@@ -287,7 +288,7 @@ class DetectionTrainer(Trainer):
             return self.objective.evaluate(best, self.args.per_device_eval_batch_size)
 
     def plan(self) -> dict[str, Any]:
-        """The schedule, the parameter groups, the first batch."""
+        """Return the schedule, the parameter groups and statistics of the first batch."""
         start = time.perf_counter()
         batch = self.objective.first_batch()
         seconds = time.perf_counter() - start
@@ -295,17 +296,8 @@ class DetectionTrainer(Trainer):
             "steps": self.schedule.n_steps if self.args.max_steps < 0 else self.args.max_steps,
             "rows_a_step": self.schedule.settings.batch_size,
             "schedule": self.schedule.describe(),
-            "parameter_groups": [
-                {
-                    "name": group.name,
-                    "lr": group.lr,
-                    "weight_decay": group.weight_decay,
-                    "tensors": len(group.parameters),
-                    "parameters": sum(p.numel() for p in group.parameters.values()),
-                }
-                for group in self.groups
-            ],
-            "first_batch": _batch_statistics(batch, self.model.detector.config, self.objective.class_names),
+            "parameter_groups": [group.describe() for group in self.groups],
+            "first_batch": batch_statistics(batch, self.model.detector.config, self.objective.class_names),
             "loader": {
                 "processes": self.objective.workers,
                 "images_per_second_each": round(len(batch["targets"]) / seconds, 1),
@@ -314,32 +306,16 @@ class DetectionTrainer(Trainer):
 
     def overview(self, plan: Mapping[str, Any]) -> dict[str, str]:
         """Return the schedule of `plan`, in words, under at most four headings."""
-        schedule, settings = self.schedule, self.schedule.settings
-        windows = {name: f"{a}–{b - 1}" for name, (a, b) in schedule.windows.items() if b > a}
-        return {
-            "steps": f"{plan['steps']:,} of {plan['rows_a_step']} images: {schedule.epochs} epochs × "
-            f"{schedule.steps_per_epoch}, {plan['loader']['images_per_second_each']} images/s and process",
-            "rates": f"{settings.lr:.2g}, backbone {settings.backbone_lr:.2g}, {plan['schedule']['form']}, "
-            f"falling to {settings.lr_gamma:g} of it after {settings.warmup_steps} warm-up steps",
-            "epochs": ", ".join(f"{name} {span}" for name, span in windows.items()),
-            "boxes": f"not learned with a side under {settings.min_box_size} px of {self.objective.size}",
-        }
+        return schedule_overview(self.schedule, plan)
 
     def _averaged(self) -> AbstractContextManager[None]:
-        """The model with the averaged weights, while the context lasts."""
+        """Give the model the averaged weights inside the context."""
         return nullcontext() if self.average is None else self.average.applied()
 
-    def _note_terms(self, terms: Mapping[str, Tensor]) -> None:
-        """Add up the terms of each kind, over all stages; nothing is asked of the device."""
-        self._n_terms += 1
-        for name, value in terms.items():
-            kind = "_".join(name.split("_")[:2])
-            self._term_sums[kind] = self._term_sums.get(kind, 0) + value.detach()
+    def _save_evaluated(self, score: float) -> bool:
+        """Save the current, averaged weights as last/ and, if they score best, as best/.
 
-    def _keep(self, score: float) -> bool:
-        """Save the model as it is now, which is the averaged one, as last/, and as best/ if it is that.
-
-        Returns: whether it is the best of stage 1 so far.
+        Returns: whether they are the best of stage 1 so far.
         """
         epoch = (self.state.global_step - 1) // self.schedule.steps_per_epoch
         is_stage_2 = self.schedule.windows["stage_2"].covers(epoch)
@@ -351,11 +327,11 @@ class DetectionTrainer(Trainer):
         return is_best and not is_stage_2
 
     def _score(self, metrics: Mapping[str, float], prefix: str) -> float:
-        """The value that chooses the best detector; 0 where there was nothing to measure it on."""
+        """Return the metric that chooses the best detector; 0 without anything to measure it on."""
         return metrics.get(f"{prefix}_{self.objective.training.best_metric}", 0.0)
 
     def _save_stage_1(self) -> None:
-        """Keep what stage 2 starts from: the weights as they train, their average, the optimiser."""
+        """Save the start of stage 2: the weights in training, their average, the optimiser."""
         if not self.args.should_save:
             return
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -365,9 +341,9 @@ class DetectionTrainer(Trainer):
             torch.save(state, temporary)
 
     def _load_stage_1(self) -> None:
-        """Go back to it; the rate stays the schedule's."""
+        """Restore the best of stage 1; the rate stays the schedule's."""
         self.accelerator.wait_for_everyone()
-        logger.info("epoch %d starts again from the best of stage 1", self.epoch)
+        logger.info("epoch %d restarts from the best of stage 1", self.epoch)
         state = torch.load(self.folder / STAGE_1, map_location=self.args.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -375,55 +351,6 @@ class DetectionTrainer(Trainer):
             self.average.load_state_dict(state["average"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-
-
-def detection_arguments(
-    settings: DetectionTraining,
-    objective: DetectionObjective,
-    *,
-    folder: Path,
-    tuner: TunerSettings,
-    seed: int,
-) -> TrainingArguments:
-    """TrainingArguments of a detector's recipe. Raises: ConfigError: as `training_arguments`."""
-    if objective.schedule.published and settings.eval_every != "epoch":
-        raise ConfigError(
-            "`objective.preset: published` evaluates once an epoch: stage 2 depends on it. Leave out "
-            "`training.eval_every`."
-        )
-    of_schedule, per_forward = objective.schedule.settings, objective.device_batch_size
-    common = Training(
-        epochs=objective.schedule.epochs,
-        max_steps=settings.max_steps,
-        batch_size=per_forward,
-        gradient_accumulation=settings.gradient_accumulation,
-        lr=of_schedule.lr,
-        schedule="constant",  # the trainer makes its own
-        warmup=0,
-        weight_decay=of_schedule.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        precision=settings.precision,
-        log_every=settings.log_every,
-        eval_every=settings.eval_every,
-        eval_batch_size=settings.eval_batch_size or 2 * per_forward,
-        save_every=settings.save_every,
-        keep_checkpoints=settings.keep_checkpoints,
-        report_to=settings.report_to,
-        workers=objective.workers,
-        args={
-            # It would ask the device for the loss at every step; `log` looks when it is read anyway.
-            "logging_nan_inf_filter": False,
-            "accelerator_config": {"non_blocking": torch.cuda.is_available()},
-            # The sizes as they are use every parameter for every batch, also for one without boxes.
-            "ddp_find_unused_parameters": bool(objective.base.overrides),
-            **settings.args,
-        },
-    )
-    return training_arguments(common, folder=folder, tuner=tuner, seed=seed)
-
-
-def _random_state_kept() -> AbstractContextManager[None]:
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def _save_detector(model: DEIMv2, folder: Path) -> None:
@@ -434,27 +361,3 @@ def _save_detector(model: DEIMv2, folder: Path) -> None:
 def _copy_folder(source: Path, folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
-
-
-def _batch_statistics(
-    batch: Mapping[str, Any], config: DEIMv2Config, class_names: Sequence[str]
-) -> dict[str, Any]:
-    """What the network gets: pixels after normalisation, boxes, classes."""
-    pixels = to_float(batch["pixel_values"], mean=config.image_mean, std=config.image_std)
-    boxes = torch.cat([target["boxes"] for target in batch["targets"]])
-    labels = torch.cat([target["labels"] for target in batch["targets"]])
-    counts = torch.bincount(labels, minlength=len(class_names)).tolist()
-    return {
-        "pixel_values": {
-            "shape": list(pixels.shape),
-            "mean": [round(v, 4) for v in pixels.mean(dim=(0, 2, 3)).tolist()],
-            "std": [round(v, 4) for v in pixels.std(dim=(0, 2, 3)).tolist()],
-        },
-        "boxes": {
-            "per_image": [len(target["labels"]) for target in batch["targets"]],
-            "median_side_pixels": round(float(boxes[:, 2:].median()) * pixels.shape[-1], 1)
-            if len(boxes)
-            else None,
-            "by_class": {name: n for name, n in zip(class_names, counts, strict=True) if n},
-        },
-    }

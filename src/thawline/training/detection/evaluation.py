@@ -1,0 +1,124 @@
+"""Evaluation of a detector on held-out images, shared among the processes that train together."""
+
+from __future__ import annotations
+
+__all__ = ["measure_detector", "n_devices", "to_evaluation"]
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from thawline.data.detection.collate import to_float
+from thawline.data.detection.dataset import DetectionDataset, Sample
+from thawline.data.detection.geometry import resize
+from thawline.data.detection.records import ImageRecord
+from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
+from thawline.training.evaluation import Evaluation
+
+SHOWN_SCORE = 0.05
+"""Detections below this score are left out of predictions.jsonl."""
+CLASS_METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+
+
+def measure_detector(
+    model: nn.Module,
+    records: Sequence[ImageRecord],
+    class_names: Sequence[str],
+    *,
+    size: int,
+    batch_size: int,
+    workers: int = 0,
+) -> tuple[DetectionMetrics, DetectionEvaluator]:
+    """Compute every metric of a detector. In a process group each process detects on its share of the images.
+
+    Args:
+        model: a detector, or anything with its `config`, forward and `postprocess`; left in eval mode.
+        records: images with their annotations.
+        class_names: classes of the annotations.
+        size: side of the square input, pixels.
+        batch_size: images per device.
+        workers: processes that load images.
+    Returns: the metrics, and the evaluator with the detections.
+    """
+
+    def fit(sample: Sample) -> Sample:
+        return dataclasses.replace(sample, image=resize(sample.image, size, size))
+
+    device = next(model.parameters()).device
+    config: Any = model.config
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    share = Subset(DetectionDataset(records, transform=fit), range(rank, len(records), n_devices()))
+    loader = DataLoader(
+        share,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_stack,
+        generator=torch.Generator(),  # leaves the run's own random state alone
+    )
+    evaluator = DetectionEvaluator(records, class_names)
+    model.eval()
+    bar = tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=len(loader) < 20 or None)
+    with torch.no_grad():
+        for pixels, indices, sizes in bar:
+            inputs = to_float(pixels.to(device), mean=config.image_mean, std=config.image_std)
+            evaluator.update(indices, model.postprocess(model(inputs), sizes))
+    return evaluator.compute(), evaluator
+
+
+def to_evaluation(
+    records: Sequence[ImageRecord], metrics: DetectionMetrics, evaluator: DetectionEvaluator
+) -> Evaluation:
+    """Convert the results of `measure_detector` to a run's evaluation: metrics overall and by class."""
+    names = [entry.name for entry in metrics.classes]
+    return Evaluation(
+        metrics=_finite(metrics.statistics),
+        parts={
+            entry.name: {
+                "rows": entry.n_boxes,
+                **_finite({k: getattr(entry, k) for k in CLASS_METRICS}),
+            }
+            for entry in metrics.classes
+        },
+        rows=[
+            {"image": record.path.name, "detections": _shown(evaluator, index, names)}
+            for index, record in enumerate(records)
+        ],
+        files={"detection_metrics.json": metrics.to_dict()},
+        detections=(DetectionDataset(records), evaluator, metrics),
+    )
+
+
+def n_devices() -> int:
+    """Return the number of processes that train together, also before the process group is initialised."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _shown(evaluator: DetectionEvaluator, index: int, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    found = evaluator.detections(index)
+    return [
+        {"class": class_names[label], "score": round(score, 4), "xyxy": [round(v, 1) for v in box]}
+        for box, score, label in zip(
+            found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+        )
+        if score >= SHOWN_SCORE
+    ]
+
+
+def _stack(items: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> tuple[Tensor, list[int], Tensor]:
+    """Stack images; return them with their indices and their original (height, width)."""
+    pixels = torch.stack([image for image, _ in items])
+    sizes = torch.stack([target["orig_size"].flip(0) for _, target in items])
+    return pixels, [int(target["index"]) for _, target in items], sizes
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Drop metrics without anything to measure them on."""
+    return {key: value for key, value in values.items() if math.isfinite(value)}
