@@ -69,7 +69,7 @@ class OurStep:
         self.detector = tune_backbone(detector, tuner)
         self.learner = Learner(self.detector).train()
         self.pixels, self.targets = pixels, HostTargets(targets)
-        settings = replace(PUBLISHED[variant], group_rules=())
+        settings = replace(PUBLISHED[variant], group_patterns=())
         groups = build_groups(self.detector, settings, fast=fast_parameters(self.detector, tuner))
         self.optimizer = AdamW([group.for_optimizer() for group in groups], fused=True)
         self.parameters = [p for p in self.detector.parameters() if p.requires_grad]

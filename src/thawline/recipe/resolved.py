@@ -7,7 +7,7 @@ Augmentation, collation, schedule, optimiser and EMA read the result directly.
 
 from __future__ import annotations
 
-__all__ = ["NEVER", "Augmentation", "GroupRule", "TrainingSettings", "Window", "check_probabilities"]
+__all__ = ["NEVER", "Augmentation", "TrainingSettings", "Window", "check_probabilities"]
 
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -27,18 +27,6 @@ class Window(NamedTuple):
 
 
 NEVER = Window(0, 0)
-
-
-@dataclass(frozen=True)
-class GroupRule:
-    """Parameters of the optimiser whose name matches a pattern, and what differs for them."""
-
-    pattern: str
-    """Searched in the parameter's name; the first rule that matches wins."""
-    is_backbone: bool = False
-    """Trains at the backbone's rate."""
-    has_decay: bool = True
-    """Decays; else its weight decay is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +104,9 @@ class TrainingSettings(Augmentation):
     backbone_lr: float
     matcher_change_epoch: int
     """From here on queries are matched by score and overlap alone."""
-    group_rules: tuple[GroupRule, ...]
-    """Optimiser groups in order; what no rule matches is the last group. Empty: the clean groups."""
+    group_patterns: tuple[str, ...] = ()
+    """Name patterns of the parameter groups: backbone, backbone undecayed, others undecayed. Empty: groups by
+    kind of parameter (`thawline.training.detection.groups`)."""
     warmup_steps: int = 2000
     lr_gamma: float = 0.5
     """Final rate over full rate."""

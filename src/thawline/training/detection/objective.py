@@ -75,13 +75,13 @@ class DetectionObjective(Objective):
     base: DetectionBase
     data: DetectionData
     training: DetectionTraining
+    held_out_rows: Sequence[ImageRecord] = ()
 
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
         data = self.data
         self.size = self.base.size or get_variant(self.base.variant).config.image_size[0]
         self.records: Sequence[ImageRecord] = ()
-        self.held_out_rows: Sequence[ImageRecord] = ()
         self.class_names = tuple(described.get("class_names", ()))
         if read == "none":
             return

@@ -258,7 +258,7 @@ def derive_schedule(
     settings = replace(
         published,
         published=False,
-        group_rules=(),
+        group_patterns=(),
         epochs=epochs,
         size=size,
         min_box_size=min_box_size,
