@@ -5,14 +5,13 @@ from __future__ import annotations
 __all__ = ["VERBS", "first_line", "verb"]
 
 import logging
-import os
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from thawline.cli.options import Argument, Parser, split_recipe_options
+from thawline.cli.quiet import quiet_libraries
 from thawline.jobs import is_main_process
 
 VERBS: dict[str, Callable[[list[str]], int]] = {}
@@ -42,6 +41,7 @@ def verb(
             options = parser.parse_intermixed_args(argv)
             options.fields, options.known = fields, parser.option_names
             _set_up_logging()
+            quiet_libraries()
             return function(options)
 
         command.__doc__ = function.__doc__
@@ -58,7 +58,6 @@ def first_line(command: Callable[..., int]) -> str:
 
 def _set_up_logging() -> None:
     """Show thawline's log on stderr."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     package = logging.getLogger("thawline")
     if not package.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -67,5 +66,3 @@ def _set_up_logging() -> None:
         package.setLevel(logging.INFO if is_main_process() else logging.WARNING)
         # Some libraries give the root logger a handler: every line would come twice.
         package.propagate = False
-    # Notices between libraries, which a user can do nothing about.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")

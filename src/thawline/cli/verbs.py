@@ -69,18 +69,11 @@ def _train(options: Namespace) -> int:
         return 0
     if result.status == "planned":
         plan = json.loads((result.folder / "plan.json").read_text(encoding="utf-8"))
-        return show_json(plan) if options.json else show(_plan_table(plan))
+        return show_json(plan) if options.json else show(labelled(plan["overview"].items()))
     if options.json:
         return show_json(asdict(result))
     show(evaluation_table(result.metrics, result.parts, result.start))
     return show(f"{result.folder}: {result.steps} steps in {result.seconds:.1f} s")
-
-
-def _plan_table(plan: dict[str, Any]) -> str:
-    overview = plan.get("overview") or {
-        name: str(value) for name, value in plan.items() if not isinstance(value, (dict, list))
-    }
-    return labelled(overview.items())
 
 
 @verb(
