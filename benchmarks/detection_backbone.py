@@ -14,14 +14,12 @@ frozen    the ViT stays
 lora      rank 8 on the same layers
 
 Encoder, decoder and the convolutions beside the ViT always train. AP is of the last evaluation, of averaged
-weights. What the four cost is `thawline bench backbone`. Rows are appended to <out>.rows.jsonl as they come,
+weights. What the four cost is measured by `backbone.py`. Rows are appended to <out>.rows.jsonl as they come,
 so that a stopped benchmark goes on where it was; run folders stay in --runs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -32,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from detection_real import join_sets, train_recipe
-from rows import read_rows, run_jobs
+from harness import Rows, study_parser, study_results
+from thawline.measure import write_results
 
 TUNERS: dict[str, dict[str, Any]] = {
     "none": {"method": "none"},
@@ -55,25 +54,21 @@ class Job:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of data/")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detection_backbone.json"))
+    parser = study_parser(__doc__, "detection_backbone.json", workers=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/detection_backbone"))
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1, help="runs of every tuner, all from one start")
     args = parser.parse_args()
 
-    rows_file = args.out.with_suffix(".rows.jsonl")
-    done = read_rows(Job, rows_file)
+    rows = Rows(args.out, Job)
     train = partial(train_one, shared=args.shared, runs=args.runs)
     tuned = [Job(method, seed) for seed in range(args.seeds) for method in TUNERS]
     for wave in ([Job(START, 0)], tuned):
-        run_jobs(train, wave, done, rows_file, workers=args.workers, jobs_per_process=1)
-        args.out.write_text(json.dumps(summarise(done), indent=1) + "\n")
+        rows.run(train, wave, workers=args.workers, jobs_per_process=1)
+        write_results(args.out, summarise(rows.done))
 
 
 def train_one(job: Job, shared: Path, runs: Path) -> dict[str, Any]:
-    """Train and evaluate once, and tell its curve."""
+    """Train and evaluate once; return the scores and their curve."""
     import torch
     import transformers
 
@@ -120,8 +115,6 @@ def recipe(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
 
 def summarise(done: dict[Job, dict[str, Any]]) -> dict[str, Any]:
     """Every tuner: AP over seeds, what trained, curves."""
-    from thawline.measure import machine_stamp
-
     found: dict[str, Any] = {}
     for method in (START, *TUNERS):
         rows = [row for job, row in done.items() if job.method == method]
@@ -137,7 +130,7 @@ def summarise(done: dict[Job, dict[str, Any]]) -> dict[str, Any]:
                 "cpu_seconds": statistics.mean(row["cpu_seconds"] for row in rows),
                 "curve_epoch_AP_AP50": [row["curve"] for row in rows],
             }
-    return {"command": "python benchmarks/detection_backbone.py", "machine": machine_stamp(), **found}
+    return study_results(__file__, **found)
 
 
 if __name__ == "__main__":

@@ -22,20 +22,19 @@ a stopped benchmark goes on where it was; run folders stay in --runs.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rows import read_rows
-from tqdm import tqdm
+from harness import Rows, study_parser, study_results
+from thawline.measure import write_results
 
 SETS = {"bccd": 60, "cards": 60, "aerial_cars": 180}
 """Epochs for each: about 8,000 to 18,000 images."""
@@ -70,42 +69,26 @@ LAST = [Job("few", data, tuner) for data in FEW for tuner in TUNERS]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of data/")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/detection_real.json"))
+    parser = study_parser(__doc__, "detection_real.json")
     parser.add_argument("--runs", type=Path, default=Path("runs/detection_real"))
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run of it")
-    parser.add_argument("--curves", type=Path, help="picture of AP over epochs to draw")
+    parser.add_argument("--curves", type=Path, help="Image file for a plot of AP over epochs.")
     args = parser.parse_args()
 
-    rows_file = args.out.with_suffix(".rows.jsonl")
-    done = read_rows(Job, rows_file)
+    rows = Rows(args.out, Job)
+    train = partial(train_one, shared=args.shared, runs=args.runs)
     # The few-image runs start from the joint detector, so they come in a wave of their own.
     for wave in ([*FIRST, JOINT, *PEERS], [*LAST, *ABLATED]):
-        run_all([job for job in wave if job.part in args.parts], done, rows_file, args)
-    found = summarise(done)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+        jobs = [job for job in wave if job.part in args.parts]
+        rows.run(train, jobs, workers=args.workers, jobs_per_process=1)
+    found = summarise(rows.done)
+    write_results(args.out, found)
     if args.curves:
         draw_curves(found, args.curves)
 
 
-def run_all(
-    jobs: list[Job], done: dict[Job, dict[str, Any]], rows_file: Path, args: argparse.Namespace
-) -> None:
-    """Run what is not done yet, appending a row for each."""
-    todo = [job for job in jobs if job not in done]
-    with ProcessPoolExecutor(args.workers, max_tasks_per_child=1) as pool, rows_file.open("a") as file:
-        futures = {pool.submit(train_one, job, args.shared, args.runs): job for job in todo}
-        for future in tqdm(as_completed(futures), total=len(todo), unit="run"):
-            job, outcome = futures[future], future.result()
-            done[job] = outcome
-            file.write(json.dumps({**asdict(job), **outcome}) + "\n")
-            file.flush()
-
-
 def train_one(job: Job, shared: Path, runs: Path) -> dict[str, Any]:
-    """Train and evaluate once, and tell its curve."""
+    """Train and evaluate once; return the scores and their curve."""
     import torch
     import transformers
 
@@ -114,7 +97,10 @@ def train_one(job: Job, shared: Path, runs: Path) -> dict[str, Any]:
     folder = runs / "-".join([job.part, job.data, job.method, str(job.seed)])
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     start = time.process_time()
-    outcome = (train_port if job.method == "transformers" else train_ours)(job, shared, folder)
+    if job.method == "transformers":
+        outcome = train_port(job, shared, folder)
+    else:
+        outcome = train_recipe(recipe(job, shared, folder), folder)
     return {**outcome, "cpu_seconds": round(time.process_time() - start, 1)}
 
 
@@ -157,12 +143,12 @@ def recipe(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def train_ours(job: Job, shared: Path, folder: Path) -> dict[str, Any]:
-    """A run of thawline."""
+def train_recipe(mapping: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run thawline on a recipe; return the scores, the size of the run and its curve."""
     from thawline.recipe import RunConfig
     from thawline.run import run
 
-    config = RunConfig.from_mapping(recipe(job, shared, folder))
+    config = RunConfig.from_mapping(mapping)
     result = run(config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     plan = json.loads((folder / "plan.json").read_text())
@@ -315,14 +301,14 @@ def collate_port(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def join_sets(shared: Path, folder: Path) -> Path:
-    """The three sets as one COCO set of 14 classes; file names start at the folder of all sets."""
+def join_sets(shared: Path, folder: Path, names: Iterable[str] = tuple(SETS)) -> Path:
+    """Join datasets into one COCO dataset of all their classes; file names are relative to their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         categories: list[dict[str, Any]] = []
-        for name in SETS:
+        for name in names:
             own = json.loads((shared / "data" / "detection" / name / f"instances_{split}.json").read_text())
             first_image, first_class = len(images), len(categories)
             place = {image["id"]: first_image + i for i, image in enumerate(own["images"])}
@@ -348,8 +334,6 @@ def join_sets(shared: Path, folder: Path) -> Path:
 
 def summarise(done: dict[Job, dict[str, Any]]) -> dict[str, Any]:
     """Every run by part, set and method: mean over seeds, spread, curves."""
-    from thawline.measure import machine_stamp
-
     found: dict[str, Any] = {}
     for job in [*FIRST, *PEERS, *ABLATED, JOINT, *LAST]:
         rows = [
@@ -370,7 +354,7 @@ def summarise(done: dict[Job, dict[str, Any]]) -> dict[str, Any]:
                 "cpu_seconds": statistics.mean(row["cpu_seconds"] for row in rows),
                 "curve_epoch_AP_AP50": rows[0]["curve"],
             }
-    return {"command": "python benchmarks/detection_real.py", "machine": machine_stamp(), **found}
+    return study_results(__file__, **found)
 
 
 def draw_curves(found: dict[str, Any], path: Path) -> None:

@@ -24,6 +24,7 @@ part() {
   if ((status == 124 || status == 137)); then missed+=("stopped: $*"); elif ((status)); then missed+=("failed: $*"); fi
 }
 bench() { part "$1" python3 -m "thawline.bench.$2" --device cuda "${@:3}"; }
+study() { part "$1" python3 "benchmarks/$2.py" --device cuda "${@:3}"; }
 
 part 8 python3 -m pytest -q -m gpu tests/gpu
 bench 15 tuners --rounds 15 --case reference bf16-8b-proportions 8b-blocks --out "$OUT/tuners-gpu.json"
@@ -31,9 +32,9 @@ bench 15 tuners --rounds 15 --case small-model resnet18 small-llama-memory resne
 bench 13 tuners --rounds 15 --case skills-small skills-reference skills-linear skills-decoding --out "$OUT/mhr-gpu.json"
 bench 5 tuners --rounds 15 --case vit convnet --out "$OUT/vision-cost-gpu.json"
 bench 8 train_step --out "$OUT/train-step-gpu.json"
-bench 4 backbone --batch_size 8 --out "$OUT/backbone-gpu.json"
+study 4 backbone --batch_size 8 --out "$OUT/backbone-gpu.json"
 bench 17 detector --size atto femto pico n s m l x --batch 1 8 --dtype fp32 bf16 fp16 --calls 2 --threads 8 --out "$OUT/detector-gpu.json"
-bench 7 vision --seeds 1 --out "$OUT/vision-gpu.json"
+study 7 vision --seeds 1 --out "$OUT/vision-gpu.json"
 bench 8 detector --size atto s --dtype bf16 --calls 5 --forms port eager compiled compiled_fused --out "$OUT/detector-compiled-gpu.json"
 
 for part in "${missed[@]}"; do echo "$part"; done

@@ -16,10 +16,8 @@ Rows are appended to <out>.rows.jsonl as they come, so that a stopped benchmark 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import os
 import random
 import shutil
 import statistics
@@ -31,7 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rows import read_rows, run_jobs
+from bootstrap import interval
+from harness import Rows, study_parser, study_results
+from thawline.measure import write_results
 
 TASKS = (
     "clinc_out_of_scope",
@@ -71,27 +71,23 @@ class Job:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of models/ and data/")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/real_tasks.json"))
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser = study_parser(__doc__, "real_tasks.json")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     args = parser.parse_args()
 
-    rows_file = args.out.with_suffix(".rows.jsonl")
-    done = read_rows(Job, rows_file)
+    rows = Rows(args.out, Job)
     tuning = [
         Job(task, method, lr, TUNING_SEED, "validation")
         for task, method in itertools.product(args.tasks, TUNERS)
         for lr in LEARNING_RATES[method]
     ]
     train = partial(train_one, shared=args.shared)
-    run_jobs(train, tuning, done, rows_file, workers=args.workers)
-    best = {key: best_lr(done, *key) for key in itertools.product(args.tasks, TUNERS)}
+    rows.run(train, tuning, workers=args.workers)
+    best = {key: best_lr(rows.done, *key) for key in itertools.product(args.tasks, TUNERS)}
     final = [Job(task, method, lr, seed, "test") for (task, method), lr in best.items() for seed in SEEDS]
-    run_jobs(train, final, done, rows_file, workers=args.workers)
-    results = summarise([(job, done[job]) for job in final], args.tasks)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    rows.run(train, final, workers=args.workers)
+    results = summarise([(job, rows.done[job]) for job in final], args.tasks)
+    write_results(args.out, results)
     sys.stdout.write(table(results))
 
 
@@ -164,8 +160,6 @@ def best_lr(done: dict[Job, dict[str, Any]], task: str, method: str) -> float:
 
 def summarise(rows: list[tuple[Job, dict[str, Any]]], tasks: list[str]) -> dict[str, Any]:
     """Accuracy by task and method, and paired differences with a bootstrap over tasks and seeds."""
-    from thawline.measure import machine_stamp
-
     accuracy = {(job.task, job.method, job.seed): row["accuracy"] for job, row in rows}
     by_task = {
         task: {
@@ -183,8 +177,7 @@ def summarise(rows: list[tuple[Job, dict[str, Any]]], tasks: list[str]) -> dict[
         return difference([[accuracy[t, "paca", s] - accuracy[t, other, s] for s in SEEDS] for t in tasks])
 
     return {
-        "command": "python benchmarks/real_tasks.py",
-        "machine": machine_stamp(),
+        **study_results(__file__),
         "trainable": {job.method: row["trainable"] for job, row in rows},
         "macro": {m: statistics.mean(by_task[t][m]["mean"] for t in tasks) for m in TUNERS},
         "paca_minus": {other: gain_over(other) for other in ("lora", "full")},
@@ -195,8 +188,6 @@ def summarise(rows: list[tuple[Job, dict[str, Any]]], tasks: list[str]) -> dict[
 
 def difference(by_task: list[list[float]]) -> dict[str, float]:
     """Mean paired difference and its 95 % interval: tasks drawn with replacement, then seeds within each."""
-    from thawline.bench.bootstrap import interval
-
     low, high = interval(by_task, statistics.mean)
     return {"mean": statistics.mean(statistics.mean(d) for d in by_task), "low": low, "high": high}
 

@@ -26,19 +26,17 @@ goes on where it was; what is not done in --minutes is left out and said so.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import itertools
-import json
 import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -49,14 +47,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from rows import read_rows
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from harness import Rows, study_parser, study_results
 from thawline.data.text.fewshot import few_shot
 from thawline.data.text.multitask import TaskSampler
 from thawline.data.text.rows import Example, load_examples, read_manifest
-from thawline.measure import machine_stamp
+from thawline.measure import write_results
 from thawline.recipe import Lora, Mhr
 from thawline.training.text.match import match_loss
 from thawline.tuners.build import attach_tuner
@@ -176,46 +174,29 @@ class World:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of data/")
-    parser.add_argument("--base", type=Path, help="folder of MiniLM. None: the package's")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/skills-text.json"))
+    parser = study_parser(__doc__, "skills-text.json", workers=2)
+    parser.add_argument("--base", type=Path, help="Folder of MiniLM. None: the package's.")
     parser.add_argument("--work", type=Path, default=Path("build/skills-text"), help="where phase 1 is kept")
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e9)
     args = parser.parse_args()
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * args.minutes
-    rows_file = args.out.with_suffix(".rows.jsonl")
     args.work.mkdir(parents=True, exist_ok=True)
-    done = read_rows(Job, rows_file)
+    rows = Rows(args.out, Job)
 
     global _shared
     _shared = World(args.shared, args.base or packaged_minilm())
     context = get_context("fork")  # the workers share the states
-    with ProcessPoolExecutor(args.workers, context) as pool, rows_file.open("a") as file:
-
-        def finish(jobs: list[Job]) -> None:
-            todo = [job for job in jobs if job not in done]
-            for start in range(0, len(todo), args.workers):
-                if time.monotonic() > deadline:
-                    return
-                some = todo[start : start + args.workers]
-                futures = [pool.submit(run_job, job, args.work) for job in some]
-                for job, future in zip(some, futures, strict=True):
-                    done[job] = future.result()
-                    file.write(json.dumps({**asdict(job), **done[job]}) + "\n")
-                    file.flush()
-
-        planned: list[Job] = []
-        for jobs in plan(done):
-            finish(jobs)
-            planned += jobs
-            if any(job not in done for job in jobs):
-                break
+    train = partial(run_job, work=args.work)
+    planned: list[Job] = []
+    for jobs in plan(rows.done):
+        rows.run(train, jobs, workers=args.workers, context=context, until=deadline)
+        planned += jobs
+        if any(job not in rows.done for job in jobs):
+            break
     # Rows of rates that were since beaten stay in the file, and out of the tables.
-    results = summarise({job: done[job] for job in planned if job in done})
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    results = summarise({job: rows.done[job] for job in planned if job in rows.done})
+    write_results(args.out, results)
     sys.stdout.write(table(results))
 
 
@@ -482,8 +463,7 @@ def summarise(done: dict[Job, dict[str, Any]]) -> dict[str, Any]:
             "trainable": rows[0]["trainable"], "lr": min(rates), "runs": len(rows),
         }  # fmt: skip
     return {
-        "command": "python benchmarks/skills_text.py",
-        "machine": machine_stamp(),
+        **study_results(__file__),
         "training_tasks": _shared.train,
         "held_out_tasks": _shared.held_out,
         "phase_1": first,

@@ -1,8 +1,8 @@
-"""What a training step costs: time in paired rounds, bytes kept for backward, operations dispatched.
+"""Cost of a training step: time in paired rounds, bytes kept for backward, operations dispatched.
 
-Two identical models differ by a few percent on a busy machine, and the difference drifts. So variants are
-timed side by side, in rounds of rotated order, and compared by the median over rounds of their ratio.
-Memory and operation counts do not vary and are read once.
+Two identical models differ by a few percent on a busy machine, and the difference drifts. Variants are
+therefore timed side by side, in rounds of rotated order, and compared by the median over rounds of their
+ratio. Memory and operation counts do not vary and are read once.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 __all__ = [
     "Sample",
     "count_ops",
+    "live_bytes",
     "machine_stamp",
     "median_ratio",
+    "median_seconds",
     "paired_rounds",
     "saved_bytes",
     "write_results",
@@ -20,7 +22,6 @@ __all__ = [
 import gc
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 import time
@@ -35,16 +36,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import thawline
+from thawline.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The seconds one variant took in one round."""
+    """Seconds that one variant took in one round."""
 
     wall: float
-    """Wall-clock time, the device's work included."""
+    """Wall-clock time, including the device's work."""
     cpu: float
-    """Processor time of this process, all threads: a busy machine lengthens it least."""
+    """CPU time of this process, all threads: the clock that a busy machine disturbs least."""
     cuda: float | None = None
     """Time between two CUDA events around the steps; `None` without a GPU."""
 
@@ -55,16 +57,16 @@ def paired_rounds(
     """Time each of `steps` once per round; every round starts one variant later than the last.
 
     Args:
-        steps: name → one training step, state and all.
+        steps: name → a call that takes one training step.
         rounds: samples per variant; medians want ten or more.
-        steps_per_round: steps behind one sample, for steps too short to time alone.
+        steps_per_round: steps per sample, for steps too short to time alone.
         warmup: untimed steps of each variant first (lazy optimiser state, allocator, autotuning).
     Returns: name → samples, one per round, in the order of the rounds.
     """
     names = list(steps)
-    for name in names:
+    for step in steps.values():
         for _ in range(warmup):
-            steps[name]()
+            step()
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for i in range(rounds):
         turn = i % len(names)
@@ -74,7 +76,7 @@ def paired_rounds(
 
 
 def median_ratio(samples: Sequence[Sample], reference: Sequence[Sample], clock: str = "cpu") -> float:
-    """Median over rounds of this variant's time over the reference's in the same round.
+    """Return the median over rounds of this variant's time over the reference's in the same round.
 
     Args:
         clock: "wall", "cpu" or "cuda".
@@ -83,32 +85,37 @@ def median_ratio(samples: Sequence[Sample], reference: Sequence[Sample], clock: 
     return statistics.median(getattr(ours, clock) / getattr(theirs, clock) for ours, theirs in pairs)
 
 
+def median_seconds(samples: Sequence[Sample], clock: str = "cpu") -> float:
+    """Return the median time by one clock: "wall", "cpu" or "cuda"."""
+    return statistics.median(getattr(sample, clock) for sample in samples)
+
+
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps alive for the backward of `forward()`: whole storages, each counted once.
+    """Count the bytes that autograd keeps for the backward of `forward()`: whole storages, each once.
 
     Args:
         forward: runs the model and returns the loss; nothing is propagated back.
-        parameters: tensors that live anyway and so are not counted, nor is what shares their storage.
+        parameters: tensors that exist anyway; they and what shares their storage are not counted.
     """
-    live = {_storage_key(p) for p in parameters}
+    parameter_storages = {_storage_key(p) for p in parameters}
     kept: dict[tuple[torch.device, int], int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         key = _storage_key(tensor)
-        if key not in live:
+        if key not in parameter_storages:
             kept[key] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor itself, where it is an output, would hold its own graph for ever
+        return tensor.detach()  # an output would keep its own graph alive
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         loss = forward()
-    del loss  # it held the graph, and so every storage, until here: no address was used twice
+    del loss  # until here it held the graph and every storage: no address was reused
     return sum(kept.values())
 
 
 def count_ops(call: Callable[[], Any]) -> tuple[int, Any]:
-    """How many ATen operations `call()` dispatches, views excluded, and what it returned.
+    """Return the number of ATen operations that `call()` dispatches, without views, and its result.
 
-    Each is at least one kernel launch on a GPU, which is what decides the speed of small steps.
+    Each is at least one kernel launch on a GPU, which decides the speed of small steps.
     """
     with _OpCounter() as counter:
         result = call()
@@ -116,10 +123,9 @@ def count_ops(call: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def live_bytes() -> int:
-    """Bytes of every tensor alive in this process, whoever holds it; each storage once.
+    """Count the bytes of all tensors alive in this process; each storage once.
 
-    The difference before and after building something is what it keeps: weights, optimiser state, and what a
-    method stores on the side.
+    The difference before and after building something is what it keeps: weights, optimiser state, buffers.
     """
     gc.collect()
     # By type, not isinstance: a lazy proxy would load what it stands for.
@@ -130,7 +136,7 @@ def live_bytes() -> int:
 
 
 def machine_stamp() -> dict[str, Any]:
-    """What places the numbers: processor, GPU, threads, versions. No names of hosts or users, no paths."""
+    """Describe the machine: processor, GPU, threads, versions. No host or user names, no paths."""
     stamp: dict[str, Any] = {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -150,17 +156,9 @@ def machine_stamp() -> dict[str, Any]:
 
 
 def write_results(file: Path | None, results: Mapping[str, Any]) -> None:
-    """Write a bench's results as JSON, whole or not at all: a bench stopped while it writes leaves the last.
-
-    Args:
-        file: its folder is made. None: nothing is written.
-    """
-    if file is None:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(file)
+    """Write a bench's results as JSON, atomically. None: write nothing."""
+    if file is not None:
+        write_text(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 class _OpCounter(TorchDispatchMode):

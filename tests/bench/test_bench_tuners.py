@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import thawline.bench.cases as cases
+import vision
 from tests.support.bench_cases import reference
-from thawline.bench import tuners, vision
+from thawline.bench import tuners
 from thawline.bench.cases import CASES
-from thawline.bench.variants import VARIANTS, attach
+from thawline.bench.methods import METHODS, attach
 from thawline.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ RESULTS, PERFORMANCE = ROOT / "benchmarks" / "results", ROOT / "docs" / "perform
 
 def test_every_variant_but_the_floor_learns():
     case = reference(layers=1, batch=1, length=8)
-    for name in case.variants:
+    for name in case.methods:
         run = tuners._Run.start(name, case, CPU)
         losses = [float(run.loss().detach())]
         for _ in range(4):
@@ -38,8 +39,8 @@ def test_every_variant_but_the_floor_learns():
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_can_be_built_and_its_targets_name_layers(name):
     case = CASES[name]
-    assert set(case.variants) <= VARIANTS.keys()
-    assert case.variants[0] == "floor"
+    assert set(case.methods) <= METHODS.keys()
+    assert case.methods[0] == "floor"
     with torch.device("meta"):
         model = case.build()
     model.get_submodule(case.adapt.entry)
@@ -71,7 +72,7 @@ def test_the_command_prints_the_table_it_writes(tmp_path, capsys, monkeypatch):
     written = json.loads(out.read_text())
     assert written["machine"]["torch"] == version("torch")
     rows = written["cases"]["vit"]["variants"]
-    assert list(rows) == list(CASES["vit"].variants)
+    assert list(rows) == list(CASES["vit"].methods)
     assert rows["floor"]["time"]["cpu"]["of_floor"] == 1.0
     printed = capsys.readouterr().out
     for name, row in rows.items():
@@ -125,7 +126,7 @@ def test_the_recorded_runs_reach_the_goals():
 
 
 def test_unknown_variants_and_a_missing_gpu_are_refused_with_what_would_work():
-    with pytest.raises(ConfigError, match=r"Unknown variant 'lorra'.*Did you mean 'lora'"):
+    with pytest.raises(ConfigError, match=r"Unknown method 'lorra'.*Did you mean 'lora'"):
         attach("lorra", nn.Linear(2, 2), CASES["vit"].adapt)
     with pytest.raises(ConfigError, match="needs a GPU.*'cpu'"):
         tuners.measure_case(CASES["8b-blocks"], device=CPU, rounds=0)

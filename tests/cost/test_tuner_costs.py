@@ -36,7 +36,7 @@ def test_lean_blocks_keep_two_thirds_in_bf16_at_the_proportions_of_the_8b():
     block = cases._llama(hidden=512, mlp=1792, layers=1, heads=8, kv_heads=2, vocab=64, trunk=True)
     batch = cases._tokens(vocab=64, batch=1, length=8)
     case = replace(CASES["bf16-8b-proportions"], build=block, batch=batch)
-    record = tuners.measure_case(case, device=CPU, rounds=0, variants=("floor", "paca", "paca_lean"))
+    record = tuners.measure_case(case, device=CPU, rounds=0, methods=("floor", "paca", "paca_lean"))
     saved = {name: row["memory"]["saved_of_floor"] for name, row in record["variants"].items()}
     assert saved["paca"] <= 1.02
     assert saved["paca_lean"] <= 0.70
@@ -67,7 +67,7 @@ def test_a_step_of_paca_costs_little_more_than_the_floor_and_less_than_one_of_lo
     case, seen = reference(layers=1, batch=4, length=256), []
     for _ in range(3):
         rows = tuners.measure_case(
-            case, device=CPU, rounds=8, variants=("floor", "lora", "paca", "paca_lean")
+            case, device=CPU, rounds=8, methods=("floor", "lora", "paca", "paca_lean")
         )["variants"]
         paca, lean = (rows[name]["time"]["cpu"] for name in ("paca", "paca_lean"))
         seen.append(
@@ -86,7 +86,7 @@ def test_mhr_on_one_linear_is_few_operations_and_keeps_no_copy_of_the_input():
     # Without bf16 in hardware a product of the case's 8 × 256 tokens takes a second.
     case = replace(CASES["skills-linear"], batch=lambda: {"x": torch.randn(8, 32, 1024)})
     variants = ("floor", "poly", "mhr")
-    rows = tuners.measure_case(case, device=CPU, rounds=0, variants=variants)["variants"]
+    rows = tuners.measure_case(case, device=CPU, rounds=0, methods=variants)["variants"]
     of_the_loss = rows["floor"]["ops"]["forward"] - 1
     assert rows["mhr"]["ops"]["forward"] - of_the_loss <= 12
     output = x = 2**19
@@ -103,7 +103,7 @@ def test_a_step_of_mhr_stays_near_loras_where_launches_decide(case, rounds, gate
     """Goals 1.15 and 0.50, writing 1.10. One median in six goes astray on a crowded machine."""
     seen = []
     for _ in range(3):
-        record = tuners.measure_case(CASES[case], device=CPU, rounds=rounds, variants=(*gates, "mhr"))
+        record = tuners.measure_case(CASES[case], device=CPU, rounds=rounds, methods=(*gates, "mhr"))
         took = record["variants"]["mhr"]["time"]["cpu"]
         seen.append({peer: took[f"of_{peer}"] for peer in gates})
         if all(seen[-1][peer] <= gate for peer, gate in gates.items()):

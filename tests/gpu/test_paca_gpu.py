@@ -87,7 +87,7 @@ def test_a_compiled_step_equals_an_eager_one() -> None:
 
 def test_a_step_peaks_below_one_of_lora() -> None:
     record = measure_case(
-        CASES["reference"], device=torch.device("cuda"), rounds=0, variants=("floor", "lora", "paca")
+        CASES["reference"], device=torch.device("cuda"), rounds=0, methods=("floor", "lora", "paca")
     )
     peak = {name: row["memory"]["peak_of_step"] for name, row in record["variants"].items()}
     assert peak["paca"] < peak["lora"]

@@ -16,7 +16,7 @@ import transformers
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
-PARTS = re.findall(r"^(part|bench) (\d+) ", SCRIPT.read_text(), re.MULTILINE)
+PARTS = re.findall(r"^(part|bench|study) (\d+) ", SCRIPT.read_text(), re.MULTILINE)
 needs_port = pytest.mark.skipif(
     not hasattr(transformers, "Deimv2Config"), reason="this transformers has no DEIMv2"
 )
@@ -39,7 +39,9 @@ def test_every_part_is_a_command_its_bench_understands(tmp_path: Path) -> None:
     lines = [shlex.split(line) for line in calls.read_text().splitlines()]
     assert lines[0] == ["-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
     outs = []
-    for _, module, *arguments in lines[1:]:
+    for line in lines[1:]:
+        # `-m thawline.bench.NAME …` or `benchmarks/NAME.py …`
+        module, arguments = (line[1], line[2:]) if line[0] == "-m" else (Path(line[0]).stem, line[1:])
         options = importlib.import_module(module)._parser().parse_args(arguments)
         assert options.device == "cuda"
         outs.append(str(options.out))
@@ -75,7 +77,10 @@ def test_a_part_that_hangs_is_stopped_and_the_others_run(tmp_path: Path) -> None
     ],
 )
 def test_benches_run_where_only_what_the_script_names_is_installed(benches: str, absent: str) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'benchmarks'}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(ROOT / "tests" / "support" / "bare_benches.py"), benches, absent]
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=180)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Run the benches of benchmarks/gpu.sh, made small, as if some packages were not installed.
+"""Run the benches and studies of benchmarks/gpu.sh, made small, as if some packages were not installed.
 
 python bare_benches.py tuners,vision scipy,PIL
 """
@@ -57,7 +57,7 @@ def run_tuners() -> None:
 
 
 def run_vision() -> None:
-    from thawline.bench import vision
+    import vision
 
     vision.N_TRAIN, vision.N_VALIDATION, vision.N_TEST, vision.RATES = 32, 16, 16, (1e-3,)
     flags = ["--network", "convnet", "--seeds", "1", "--pretrain-steps", "2", "--adapt-steps", "2"]
@@ -80,7 +80,7 @@ def run_train_step() -> None:
 
 
 def run_backbone() -> None:
-    from thawline.bench import backbone
+    import backbone
 
     flags = ["--variant", "atto", "--size", "64", "--batch_size", "1", "--rounds", "1", "--threads", "1"]
     assert backbone.main([*flags, "--device", "cpu"]) == 0

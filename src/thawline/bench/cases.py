@@ -1,7 +1,7 @@
-"""What is measured: each case is a network with random weights, a generated batch, and what of it is adapted.
+"""Cases of the tuners' bench: a network with random weights, a generated batch, and the adapted parts.
 
-LoRA and PaCA are given ranks with which they train about as many parameters. Sizes are those of the case's
-source where a processor can bear them; the others need a GPU.
+LoRA and PaCA get ranks with which they train about the same number of parameters. Sizes are those of the
+case's source where a CPU can run them; the others need a GPU.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from thawline.bench.images import ConvNet, VisionTransformer
-from thawline.bench.variants import Adapt
+from thawline.bench.methods import Adapt
+from thawline.bench.networks import ConvNet, VisionTransformer
 
 Batch = dict[str, Any]
-"""Tensors, and the rows' task ids."""
+"""Model inputs, with the rows' task ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One network, one batch, and what to compare on it."""
+    """One network, one batch, and the methods to compare on it."""
 
     what: str
-    """One line: the network, its sizes, whose question it answers."""
+    """One line: the network, its sizes, and the question it answers."""
     build: Callable[[], nn.Module]
-    """The network with random weights, in float32, on the device that is torch's default at the call."""
+    """Return the network with random weights, float32, on torch's default device."""
     batch: Callable[[], Batch]
-    """Its generated inputs."""
+    """Return the generated inputs."""
     loss: Callable[[nn.Module, Batch], Tensor]
-    """One forward, up to the scalar that backward starts from."""
+    """Run a forward and return the scalar that backward starts from."""
     adapt: Adapt
-    """What of it is adapted, with which ranks."""
-    variants: tuple[str, ...]
-    """What is run, by the names in `thawline.bench.variants.VARIANTS`."""
+    """The adapted parts and the ranks."""
+    methods: tuple[str, ...]
+    """Names in `thawline.bench.methods.METHODS`."""
     dtype: torch.dtype = torch.float32
-    """Of the network and of images."""
+    """dtype of the network and of images."""
     needs_gpu: bool = False
-    """Too large for a processor."""
+    """Too large for a CPU."""
     tasks: tuple[int, ...] | None = None
-    """The task of every row, told to the variants that route."""
+    """The task of every row, for the methods that route."""
     new_tokens: int = 0
-    """Above 0, a step is no training: it writes so many tokens after the batch, greedily."""
+    """Above 0, a step generates this many tokens after the batch, greedily, instead of training."""
 
 
 def _llama(
@@ -109,19 +109,19 @@ def _next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _one_linear() -> nn.Module:
-    """A linear and, before it, what makes its input require a gradient."""
+    """A linear after an identity, whose output is made to require a gradient."""
     return nn.Sequential(OrderedDict(entry=nn.Identity(), linear=nn.Linear(1024, 1024)))
 
 
 def _square(model: nn.Module, batch: Batch) -> Tensor:
-    """Keeps the output for backward, so that all variants keep something."""
+    """Return the mean square, which keeps the output for backward with every method."""
     inputs = dict(batch)
     output: Tensor = model(inputs.pop("x"), **inputs)
     return output.square().mean()
 
 
 def _trunk_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """A mean keeps nothing for backward, so only the blocks are counted."""
+    """Return the mean, which keeps nothing for backward, so that only the blocks count."""
     return model(**batch).last_hidden_state.mean()
 
 
@@ -152,7 +152,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=4096, batch=4, length=256),
         loss=_next_token_loss,
         adapt=Adapt(entry="model.embed_tokens", targets="all-linear"),
-        variants=_FP32,
+        methods=_FP32,
     ),
     "bf16-8b-proportions": Case(
         what="two Llama blocks in the proportions of the 8B: hidden 512, MLP 1792, 8/2 heads; 1 × 64 tokens",
@@ -160,7 +160,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=64, batch=1, length=64),
         loss=_trunk_loss,
         adapt=Adapt(entry="embed_tokens", targets="all-linear"),
-        variants=_BF16,
+        methods=_BF16,
         dtype=torch.bfloat16,
     ),
     "8b-blocks": Case(
@@ -169,7 +169,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=64, batch=4, length=2048),
         loss=_trunk_loss,
         adapt=Adapt(entry="embed_tokens", targets="all-linear"),
-        variants=_BF16,
+        methods=_BF16,
         dtype=torch.bfloat16,
         needs_gpu=True,
     ),
@@ -179,7 +179,7 @@ CASES: dict[str, Case] = {
         batch=_classified_tokens,
         loss=_own_loss,
         adapt=Adapt(entry="roberta.embeddings", targets=r".*encoder.*\.(query|key|value|dense)"),
-        variants=_STOCK_BLOCKS,
+        methods=_STOCK_BLOCKS,
     ),
     "resnet18": Case(
         what="ResNet-18, convolutions; 64 images of 32 × 32 (huggingface/peft #960: slower than full)",
@@ -187,7 +187,7 @@ CASES: dict[str, Case] = {
         batch=_images(classes=10, batch=64, size=32),
         loss=_own_loss,
         adapt=Adapt(entry="resnet.embedder", targets=_CONVS, lora_r=16, paca_r=16, dropout=0.1),
-        variants=_STOCK_BLOCKS,
+        methods=_STOCK_BLOCKS,
     ),
     "small-llama-memory": Case(
         # Width, tokens, ranks by 16, layers by 5.5, vocabulary by both: every share of memory stays.
@@ -196,7 +196,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=364, batch=2, length=512),
         loss=_next_token_loss,
         adapt=Adapt(entry="model.embed_tokens", targets="all-linear", lora_r=4, paca_r=8),
-        variants=_BF16,
+        methods=_BF16,
         dtype=torch.bfloat16,
     ),
     "tinyllama": Case(
@@ -205,7 +205,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=32000, batch=2, length=4096),
         loss=_next_token_loss,
         adapt=Adapt(entry="model.embed_tokens", targets="all-linear", lora_r=64, paca_r=128),
-        variants=("floor", "full", "lora", "lora_fp32", "paca", "paca_lean"),
+        methods=("floor", "full", "lora", "lora_fp32", "paca", "paca_lean"),
         dtype=torch.bfloat16,
         needs_gpu=True,
     ),
@@ -215,7 +215,7 @@ CASES: dict[str, Case] = {
         batch=_images(classes=10, batch=4, size=224),
         loss=_own_loss,
         adapt=Adapt(entry="resnet.embedder", targets=_CONVS, lora_r=4, paca_r=6),
-        variants=_STOCK_BLOCKS,
+        methods=_STOCK_BLOCKS,
     ),
     "vit": Case(
         what="small vision transformer (width 64, 3 blocks); 64 images of 32 × 32",
@@ -223,7 +223,7 @@ CASES: dict[str, Case] = {
         batch=_images(classes=10, batch=64, size=32),
         loss=_image_loss,
         adapt=Adapt(entry="patches", targets=VisionTransformer.targets),
-        variants=_STOCK_BLOCKS,
+        methods=_STOCK_BLOCKS,
     ),
     "convnet": Case(
         what="small residual conv net (width 32 to 128); 64 images of 32 × 32",
@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
         batch=_images(classes=10, batch=64, size=32),
         loss=_image_loss,
         adapt=Adapt(entry="stem", targets=ConvNet.targets, paca_r=7),
-        variants=_STOCK_BLOCKS,
+        methods=_STOCK_BLOCKS,
     ),
     "skills-linear": Case(
         what="one linear of 1024 × 1024; 8 × 256 tokens of 8 tasks",
@@ -239,7 +239,7 @@ CASES: dict[str, Case] = {
         batch=lambda: {"x": torch.randn(8, 256, 1024)},
         loss=_square,
         adapt=Adapt(entry="entry", targets="linear"),
-        variants=("floor", "lora", "lora_fp32", "poly", "mhr"),
+        methods=("floor", "lora", "lora_fp32", "poly", "mhr"),
         dtype=torch.bfloat16,
         tasks=_EIGHT_TASKS,
     ),
@@ -249,7 +249,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=256, batch=8, length=16),
         loss=_next_token_loss,
         adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
-        variants=_SKILLS,
+        methods=_SKILLS,
         tasks=_EIGHT_TASKS,
     ),
     "skills-reference": Case(
@@ -258,7 +258,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=4096, batch=8, length=128),
         loss=_next_token_loss,
         adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
-        variants=_SKILLS,
+        methods=_SKILLS,
         tasks=_EIGHT_TASKS,
     ),
     "skills-decoding": Case(
@@ -267,7 +267,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=4096, batch=8, length=16),
         loss=_next_token_loss,
         adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
-        variants=_SKILLS,
+        methods=_SKILLS,
         tasks=(3,) * 8,
         new_tokens=32,
     ),
@@ -277,7 +277,7 @@ CASES: dict[str, Case] = {
         batch=_tokens(vocab=256, batch=8, length=16),
         loss=_next_token_loss,
         adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
-        variants=_SKILLS,
+        methods=_SKILLS,
         tasks=(3,) * 8,
         new_tokens=32,
     ),

@@ -1,17 +1,17 @@
-"""How fast the detector is, beside transformers' port of it, of the same shape and with the same weights.
+"""Latency of the detector, compared with transformers' port of the same weights.
 
     python -m thawline.bench.detector --size atto s --profile --out benchmarks/results/detector.json
 
 Measured in paired rounds (`thawline.measure`), from normalised pixels to boxes in the image's pixels:
 
-    port        `Deimv2ForObjectDetection`, eager, with transformers' post-processing: the yardstick
+    port        `Deimv2ForObjectDetection`, eager, with transformers' post-processing: the reference
     eager       `DEIMv2`                              compiled         the same under torch.compile
     fused       `DEIMv2.fuse()`                       compiled_fused   the same under torch.compile
-    product     a product of two square matrices, which says what the machine can do in that round
+    product     a product of two square matrices: the speed of the machine in that round
 
-A processor is timed by the wall clock, because its threads work at the same time; a GPU by CUDA events. With
-`--profile` each form is run once more under torch's profiler, for the operators its time goes to. Sizes that
-the results file already holds from this machine stay in it, so sizes can be measured one by one.
+A CPU is timed by the wall clock, because its threads work at the same time; a GPU by CUDA events. With
+`--profile` each form runs once more under torch's profiler, which names the operators that take the time.
+Sizes that the results file already holds from this machine stay in it, so sizes can be measured one by one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from __future__ import annotations
 __all__ = ["FORMS", "main", "measure_size"]
 
 import argparse
-import json
 import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,26 +31,27 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from thawline.bench.harness import bench_parser, bench_results, markdown, use_device
 from thawline.bench.port import build_port
 from thawline.errors import ConfigError
-from thawline.measure import Sample, machine_stamp, median_ratio, paired_rounds, write_results
+from thawline.files import read_json
+from thawline.measure import Sample, median_ratio, median_seconds, paired_rounds, write_results
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 
 FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")
 UNCOMPILED = {"compiled": "eager", "compiled_fused": "fused"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 N_OPERATORS = 8
-"""That a profile names."""
+"""Number of operators that a profile names."""
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above. Returns the exit status."""
     args = _parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = use_device(args)
     if device.type == "cpu" and args.dtype != ["fp32"]:
-        raise ConfigError(f"`--dtype {' '.join(args.dtype)}` needs a GPU; a processor is measured in fp32.")
+        raise ConfigError(f"`--dtype {' '.join(args.dtype)}` needs a GPU; a CPU is measured in fp32.")
     results = _start(args.out, device)
     for size in args.size:
         record = measure_size(
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["sizes"][size] = {"command": _command(args, size)} | record
         sys.stdout.write(f"\n{size}, {record['resolution']}: {_counts(record)}\n{_table(record)}\n")
         sys.stdout.flush()
-        write_results(args.out, results)  # after each size: a run cut short keeps what it has
+        write_results(args.out, results)  # after each size, for runs that are stopped
     return 0
 
 
@@ -87,13 +86,13 @@ def measure_size(
     """Measure one size.
 
     Args:
-        rounds: paired timing rounds.        calls: of each form in a round; one sample is their sum.
-        profiled: name the operators of each form, too.
-        resolution: (height, width); by default the size's own.
+        rounds: paired timing rounds.        calls: calls of each form per round; a sample is their sum.
+        profiled: also name the operators of each form.
+        resolution: (height, width). None: the size's own.
     Returns: a JSON-ready record. For each batch and dtype and form: `median_ms` of one call, `images_per_s`,
         `of_port`, and `of_product`: floating-point operations a second as a share of the matrix product's;
-        of a compiled form `of_uncompiled`, where that was measured too; profiled, `operators`: the share of
-        the time that each of the largest takes.
+        for a compiled form `of_uncompiled`, if that was measured too; with `profiled`, `operators`: the share
+        of the time that each of the largest takes.
     """
     model, port = _pair(size)
     height, width = resolution or model.config.image_size
@@ -129,7 +128,7 @@ def measure_size(
 
 
 def _pair(size: str) -> tuple[DEIMv2, nn.Module]:
-    """The detector and transformers' port, with equal weights that are at no trivial start."""
+    """Build the detector and transformers' port with equal weights, none of them at a trivial start."""
     torch.manual_seed(0)
     model = DEIMv2.from_variant(size, rope_rescale=None) if size in "lx" else DEIMv2.from_variant(size)
     for module in model.modules():
@@ -142,7 +141,7 @@ def _pair(size: str) -> tuple[DEIMv2, nn.Module]:
 def _detector(
     form: str, model: DEIMv2, port: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> Callable[[Tensor], object]:
-    """From pixels to what a user gets."""
+    """Build one form: a call from pixels to detections."""
     if form == "port":
         from transformers import RTDetrImageProcessorPil
 
@@ -166,7 +165,7 @@ def _detector(
 
 
 def _gflops(network: nn.Module, shape: tuple[int, ...]) -> float:
-    """Twice the multiply-adds of products, convolutions and attention."""
+    """Count twice the multiply-adds of products, convolutions and attention."""
 
     def convolution(x: Any, weight: Any, *_: Any, out_shape: Sequence[int], **__: Any) -> int:
         return 2 * math.prod(out_shape) * math.prod(weight) // out_shape[1]
@@ -174,7 +173,7 @@ def _gflops(network: nn.Module, shape: tuple[int, ...]) -> float:
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
-    # What a processor calls and the counter does not know by itself.
+    # Operators of the CPU that the counter does not know.
     known = {
         torch.ops.mkldnn._convolution_pointwise: convolution,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
@@ -191,7 +190,7 @@ def _product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Ten
 
 
 def _operators(call: Callable[[], object], calls: int) -> dict[str, float]:
-    """The operators that take most of the time, and the share that each takes by itself."""
+    """Profile a call: the operators that take most of the time, with their own shares."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.inference_mode():
@@ -212,7 +211,7 @@ def _read(
     product = samples["product"]
     forms = {}
     for name, own in samples.items():
-        seconds = statistics.median(getattr(sample, clock) for sample in own) / calls
+        seconds = median_seconds(own, clock) / calls
         if name == "product":
             continue
         forms[name] = {
@@ -223,21 +222,16 @@ def _read(
         for base, key in (("port", "of_port"), (UNCOMPILED.get(name), "of_uncompiled")):
             if base in samples:
                 forms[name][key] = round(median_ratio(own, samples[base], clock), 4)
-    seconds = statistics.median(getattr(sample, clock) for sample in product) / calls
+    seconds = median_seconds(product, clock) / calls
     return {"clock": clock, "product_gflops_per_s": round(product_gflops / seconds, 1), "forms": forms}
 
 
 def _start(out: Path | None, device: torch.device) -> dict[str, Any]:
-    """The record to fill: with the sizes that lie in `out` already, from the same machine."""
-    results: dict[str, Any] = {
-        "bench": "detector",
-        "machine": machine_stamp(),
-        "device": device.type,
-        "sizes": {},
-    }
-    if out is None or not out.exists():
+    """Start the results, with the sizes that `out` already holds from the same machine."""
+    results = bench_results("detector", "thawline bench detector", device, sizes={})
+    earlier = read_json(out) if out is not None else {}
+    if not earlier:
         return results
-    earlier = json.loads(out.read_text())
     different = [key for key in ("bench", "machine", "device") if earlier.get(key) != results[key]]
     if different:
         raise ConfigError(
@@ -247,7 +241,7 @@ def _start(out: Path | None, device: torch.device) -> dict[str, Any]:
 
 
 def _command(args: argparse.Namespace, size: str) -> str:
-    """What measures this size again."""
+    """Return the command line that measures this size again."""
     words = ["thawline bench detector", f"--size {size}"]
     words += [f"--{name} {' '.join(map(str, getattr(args, name)))}" for name in ("batch", "dtype", "forms")]
     words += [f"--{name} {getattr(args, name)}" for name in ("rounds", "calls", "threads")]
@@ -260,9 +254,9 @@ def _counts(record: dict[str, Any]) -> str:
 
 
 def _table(record: dict[str, Any]) -> str:
-    """The record as a Markdown table: what the docs show is what the command prints."""
-    lines = [["dtype", "batch", "form", "ms", "images/s", "× port", "× uncompiled", "of the product's rate"]]
-    lines.append(["---"] * len(lines[0]))
+    """Format the record as a Markdown table."""
+    head = ["dtype", "batch", "form", "ms", "images/s", "× port", "× uncompiled", "of the product's rate"]
+    lines = []
     for run in record["runs"]:
         for name, form in run["forms"].items():
             lines.append(
@@ -276,7 +270,7 @@ def _table(record: dict[str, Any]) -> str:
                     f"{form['of_product']:.0%}",
                 ]
             )
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    table = markdown(head, lines)
     for run in record["runs"]:
         for name, form in run["forms"].items():
             if "operators" in form:
@@ -286,19 +280,13 @@ def _table(record: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="thawline bench detector", description="How fast the detector is, beside transformers' port."
-    )
-    parser.add_argument("--size", nargs="+", choices=VARIANTS, default=["atto"], help="default: atto")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="images in a call; default: 1")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="others need a GPU")
+    parser = bench_parser("detector", "Latency of the detector, compared with transformers' port.")
+    parser.add_argument("--size", nargs="+", choices=VARIANTS, default=["atto"], help="Default: atto.")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="Images per call. Default: 1.")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="bf16, fp16 need a GPU.")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["port", "eager", "fused"])
-    parser.add_argument("--rounds", type=int, default=10, help="paired timing rounds")
-    parser.add_argument("--calls", type=int, default=1, help="of each form in a round, for small sizes")
-    parser.add_argument("--profile", action="store_true", help="name the operators the time goes to")
-    parser.add_argument("--threads", type=int, default=2, help="of the processor")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--out", type=Path, help="write the results as JSON, beside those of other sizes")
+    parser.add_argument("--calls", type=int, default=1, help="Calls of each form per round, for small sizes.")
+    parser.add_argument("--profile", action="store_true", help="Name the operators that take the time.")
     return parser
 
 

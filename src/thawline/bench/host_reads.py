@@ -1,7 +1,7 @@
-"""How often a call waits for the device: every value it asks back, by the line that asks.
+"""Count how often a call waits for the device, by the line that reads a value back.
 
-On a GPU torch itself reports each synchronising call. Without one, the values are followed: what is computed
-from a tensor that would lie on the device lies there too, and reading it on the host (`item`, `tolist`,
+On a GPU, torch itself reports each synchronising call. Without one, the values are followed: the result of
+an operation on a tensor of the device is on the device too, and reading it on the host (`item`, `tolist`,
 `cpu`, `numpy`, truth values) or asking for a shape that depends on values (`nonzero`, `unique`, boolean
 indexing) would wait. Copies to the device are not followed; those from pinned memory do not wait.
 """
@@ -33,23 +33,23 @@ _INDEXING = {"__getitem__", "__setitem__"}
 
 @dataclass(frozen=True)
 class HostReads:
-    """What one call asked back."""
+    """Reads of device values during one call."""
 
     by_place: dict[str, int]
-    """Times it waited, by "file.py:function: what"."""
+    """Number of waits by place, "file.py:function: operation"."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Total number of waits."""
         return sum(self.by_place.values())
 
     @classmethod
     def of(cls, call: Callable[[], object], on_device: Iterable[Tensor]) -> HostReads:
-        """Count those of one `call()`.
+        """Count the waits of one `call()`.
 
         Args:
-            call: run once before counting starts, so that lazy state does not count.
-            on_device: tensors that lie on the device: weights, inputs.
+            call: run once before counting, so that lazy state does not count.
+            on_device: tensors on the device: weights, inputs.
         """
         call()
         return cls(_by_debug_mode(call) if torch.cuda.is_available() else _by_following(call, on_device))
@@ -95,7 +95,7 @@ class _Follow(TorchFunctionMode):
         given = list(_tensors((args, kwargs)))
         lies_there = any(tensor in self.on_device for tensor in given)
         if lies_there and func == Tensor.is_cpu.__get__:
-            return False  # code that may read on a processor must show what it does on a device
+            return False  # code that reads freely on a CPU must take its path for devices
         if lies_there and self._waits(name, args):
             self.reads[_place(name.strip("_"))] += 1
         out = func(*args, **kwargs)
@@ -103,7 +103,7 @@ class _Follow(TorchFunctionMode):
             for tensor in _tensors(out):
                 self.on_device[tensor] = True
         elif lies_there and isinstance(out, Tensor) and out is args[0]:
-            return out.clone()  # stands for the copy a device would make
+            return out.clone()  # stands for the copy from the device
         return out
 
     def _waits(self, name: str, args: tuple[Any, ...]) -> bool:
@@ -129,7 +129,7 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _place(what: str) -> str:
-    """The innermost line outside of torch and of this file."""
+    """Name the innermost function outside of torch and of this file."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if "torch" not in path.parts and path != Path(__file__) and path.name != "warnings.py":

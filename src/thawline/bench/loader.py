@@ -1,12 +1,12 @@
-"""What preparing training pictures costs, beside the same chain in Pillow and floats.
+"""Cost of preparing training images, compared with the same chain in Pillow and floats.
 
     python -m thawline.bench.loader --variant pico --out benchmarks/results/loader.json
 
 Both chains draw the same views, colours and Mosaics for the same images, so they are timed in pairs and
-their pictures compared one by one. The Pillow chain is what detection code commonly does: every step an
-image of its own, antialiased resizes, floats in 0–1 at the end, normalised where the network wants it,
-stacked. Its MixUp and CopyBlend are left out; thawline's are in. Times hold decoding and collating, on one
-thread.
+their images compared one by one. The Pillow chain is what detection code commonly does: every step makes a
+new image, resizes are antialiased, and the results become floats in 0–1, normalised where the network needs
+it, and stacked. MixUp and CopyBlend are left out of the Pillow chain only. Times include decoding and
+collating, on one thread.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
+from thawline.bench.harness import bench_parser, bench_results, markdown
 from thawline.data.detection.augment import TrainingImages, TrainingSample
 from thawline.data.detection.collate import Collate
 from thawline.data.detection.dataset import DetectionDataset, Sample, load_detection
@@ -36,7 +37,7 @@ from thawline.data.detection.mosaic import Tile
 from thawline.data.detection.photometric import Colour
 from thawline.data.detection.records import ImageRecord
 from thawline.data.draws import Draw
-from thawline.measure import machine_stamp, median_ratio, paired_rounds, write_results
+from thawline.measure import median_ratio, median_seconds, paired_rounds, write_results
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.recipe.resolved import Window
 from thawline.training.detection.schedule import published_schedule
@@ -56,7 +57,7 @@ class PillowFiles(DetectionDataset):
     """Images decoded by Pillow."""
 
     def sample(self, index: int) -> Sample:
-        """As of `DetectionDataset.sample`."""
+        """Read one image with its boxes."""
         record = self.records[index]
         return Sample(
             image=np.asarray(Image.open(record.path).convert("RGB")),
@@ -70,12 +71,12 @@ class PillowFiles(DetectionDataset):
 
 
 class PillowImages(TrainingImages):
-    """The same pictures, painted by Pillow, step by step."""
+    """The same images, drawn by Pillow step by step."""
 
     def paint(
         self, image: np.ndarray, boxes: np.ndarray, view: View, colour: Colour
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Colours, canvas, crop, flip, resize."""
+        """Apply colours, canvas, crop, flip and resize."""
         picture = _recolour(Image.fromarray(image), colour)
         left, top = min(view.left, 0), min(view.top, 0)
         right = max(view.left + view.width, picture.width)
@@ -86,12 +87,12 @@ class PillowImages(TrainingImages):
             picture = canvas
         at = (view.left - left, view.top - top)
         picture = picture.crop((*at, at[0] + view.width, at[1] + view.height))
-        return self._finish_picture(picture, boxes - ([view.left, view.top] * 2), view)
+        return self._flip_and_resize(picture, boxes - ([view.left, view.top] * 2), view)
 
     def paint_mosaic(
         self, tiles: Sequence[Tile], rng: np.random.Generator, view: View, colour: Colour
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Paste, affine, colours, flip, resize."""
+        """Paste the tiles; apply affine, colours, flip and resize."""
         cell_width = max(tile.image.shape[1] for tile in tiles)
         cell_height = max(tile.image.shape[0] for tile in tiles)
         canvas = Image.new("RGB", (2 * cell_width, 2 * cell_height))
@@ -108,7 +109,7 @@ class PillowImages(TrainingImages):
         keep = large_enough(boxes, self.settings.min_box_size)
         labels = np.concatenate([tile.labels for tile in tiles])[keep]
         view = replace(view, left=0, top=0, width=canvas.width, height=canvas.height)
-        return *self._finish_picture(_recolour(canvas, colour), boxes[keep], view), labels
+        return *self._flip_and_resize(_recolour(canvas, colour), boxes[keep], view), labels
 
     def _tile(self, sample: Sample) -> Tile:
         side = self.settings.mosaic_size
@@ -120,7 +121,7 @@ class PillowImages(TrainingImages):
         scale = np.array([small.width / width, small.height / height] * 2, np.float32)
         return Tile(image=np.asarray(small), boxes_xyxy=sample.boxes_xyxy * scale, labels=sample.labels)
 
-    def _finish_picture(
+    def _flip_and_resize(
         self, picture: Image.Image, boxes: np.ndarray, view: View
     ) -> tuple[np.ndarray, np.ndarray]:
         if view.hflip:
@@ -142,19 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             records = generated_images(Path(folder), n_images=args.images)
         else:
             records = load_detection(args.data).records("train")
-        results: dict[str, Any] = {
-            "bench": "loader",
-            "command": f"python -m thawline.bench.loader --variant {args.variant}",
-            "machine": machine_stamp(),
-            "images": "generated, 640 × 480, JPEG" if args.data is None else args.data.name,
-            "variant": args.variant,
-            "phases": {
-                phase: measure_phase(
-                    records, args.variant, phase, rounds=args.rounds, batch_size=args.batch_size
-                )
-                for phase in PHASES
-            },
+        phases = {
+            phase: measure_phase(records, args.variant, phase, rounds=args.rounds, batch_size=args.batch_size)
+            for phase in PHASES
         }
+    command = f"python -m thawline.bench.loader --variant {args.variant}"
+    source = "generated, 640 × 480, JPEG" if args.data is None else args.data.name
+    cpu = torch.device("cpu")
+    results = bench_results("loader", command, cpu, images=source, variant=args.variant, phases=phases)
     sys.stdout.write(_table(results) + "\n")
     write_results(args.out, results)
     return 0
@@ -167,11 +163,11 @@ def measure_phase(
 
     Args:
         records: images to prepare, in turn.
-        variant: whose published probabilities.
-        phase: of `PHASES`.
+        variant: size whose published probabilities are used.
+        phase: key of `PHASES`.
         rounds: batches of each chain.
-    Returns: for each chain images/s, its speed over Pillow's, and how far its pictures are from Pillow's: the
-        median over pictures of the mean difference, in levels of 255.
+    Returns: for each chain images/s, its speed relative to Pillow's, and the difference of its images from
+        Pillow's: the median over images of the mean absolute difference, in levels of 255.
     """
     schedule = published_schedule(variant, 1000)
     epoch = PHASES[phase](schedule.windows)
@@ -198,12 +194,12 @@ def measure_phase(
     samples = paired_rounds({name: step(name) for name in chains}, rounds=rounds, warmup=4)
     off: dict[str, list[float]] = {name: [] for name in chains}
     for position in range(min(24, len(records))):
-        pictures = {name: chain[Draw(epoch, position)].image.astype(int) for name, chain in chains.items()}
-        for name, picture in pictures.items():
-            off[name].append(np.abs(picture - pictures["pillow"]).mean())
+        images = {name: chain[Draw(epoch, position)].image.astype(int) for name, chain in chains.items()}
+        for name, image in images.items():
+            off[name].append(np.abs(image - images["pillow"]).mean())
     return {
         name: {
-            "images_per_second": batch_size / statistics.median(sample.cpu for sample in samples[name]),
+            "images_per_second": batch_size / median_seconds(samples[name]),
             "times_pillow": 1 / median_ratio(samples[name], samples["pillow"]),
             "levels_from_pillow": float(statistics.median(off[name])),
         }
@@ -212,7 +208,7 @@ def measure_phase(
 
 
 def generated_images(folder: Path, n_images: int) -> list[ImageRecord]:
-    """Pictures with detail of every size and a few boxes, as 640 × 480 JPEG files of about 90 KB."""
+    """Write images with detail of every size and a few boxes, as 640 × 480 JPEG files of about 90 KB."""
     rng = np.random.default_rng(0)
     records = []
     for i in range(n_images):
@@ -272,24 +268,26 @@ def _as_floats(samples: list[TrainingSample], *, normalised: bool) -> torch.Tens
 
 
 def _table(results: dict[str, Any]) -> str:
-    lines = ["| phase | chain | images/s and core | × Pillow | levels from Pillow |", "|---|---|---|---|---|"]
-    for phase, chains in results["phases"].items():
-        for name, row in chains.items():
-            speed = f"{row['images_per_second']:.0f} | {row['times_pillow']:.2f}"
-            lines.append(f"| {phase} | {name} | {speed} | {row['levels_from_pillow']:.2f} |")
-    return "\n".join(lines)
+    rows = [
+        [
+            phase,
+            name,
+            f"{row['images_per_second']:.0f}",
+            f"{row['times_pillow']:.2f}",
+            f"{row['levels_from_pillow']:.2f}",
+        ]
+        for phase, chains in results["phases"].items()
+        for name, row in chains.items()
+    ]
+    return markdown(["phase", "chain", "images/s and core", "× Pillow", "levels from Pillow"], rows)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="thawline bench loader", description="What preparing training pictures costs."
-    )
-    parser.add_argument("--variant", choices=PUBLISHED, default="pico", help="whose published probabilities")
-    parser.add_argument("--data", type=Path, help="a detection data set; default: generated images")
-    parser.add_argument("--images", type=int, default=64, help="how many to generate")
-    parser.add_argument("--batch_size", type=int, default=8, help="images a round")
-    parser.add_argument("--rounds", type=int, default=20, help="paired rounds")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = bench_parser("loader", "Cost of preparing training images.", rounds=20, on_device=False)
+    parser.add_argument("--variant", choices=PUBLISHED, default="pico", help="Size whose schedule is used.")
+    parser.add_argument("--data", type=Path, help="Detection dataset. Default: generated images.")
+    parser.add_argument("--images", type=int, default=64, help="Number of images to generate.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Images per round.")
     return parser
 
 

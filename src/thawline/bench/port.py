@@ -1,4 +1,4 @@
-"""transformers' port of DEIMv2 with the weights of one of ours: the peer of the detector's benches."""
+"""transformers' port of DEIMv2 with our weights: the reference of the detector's benches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from thawline.models.deimv2.model import DEIMv2
 
 
 def build_port(detector: DEIMv2) -> nn.Module:
-    """`Deimv2ForObjectDetection` of the same shape and weights, its norms not frozen, on the CPU.
+    """Build a `Deimv2ForObjectDetection` of the same shape and weights, with trainable norms, on the CPU.
 
-    Raises: ConfigError: for weights that the port has no place for, or a transformers without it.
+    Raises: ConfigError: if the port lacks a weight, or transformers lacks the port.
     """
     if not hasattr(transformers, "Deimv2ForObjectDetection"):
-        raise ConfigError(
-            f"transformers {transformers.__version__} has no DEIMv2 to measure beside: 5.23 has."
-        )
+        raise ConfigError(f"transformers {transformers.__version__} has no DEIMv2 to compare with: 5.23 has.")
     from transformers import Deimv2Config, Deimv2ForObjectDetection
 
     state = to_transformers(detector.state_dict())

@@ -1,9 +1,8 @@
-"""What adapting a frozen network costs: the frozen floor, full fine-tuning, LoRA, PaCA, Poly and MHR, side by
-side.
+"""Cost of adapting a network: the frozen floor, full fine-tuning, LoRA, PaCA, Poly and MHR, side by side.
 
     python -m thawline.bench.tuners --case reference --out benchmarks/results/reference.json
 
-Each variant is a model of its own, built from the same seed. Memory and operations are read from one step of
+Every method gets its own model, built from the same seed. Memory and operations are read from one step of
 each, then all are timed in paired rounds (`thawline.measure`). The table goes to standard output.
 """
 
@@ -13,26 +12,25 @@ __all__ = ["main", "measure_case"]
 
 import argparse
 import gc
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thawline.bench.cases import CASES, Batch, Case
+from thawline.bench.harness import bench_parser, bench_results, markdown, use_device
 from thawline.bench.host_reads import HostReads
-from thawline.bench.variants import ROUTED, VARIANTS, attach
+from thawline.bench.methods import METHODS, ROUTED, attach
 from thawline.errors import ConfigError
 from thawline.measure import (
     Sample,
     count_ops,
     live_bytes,
-    machine_stamp,
     median_ratio,
+    median_seconds,
     paired_rounds,
     saved_bytes,
     write_results,
@@ -45,43 +43,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above. Returns the exit status."""
     args = _parser().parse_args(argv)
     cases = args.case or ["reference"]
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results: dict[str, Any] = {
-        "bench": "tuners",
-        "command": f"python -m thawline.bench.tuners --case {' '.join(cases)} --rounds {args.rounds}",
-        "machine": machine_stamp(),
-        "device": device.type,
-        "cases": {},
-    }
+    device = use_device(args)
+    command = f"python -m thawline.bench.tuners --case {' '.join(cases)} --rounds {args.rounds}"
+    results = bench_results("tuners", command, device, cases={})
     for name in cases:
-        measured = measure_case(CASES[name], device=device, rounds=args.rounds, variants=args.variants)
+        measured = measure_case(CASES[name], device=device, rounds=args.rounds, methods=args.variants)
         results["cases"][name] = measured
         sys.stdout.write(f"\n{name}: {measured['what']}\n{_table(measured)}\n")
         sys.stdout.flush()
-        write_results(args.out, results)  # after each case: a run cut short keeps what it has
+        write_results(args.out, results)  # after each case, for runs that are stopped
     return 0
 
 
 def measure_case(
-    case: Case, *, device: torch.device, rounds: int = 10, variants: Sequence[str] | None = None
+    case: Case, *, device: torch.device, rounds: int = 10, methods: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Measure the variants of one case.
+    """Measure the methods of one case.
 
     Args:
-        rounds: paired timing rounds; 0 leaves the times out.
-        variants: which of the case's; all by default. The first is the yardstick of every ratio.
-    Returns: a JSON-ready record. Per variant: `trainable`, `loss`, `ops` (where a step writes tokens: of one
-        token) with how many of the forward's wait for the device, `time` by clock, `memory` in bytes.
-        Memory is what is `saved` for backward, the `gradients`, what is `resident` between steps (weights,
-        optimiser state, a method's own stores), their `total`; on a GPU also `peak_of_step`, the most that a
-        step took beyond `resident`.
+        rounds: paired timing rounds. 0: no times.
+        methods: names among the case's. None: all. Ratios are relative to the first.
+    Returns: a JSON-ready record. Per method: `trainable`, `loss`, `ops` (per token where a step generates
+        text) with the number of the forward's that wait for the device, `time` by clock, `memory` in bytes:
+        `saved` for backward, `gradients`, `resident` between steps (weights, optimiser state, buffers),
+        their `total`; on a GPU also `peak_of_step`, the maximum of a step beyond `resident`.
     Raises:
-        ConfigError: if a variant is unknown, or the case needs a GPU and `device` is none.
+        ConfigError: if the case needs a GPU and `device` is none.
     """
     if case.needs_gpu and device.type != "cuda":
         raise ConfigError(f"This case needs a GPU, and the device is '{device.type}': {case.what}")
-    names = [name for name in case.variants if variants is None or name in variants]
+    names = [name for name in case.methods if methods is None or name in methods]
     runs, rows = {}, {}
     before = live_bytes()
     for name in names:
@@ -105,7 +96,7 @@ def measure_case(
 
 @dataclass(frozen=True)
 class _Run:
-    """One variant in training: its model, optimiser and batch."""
+    """One method in training: its model, optimiser and batch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
@@ -113,21 +104,19 @@ class _Run:
     case: Case
 
     @classmethod
-    def start(cls, variant: str, case: Case, device: torch.device) -> _Run:
+    def start(cls, method: str, case: Case, device: torch.device) -> _Run:
         torch.manual_seed(0)
         batch: Batch = {
             name: value.to(device, case.dtype if value.is_floating_point() else None)
             for name, value in case.batch().items()
         }
-        if case.tasks is not None and variant in ROUTED:
-            # As Poly takes them, and as the batches of `thawline train` bring them.
-            batch["task_ids"] = torch.tensor(case.tasks) if variant == "poly" else list(case.tasks)
-        with (
-            device
-        ):  # a GPU draws a billion random weights at once, one thread of a processor in half a minute
+        if case.tasks is not None and method in ROUTED:
+            # Poly takes a tensor; the batches of `thawline train` bring a list.
+            batch["task_ids"] = torch.tensor(case.tasks) if method == "poly" else list(case.tasks)
+        with device:  # a CPU thread takes half a minute to draw a billion random weights
             network = case.build()
         network.to(device, case.dtype).train(not case.new_tokens)
-        model = attach(variant, network, case.adapt)
+        model = attach(method, network, case.adapt)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LR, fused=True) if trained else None
         return cls(model, optimizer, batch, case)
@@ -137,13 +126,13 @@ class _Run:
 
     def step(self) -> None:
         if self.case.new_tokens:
-            self.write()
+            self.generate()
             return
         self.loss().backward()
         self.update()
 
-    def write(self) -> None:
-        """Tokens after the batch, greedily; never fewer than asked for."""
+    def generate(self) -> None:
+        """Generate exactly `new_tokens` tokens after the batch, greedily."""
         n = self.case.new_tokens
         self.model.generate(
             **self.batch,
@@ -160,18 +149,24 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
 
     def waits(self, call: Callable[[], object]) -> int:
-        """Times that `call` waits for the device, on which every tensor of the batch lies."""
+        """Count how often `call` waits for the device, on which every tensor of the batch lies."""
         inputs = [value for value in self.batch.values() if isinstance(value, Tensor)]
         return HostReads.of(call, [*self.model.parameters(), *inputs]).total
 
     def read(self) -> dict[str, Any]:
-        """Everything but time, after one step that lets lazy state settle."""
+        """Read everything but time, after one step that builds lazy state."""
         self.step()
-        if self.case.new_tokens:
-            return self._read_writing()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = sum(p.numel() for p in trained)
+        if n_tokens := self.case.new_tokens:
+            forward, waits = count_ops(self.generate)[0], self.waits(self.generate)
+            return {
+                "trainable": trainable,
+                "memory": {"gradients": 0, "saved": 0},
+                "ops": {"forward": forward // n_tokens, "backward": 0, "waits": waits // n_tokens},
+            }
         forward, loss = count_ops(self.loss)
         backward, _ = count_ops(loss.backward)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         self.update()
         saved = saved_bytes(self.loss, [*self.model.parameters(), *self.model.buffers()])
@@ -179,27 +174,15 @@ class _Run:
         if torch.cuda.is_available():
             memory["peak_of_step"] = _peak_of(self)
         return {
-            "trainable": sum(p.numel() for p in trained),
+            "trainable": trainable,
             "memory": memory,
             "ops": {"forward": forward, "backward": backward, "waits": self.waits(self.loss)},
             "loss": float(loss.detach()),
         }
 
-    def _read_writing(self) -> dict[str, Any]:
-        n_tokens = self.case.new_tokens
-        return {
-            "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "memory": {"gradients": 0, "saved": 0},
-            "ops": {
-                "forward": count_ops(self.write)[0] // n_tokens,
-                "backward": 0,
-                "waits": self.waits(self.write) // n_tokens,
-            },
-        }
-
 
 def _peak_of(run: _Run) -> int:
-    """Bytes that one step takes on the GPU on top of what lives between steps."""
+    """Bytes that one step takes on the GPU beyond what lives between steps."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -212,7 +195,7 @@ def _times(samples: dict[str, list[Sample]], name: str, floor: str) -> dict[str,
     clocks = ["wall", "cpu"] + (["cuda"] if samples[name][0].cuda is not None else [])
     return {
         clock: {
-            "median_s": statistics.median(getattr(sample, clock) for sample in samples[name]),
+            "median_s": median_seconds(samples[name], clock),
             "of_floor": median_ratio(samples[name], samples[floor], clock),
         }
         | {
@@ -225,7 +208,7 @@ def _times(samples: dict[str, list[Sample]], name: str, floor: str) -> dict[str,
 
 
 def _table(record: dict[str, Any]) -> str:
-    """The record as a Markdown table: what the docs show is what the command prints."""
+    """Format the record as a Markdown table; the docs show the same."""
     rows = record["variants"]
     first = next(iter(rows.values()))
     timed, peaked = "time" in first, "peak_of_step" in first["memory"]
@@ -236,7 +219,7 @@ def _table(record: dict[str, Any]) -> str:
     head += ["peak MiB"] if peaked else []
     head += [f"{clock} ms", "× floor", "× LoRA"] if timed else []
     head += ["× Poly"] if timed and routed else []
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, row in rows.items():
         memory = row["memory"]
         cells = [
@@ -255,7 +238,7 @@ def _table(record: dict[str, Any]) -> str:
             cells += [f"{took['median_s'] * 1e3:.1f}", f"{took['of_floor']:.3f}", _ratio(took.get("of_lora"))]
             cells += [_ratio(took.get("of_poly"))] if routed else []
         lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(head, lines)
 
 
 def _mib(n_bytes: int) -> str:
@@ -274,15 +257,9 @@ def _short(count: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="thawline bench tuners", description="What adapting a network costs."
-    )
-    parser.add_argument("--case", action="extend", nargs="+", choices=CASES, help="default: reference")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all that the case names")
-    parser.add_argument("--rounds", type=int, default=10, help="paired timing rounds; 0 measures memory only")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser = bench_parser("tuners", "Cost of adapting a network. --rounds 0 measures memory only.", threads=1)
+    parser.add_argument("--case", action="extend", nargs="+", choices=CASES, help="Default: reference.")
+    parser.add_argument("--variants", nargs="+", choices=METHODS, help="Methods. Default: all of the case.")
     return parser
 
 

@@ -269,14 +269,13 @@ def _align(options: Namespace) -> int:
 
 BENCHES = {
     "tuners": "step time, bytes kept, operations of full fine-tuning, LoRA, PaCA, Poly, MHR, a frozen floor",
-    "vision": "accuracy of a ViT and a conv net adapted to another domain",
-    "skills": "LoRA, Poly and MHR on made-up tasks whose skills are known, and how tasks' gradients align",
     "loader": "images a second and core through the detection augmentation",
     "detector": "latency and throughput of the detector's sizes, beside transformers' port",
     "train-step": "a detector's training step beside transformers' port, and how often it waits for the GPU",
-    "backbone": "a detector's training step with its backbone trained, adapted by LoRA or PaCA, or frozen",
 }
 """Module of thawline.bench → what it measures."""
+STUDIES = ("backbone", "skills", "vision")
+"""Former benches, now scripts of the repository."""
 
 
 def _bench(argv: list[str]) -> int:
@@ -284,6 +283,10 @@ def _bench(argv: list[str]) -> int:
     name = argv[0] if argv and not argv[0].startswith("-") else None
     if name is None:
         return show("\n".join(["usage: thawline bench NAME …\n", *choice_lines(BENCHES)]))
+    if name in STUDIES:
+        raise ConfigError(
+            f"'{name}' is a study of the repository, not a bench: `python benchmarks/{name}.py`."
+        )
     if name not in BENCHES:
         raise ConfigError(f"Unknown benchmark '{name}'. {did_you_mean(name, BENCHES)}")
     run: Callable[[list[str]], int] = importlib.import_module(f"thawline.bench.{name.replace('-', '_')}").main

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from thawline.bench.variants import Adapt, attach
+from thawline.bench.methods import Adapt, attach
 from thawline.demo.toy_tasks import TASKS, make_rows, save_rows
 from thawline.demo.words import save_base
 from thawline.measure import median_ratio, paired_rounds, saved_bytes

@@ -1,6 +1,6 @@
-"""What a detector's backbone costs in training: all of it, adapted by LoRA or PaCA, or frozen.
+"""Cost of a detector's backbone in training: all of it, adapted by LoRA or PaCA, or frozen.
 
-    python -m thawline.bench.backbone --variant s --out benchmarks/results/backbone.json
+    python benchmarks/backbone.py --variant s --out benchmarks/results/backbone.json
 
 A step is that of `thawline train` with the tuner on the pretrained part of the backbone: forward, losses,
 backward, clipping, fused AdamW. Encoder, decoder and the convolutions beside a ViT train in every form. Each
@@ -13,25 +13,25 @@ from __future__ import annotations
 __all__ = ["TUNERS", "main", "measure_backbone"]
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness import study_results
+from thawline.bench.harness import bench_parser, markdown, use_device
 from thawline.bench.train_step import OurStep, generated_batch
 from thawline.data.detection.collate import to_float
 from thawline.measure import (
     count_ops,
     live_bytes,
-    machine_stamp,
     median_ratio,
+    median_seconds,
     paired_rounds,
     saved_bytes,
+    write_results,
 )
 from thawline.models.deimv2.loss.targets import Target
 from thawline.models.deimv2.model import DEIMv2
@@ -55,7 +55,7 @@ def measure_backbone(
     Args:
         variant: a size of DEIMv2.
         batch_size: images a step.
-        size: side of the pictures, pixels; None: the published one.
+        size: side of the images, pixels; None: the published one.
         rounds: paired timing rounds; 0 leaves the times out.
         device: "cpu" or "cuda".
     Returns: a JSON-ready record. Per tuner: `trainable` parameters, in all and in the backbone; bytes `saved`
@@ -81,13 +81,13 @@ def measure_backbone(
         clock = "wall" if device == "cpu" else "cuda"
         first = next(iter(steps))
         for name, row in rows.items():
-            row["seconds"] = statistics.median(getattr(sample, clock) for sample in samples[name])
+            row["seconds"] = median_seconds(samples[name], clock)
             row[f"time_of_{first}"] = median_ratio(samples[name], samples[first], clock)
     return {"size": size, "batch_size": batch_size, "boxes": _counts(targets), "tuners": rows}
 
 
 def read_step(step: OurStep) -> dict[str, Any]:
-    """Everything but time, after one step that lets lazy state settle."""
+    """Read everything but time, after one step that builds lazy state."""
     step()
     forward, loss = count_ops(step.loss)
     backward, _ = count_ops(loss.backward)
@@ -117,24 +117,15 @@ def read_step(step: OurStep) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above. Returns the exit status."""
     args = _parser().parse_args(argv)
-    if args.device == "cpu":
-        torch.set_num_threads(args.threads)
+    use_device(args)
     measured = measure_backbone(
         args.variant, batch_size=args.batch_size, size=args.size, rounds=args.rounds, device=args.device
     )
-    results = {
-        "bench": "backbone",
-        "command": f"python -m thawline.bench.backbone --variant {args.variant} "
-        f"--batch_size {args.batch_size} --rounds {args.rounds}"
-        + (f" --size {args.size}" if args.size else ""),
-        "device": args.device,
-        "machine": machine_stamp(),
-        "variant": args.variant,
-        "rounds": args.rounds,
-        **measured,
-    }
-    if args.out is not None:
-        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    settings = {"variant": args.variant, "rounds": args.rounds}
+    results = study_results(__file__, bench="backbone", device=args.device, **settings, **measured)
+    options = settings | {"batch_size": args.batch_size} | ({"size": args.size} if args.size else {})
+    results["command"] += "".join(f" --{name} {value}" for name, value in options.items())
+    write_results(args.out, results)
     sys.stdout.write(_table(measured) + "\n")
     return 0
 
@@ -150,29 +141,22 @@ def _table(measured: dict[str, Any]) -> str:
     timed = "seconds" in rows[first]
     head = ["tuner", "trained in the backbone", "saved MiB", "of it backbone", "resident MiB", "ops f/b"]
     head += ["s", f"× {first}"] if timed else []
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, row in rows.items():
         kept = {key: f"{n / 2**20:.0f}" for key, n in row["bytes"].items()}
         cells = [name, f"{row['trainable_in_backbone']:,}", kept["saved"], kept["saved_by_backbone"]]
         cells += [kept["resident"], f"{row['ops']['forward']}/{row['ops']['backward']}"]
         cells += [f"{row['seconds']:.2f}", f"{row[f'time_of_{first}']:.3f}"] if timed else []
         lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(head, lines)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="thawline bench backbone", description="What a detector's backbone costs in training."
-    )
+    parser = bench_parser("backbone", "Cost of a detector's backbone in training.")
+    parser.prog = "backbone.py"
     parser.add_argument("--variant", choices=PUBLISHED, default="s")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--size", type=int, help="side of the pictures; default: the published one")
-    parser.add_argument("--rounds", type=int, default=10, help="paired rounds; 0 measures memory only")
-    parser.add_argument("--threads", type=int, default=2, help="of the processor")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--size", type=int, help="Side of the images. Default: the published one.")
     return parser
 
 

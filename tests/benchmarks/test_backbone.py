@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thawline.bench.backbone import TUNERS, main, measure_backbone
+from backbone import TUNERS, main, measure_backbone
 
 
 def test_bytes_kept_follow_from_what_trains() -> None:

@@ -1,8 +1,8 @@
 """Accuracy after adapting a small vision network to another domain: head alone, full, LoRA, PaCA.
 
-    python -m thawline.bench.vision --out benchmarks/results/vision.json
+    python benchmarks/vision.py --out benchmarks/results/vision.json
 
-Each network is trained on the source domain of `thawline.bench.images`, then adapted, with a new head, to a
+Each network is trained on the source domain of `flowers`, then adapted, with a new head, to a
 few images of the target domain. Every method gets the same steps, and the same learning rates to choose from
 by validation images; the test accuracy reported is that of the chosen rate. PaCA's paper adapts vision models
 too; these images are generated, so the numbers are not comparable with its.
@@ -18,21 +18,22 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowers import draw_flowers
+from harness import study_results
 from thawline.bench.cases import CASES
-from thawline.bench.images import draw_flowers
-from thawline.bench.variants import attach
-from thawline.measure import machine_stamp, write_results
+from thawline.bench.harness import bench_parser, markdown, use_device
+from thawline.bench.methods import attach
+from thawline.measure import write_results
 
 NETWORKS = ("vit", "convnet")
 METHODS = {"head": "floor", "full": "full", "lora": "lora", "paca": "paca"}
-"""What the table calls it → the variant it is."""
+"""Name in the table → method of `thawline.bench.methods`."""
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 BATCH = 32
 N_TRAIN, N_VALIDATION, N_TEST = 384, 1000, 2000
@@ -41,15 +42,8 @@ N_TRAIN, N_VALIDATION, N_TEST = 384, 1000, 2000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above. Returns the exit status."""
     args = _parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    results: dict[str, Any] = {
-        "bench": "vision",
-        "command": "python -m thawline.bench.vision",
-        "machine": machine_stamp(),
-        "device": device.type,
-        "networks": {},
-    }
+    device = use_device(args)
+    results = study_results(__file__, bench="vision", device=device.type, networks={})
     for name in args.network:
         measured = measure_network(
             name,
@@ -164,28 +158,21 @@ def _accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def _table(name: str, record: dict[str, Any]) -> str:
-    lines = [
-        f"{name}: {record['source_accuracy']:.3f} on its source domain",
-        "| method | trained | learning rate | test accuracy |",
-        "| --- | --- | --- | --- |",
+    rows = [
+        [method, str(row["trainable"]), f"{row['lr']:g}", f"{row['test_mean']:.3f} ± {row['test_sd']:.3f}"]
+        for method, row in record["methods"].items()
     ]
-    for method, row in record["methods"].items():
-        accuracy = f"{row['test_mean']:.3f} ± {row['test_sd']:.3f}"
-        lines.append(f"| {method} | {row['trainable']} | {row['lr']:g} | {accuracy} |")
-    return "\n".join(lines)
+    table = markdown(["method", "trained", "learning rate", "test accuracy"], rows)
+    return f"{name}: {record['source_accuracy']:.3f} on its source domain\n{table}"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="thawline bench vision", description="Accuracy of vision networks adapted to another domain."
-    )
+    parser = bench_parser("vision", "Accuracy of vision networks adapted to another domain.", threads=1)
+    parser.prog = "vision.py"
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain-steps", type=int, default=1500)
     parser.add_argument("--adapt-steps", type=int, default=150)
-    parser.add_argument("--threads", type=int, default=1, help="of the processor")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""The ways to train one network that the benches put side by side, each made as its users would make it."""
+"""Methods of training one network that the benches compare, each set up as its users would."""
 
 from __future__ import annotations
 
-__all__ = ["ROUTED", "VARIANTS", "Adapt", "attach"]
+__all__ = ["METHODS", "ROUTED", "Adapt", "attach"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,39 +18,39 @@ from thawline.ops.lean import apply_lean
 
 @dataclass(frozen=True, kw_only=True)
 class Adapt:
-    """What of a network is adapted, and how much."""
+    """The parts of a network that are adapted, and the sizes of the adapters."""
 
     entry: str
-    """The first module. Where frozen, its output is made to require a gradient, so that every variant runs
-    backward through the whole network and none is faster for stopping early."""
+    """The first module. Where frozen, its output is made to require a gradient, so that backward runs through
+    the whole network with every method."""
     targets: str
     """`target_modules` of every tuner: "all-linear", or a regular expression over module names."""
     lora_r: int = 8
     paca_r: int = 16
     dropout: float = 0.05
-    """LoRA's, in the variants that have one."""
+    """Dropout of LoRA, in the methods that have one."""
     head: str | None = None
-    """A module trained whole beside every tuner, such as a new classification head."""
+    """Module trained in full beside every tuner, such as a new classification head."""
     task_type: str | None = None
-    """Of the PEFT model; without one PEFT's Poly hears of no task ids."""
+    """Task type of the PEFT model. PEFT's Poly needs one to receive task ids."""
     n_tasks: int = 8
-    """Rows of Poly's and MHR's routing tables. Their rank is LoRA's."""
+    """Rows of Poly's and MHR's routing tables; their rank is `lora_r`."""
     n_skills: int = 8
     n_heads: int = 8
 
 
-def attach(variant: str, model: nn.Module, adapt: Adapt) -> nn.Module:
-    """Make `model` train as `variant` says. In place; returns the module to call.
+def attach(method: str, model: nn.Module, adapt: Adapt) -> nn.Module:
+    """Make `model` train by a method, in place; return the module to call.
 
     Raises:
-        ConfigError: if `variant` is none of `VARIANTS`.
+        ConfigError: if `method` is not in `METHODS`.
     """
-    if variant not in VARIANTS:
-        raise ConfigError(f"Unknown variant '{variant}'. {did_you_mean(variant, VARIANTS)}")
-    if variant != "full":
+    if method not in METHODS:
+        raise ConfigError(f"Unknown method '{method}'. {did_you_mean(method, METHODS)}")
+    if method != "full":
         model.requires_grad_(False)
         model.get_submodule(adapt.entry).register_forward_hook(_require_grad)
-    return VARIANTS[variant](model, adapt)
+    return METHODS[method](model, adapt)
 
 
 def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
@@ -78,12 +78,12 @@ def _lora(model: nn.Module, adapt: Adapt, *, dropout: bool = False, fp32: bool =
         modules_to_save=[adapt.head] if adapt.head else None,
         task_type=adapt.task_type,
     )
-    # PEFT's default keeps float32 adapters beside a half-precision base; both are what users run.
+    # PEFT's default keeps float32 adapters beside a half-precision base; users run both.
     return peft.get_peft_model(model, config, autocast_adapter_dtype=fp32)
 
 
 def _paca(model: nn.Module, adapt: Adapt, *, lean: bool = False) -> nn.Module:
-    from thawline.tuners import PacaConfig  # registers PaCA with PEFT: only where it is asked for
+    from thawline.tuners import PacaConfig  # registers PaCA with PEFT: only where it is used
 
     config = PacaConfig(
         r=adapt.paca_r,
@@ -96,7 +96,7 @@ def _paca(model: nn.Module, adapt: Adapt, *, lean: bool = False) -> nn.Module:
 
 
 def _poly(model: nn.Module, adapt: Adapt) -> nn.Module:
-    """PEFT's own, as many splits as MHR has heads."""
+    """PEFT's own Poly, with as many splits as MHR has heads."""
     config = peft.PolyConfig(
         r=adapt.lora_r,
         n_tasks=adapt.n_tasks,
@@ -124,7 +124,7 @@ def _mhr(model: nn.Module, adapt: Adapt) -> nn.Module:
     return route_by_batch(peft.get_peft_model(model, config))
 
 
-VARIANTS: dict[str, Callable[[nn.Module, Adapt], nn.Module]] = {
+METHODS: dict[str, Callable[[nn.Module, Adapt], nn.Module]] = {
     "floor": _frozen,
     "full": _full,
     "lora": _lora,
@@ -137,4 +137,4 @@ VARIANTS: dict[str, Callable[[nn.Module, Adapt], nn.Module]] = {
     "mhr": _mhr,
 }
 ROUTED = ("poly", "mhr")
-"""Those that are told the task of every row."""
+"""Methods that take the task of every row."""

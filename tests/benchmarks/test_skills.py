@@ -12,10 +12,11 @@ import torch
 from peft import get_peft_model
 from torch.testing import assert_close
 
-from thawline.bench import skills
-from thawline.bench.bootstrap import interval
-from thawline.bench.skill_worlds import Size, World, mean_squared_error
-from thawline.bench.skills import METHODS, Effort, Job, modes_of, run_one
+import harness
+import skills
+from bootstrap import interval
+from skill_worlds import Size, World, mean_squared_error
+from skills import METHODS, Effort, Job, modes_of, run_one
 from thawline.tuners.mhr import start_adaptation
 
 SIZE = Size(width=16, n_skills=3, n_heads=2, n_train=10, n_held_out=3)
@@ -151,7 +152,7 @@ def test_a_stopped_benchmark_goes_on_where_it_was(tmp_path, monkeypatch, capsys)
         }  # fmt: skip
 
     monkeypatch.setattr(skills, "run_one", quick)
-    monkeypatch.setattr(skills, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(harness, "ProcessPoolExecutor", Here)
     out = tmp_path / "results" / "skills.json"
     words = ["--family", "head", "--method", "poly", "mhr4", "--seeds", "0", "1", "--out", str(out)]
     assert skills.main(words) == 0
@@ -174,7 +175,7 @@ def test_a_stopped_benchmark_goes_on_where_it_was(tmp_path, monkeypatch, capsys)
 class Here:
     """A pool that works in this process, where what is patched is patched."""
 
-    def __init__(self, workers: int) -> None: ...
+    def __init__(self, workers: int, context: object) -> None: ...
 
     def __enter__(self) -> Here:
         return self

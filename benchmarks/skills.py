@@ -1,8 +1,8 @@
 """Does finer routing find skills that tasks share? LoRA, Poly, MHR and controls where the truth is known.
 
-    python -m thawline.bench.skills --out benchmarks/results/skills.json
+    python benchmarks/skills.py --out benchmarks/results/skills.json
 
-In each world of `thawline.bench.skill_worlds` a method is trained on all training tasks at once, then adapted
+In each world of `skill_worlds` a method is trained on all training tasks at once, then adapted
 to every held-out task from a few examples. The score is the squared error on fresh data, relative to that of
 the frozen net: 1 is no better than knowing nothing of the task, 0 is perfect.
 
@@ -36,21 +36,21 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from bootstrap import interval
+from harness import Rows, study_results
+from skill_worlds import FAMILIES, LAYERS, Size, World, mean_squared_error
 from thawline.analysis.recorder import AlignmentRecorder, average
 from thawline.analysis.routing import read_routing
-from thawline.bench.bootstrap import interval
-from thawline.bench.skill_worlds import FAMILIES, LAYERS, Size, World, mean_squared_error
-from thawline.measure import machine_stamp, write_results
+from thawline.measure import write_results
 from thawline.tuners.mhr import MHRConfig, MHRLinear, parameter_groups, set_task_ids, start_adaptation
 from thawline.tuners.mhr.routing import LearnedRouter
 
@@ -105,54 +105,51 @@ class Job:
     size: Size = field(default_factory=Size)
     effort: Effort = field(default_factory=Effort)
 
-    def key(self) -> str:
-        """What tells the job's row from others'."""
-        return json.dumps(
-            [
-                self.family,
-                self.method,
-                self.seed,
-                self.lr,
-                self.adapt,
-                *astuple(self.size),
-                *astuple(self.effort),
-            ]
-        )
+    def to_row(self) -> dict[str, str]:
+        """The job as one value of its row."""
+        fields = [self.family, self.method, self.seed, self.lr, self.adapt]
+        return {"job": json.dumps([*fields, *astuple(self.size), *astuple(self.effort)])}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Job:
+        """Take the job out of its row."""
+        family, method, seed, lr, adapt, *sizes = json.loads(row.pop("job"))
+        n = len(dataclass_fields(Size))
+        adapt = tuple((mode, rate) for mode, rate in adapt)
+        return cls(family, method, seed, lr, adapt, Size(*sizes[:n]), Effort(*sizes[n:]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="thawline bench skills", description="Does finer routing find skills that tasks share?"
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=1, help="Processes of one thread each.")
     parser.add_argument("--out", type=Path, help="Write the results as JSON; rows go beside it.")
     args = parser.parse_args(argv)
-    rows = _Rows(None if args.out is None else args.out.with_suffix(".rows.jsonl"))
+    rows = Rows(args.out, Job)
     pairs = [(family, method) for family in args.family for method in args.method]
 
     tuning = [Job(family, method, TUNING_SEED, lr) for family, method in pairs for lr in RATES]
-    rows.run(tuning, args.workers)
+    rows.run(run_one, tuning, workers=args.workers)
     tries = []
     for family, method in pairs:
         jobs = [job for job in tuning if (job.family, job.method) == (family, method)]
-        best = min(jobs, key=lambda job: _mean(rows.of(job)["train"]))
+        best = min(jobs, key=lambda job: _mean(rows.done[job]["train"]))
         adapt = tuple((mode, lr) for mode in modes_of(method) for lr in rates(mode))
         tries.append(replace(best, adapt=adapt))
-    rows.run(tries, args.workers)
+    rows.run(run_one, tries, workers=args.workers)
     final = [
-        replace(job, seed=seed, adapt=tuple(_best_adaptations(rows.of(job))))
+        replace(job, seed=seed, adapt=tuple(_best_adaptations(rows.done[job])))
         for job in tries
         for seed in args.seeds
     ]
-    rows.run(final, args.workers)
+    rows.run(run_one, final, workers=args.workers)
     aligned = [job if job.lr == ALIGN_RATE else _at_common_rate(job) for job in final]
-    rows.run(aligned, args.workers)
+    rows.run(run_one, aligned, workers=args.workers)
     results = summarise(
-        [(job, rows.of(job) | {"aligned": rows.of(at)}) for job, at in zip(final, aligned, strict=True)]
+        [(job, rows.done[job] | {"aligned": rows.done[at]}) for job, at in zip(final, aligned, strict=True)]
     )
     write_results(args.out, results)
     sys.stdout.write(table(results))
@@ -356,36 +353,6 @@ def _n_trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-class _Rows:
-    """What has been run, kept in a file as it comes."""
-
-    def __init__(self, file: Path | None) -> None:
-        self.file = file
-        self.done: dict[str, dict[str, Any]] = {}
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            text = file.read_text(encoding="utf-8") if file.is_file() else ""
-            # What follows the last line break was cut off as the benchmark was killed.
-            for line in text[: text.rfind("\n") + 1].splitlines():
-                row = json.loads(line)
-                self.done[row.pop("job")] = row
-
-    def of(self, job: Job) -> dict[str, Any]:
-        return self.done[job.key()]
-
-    def run(self, jobs: Sequence[Job], workers: int) -> None:
-        """Run what is not done yet."""
-        todo = [job for job in jobs if job.key() not in self.done]
-        with ProcessPoolExecutor(workers) as pool:
-            futures = {pool.submit(run_one, job): job for job in todo}
-            for future in tqdm(as_completed(futures), total=len(todo), unit="run", disable=not todo):
-                job, row = futures[future], future.result()
-                self.done[job.key()] = row
-                if self.file is not None:
-                    with self.file.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"job": job.key(), **row}) + "\n")
-
-
 def _best_adaptations(row: Mapping[str, Any]) -> Iterator[tuple[Mode, float]]:
     """Of every mode the learning rate with the lowest mean score."""
     for mode in get_args(Mode):
@@ -406,8 +373,7 @@ def summarise(rows: Sequence[tuple[Job, Mapping[str, Any]]]) -> dict[str, Any]:
         families[family] = {"methods": methods, "compared": dict(_comparisons(methods))}
     return {
         "bench": "skills",
-        "command": "python -m thawline.bench.skills",
-        "machine": machine_stamp(),
+        **study_results(__file__),
         "size": asdict(Size()),
         "effort": asdict(Effort()),
         "seconds_of_final_runs": round(sum(row["seconds"] for _, row in rows)),
