@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thawline.errors import ConfigError
-from thawline.recipe.checks import at_least
+from thawline.recipe.checks import all_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +68,11 @@ class Training:
     """Any other field of `transformers.TrainingArguments`, by its name there (`{neftune_noise_alpha: 5}`)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"):
-            at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("max_steps", "eval_batch_size", "align_every"):
-            if getattr(self, name) is not None:
-                at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("eval_every", "save_every"):
-            if not isinstance(getattr(self, name), str):
-                at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("warmup", "weight_decay", "max_grad_norm", "workers"):
-            at_least(f"training.{name}", getattr(self, name), 0)
+        counts = ("batch_size", "gradient_accumulation", "log_every", "keep_checkpoints", "max_steps")
+        all_at_least(
+            self, "training", 1, *counts, "eval_batch_size", "align_every", "eval_every", "save_every"
+        )
+        all_at_least(self, "training", 0, "warmup", "weight_decay", "max_grad_norm", "workers")
         if self.max_steps is None and not self.epochs > 0:
             raise ConfigError(f"`training.epochs` must be positive, got {self.epochs}.")
         if self.lr is not None and not self.lr > 0:

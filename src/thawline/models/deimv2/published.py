@@ -1,9 +1,10 @@
 """The authors' training settings of each DEIMv2 size, as they ran.
 
 Facts only, nothing is computed here. The numbers are what really ran, which is not always what was meant:
-N's flat epoch lies beyond its end, and the first pattern of the HGNetv2 sizes also matches their normalisation
-layers (`|` binds weaker than the lookahead around it suggests). `thawline.training.detection.schedule` turns
-them into rates, `thawline.training.detection.groups` into parameter groups.
+N's flat epoch lies beyond its end, and the first pattern of the HGNetv2 sizes also matches their
+normalisation layers (`|` binds weaker than the lookahead around it suggests).
+`thawline.training.detection.schedule` turns them into rates, `thawline.training.detection.groups` into
+parameter groups.
 
 Source: the authors' recipe files, with includes resolved (Huang et al., arXiv 2509.20787).
 """

@@ -1,9 +1,9 @@
 """Parameter groups of a detector's optimiser: parameters that share a learning rate and a weight decay.
 
 There are always four, so that one schedule serves all: backbone, backbone undecayed, others undecayed,
-others. Published runs assign parameters by the authors' name patterns. Otherwise, for a user's own data, pretrained
-parameters train at the backbone's rate, and one-dimensional parameters (norms, biases, affine scales) and
-embeddings have no decay.
+others. Published runs assign parameters by the authors' name patterns. Otherwise, for a user's own data,
+pretrained parameters train at the backbone's rate, and one-dimensional parameters (norms, biases, affine
+scales) and embeddings have no decay.
 """
 
 from __future__ import annotations
