@@ -13,9 +13,10 @@ FLOOR = {
     "recipe": 0, "ops": 0,
     "tuners": 1, "models": 1, "data": 1, "metrics": 1,
     "training": 3, "analysis": 3, "export": 3, "inference": 3, "report": 3,
-    "run": 4, "bench": 4,
-    "jobs": 5, "demo": 5,
-    "cli": 6,
+    "run_folder": 4,
+    "run": 5, "bench": 5,
+    "jobs": 6, "demo": 6,
+    "cli": 7,
 }  # fmt: skip
 DOORS = {
     "peft": ("tuners", "bench"),  # bench: PEFT's own tuners, measured as its users make them

@@ -13,6 +13,7 @@ from tests.support.text_runs import LORA, TextRecipes, logged, write_first_lette
 from thawline.errors import CheckpointError, ConfigError, DataError
 from thawline.run import evaluate, predict, run
 from thawline.training.objective import build_objective
+from thawline.training.plan import plan_rows
 
 FILES = {
     "config.yaml", "env.json", "metrics.jsonl", "model", "objective.json", "plan.json", "predictions.jsonl",
@@ -47,6 +48,30 @@ def test_a_finished_run_leaves_every_documented_file(recipe) -> None:
     assert json.loads((folder / "env.json").read_text())[0]["versions"]["torch"] == version("torch")
     assert evaluate(folder).metrics == result.metrics
     assert len(predict(folder, ["ab", "cd"], choices="abcd")) == 2
+
+
+def test_a_plan_says_in_at_most_twelve_lines_what_will_happen(recipe, caplog) -> None:
+    with caplog.at_level("INFO", logger="thawline"):
+        run(recipe("planned"), dry_run=True)
+        assert not caplog.text
+        result = run(recipe("planned"))
+    plan = json.loads((result.folder / "plan.json").read_text())
+    rows = plan_rows(plan)
+    assert len(rows) <= 12
+    words = dict(rows)
+    assert words["run"] == str(result.folder)
+    assert "LlamaForCausalLM" in words["base"]
+    assert words["tuner"].startswith(f"lora: {result.trainable:,} trainable")
+    assert words["data"].endswith("12 rows to train on, 4 held out")
+    assert words["steps"] == "12 of 4 rows; fp32 on cpu"
+    assert words["rate"].startswith("0.01, linear")
+    assert (words["evaluation"], words["checkpoints"]) == (
+        "every 4 steps",
+        "every 4 steps; the newest 2 kept",
+    )
+    assert words["sample"] == "<s>ab ⟦a</s>⟧  (⟦learned⟧)"
+    told = caplog.text.splitlines()
+    assert all(any(heading in line and text in line for line in told) for heading, text in rows)
 
 
 def test_an_existing_run_is_never_overwritten(recipe) -> None:

@@ -268,7 +268,7 @@ def test_alignment_is_recorded_without_a_trace_and_measured_alike_at_checkpoints
         assert one["step"] == other["step"]
         for space in ("skill", "effective"):
             assert one[space] == pytest.approx(other[space], rel=1e-4, abs=1e-5)
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         measure_alignment(pretrained.folder)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from thawline.inference.detector import Prediction
     from thawline.inference.files import Summary
     from thawline.run import RunResult
-    from thawline.training.objective import Evaluation
+    from thawline.training.evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 

@@ -43,9 +43,9 @@ def a_share_of_a_run(rank: int, mapping: dict[str, Any], port: int) -> None:
             batches.append([places[id(row)] for row in rows])
         return collate(self, rows)
 
-    def noting_judged(self, model, examples, rows, batch_size):
-        judged.append([example.where for example in examples])
-        return judge(self, model, examples, rows, batch_size)
+    def noting_judged(self, model, rows, batch_size):
+        judged.append([row["example"].where for row in rows])
+        return judge(self, model, rows, batch_size)
 
     kind.collate, kind.judge = noting_batches, noting_judged
     result = run(RunConfig.from_mapping(mapping))

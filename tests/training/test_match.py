@@ -125,7 +125,7 @@ def test_what_cannot_be_matched_is_refused(bert: Path, rows: Path) -> None:
         )
     (rows / "open.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
     with pytest.raises(
-        DataError, match=r"open.jsonl:1: no `choices`.*Leave out open \(`data.exclude_tasks`\)"
+        DataError, match=r"open.jsonl:1: no `choices`.*Leave out task 'open' \(`data.exclude_tasks`\)"
     ):
         objective(bert, rows)
     asked = objective(bert, rows.joinpath("size.jsonl"))

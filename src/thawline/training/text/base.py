@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RowObjective", "judged_row"]
+__all__ = ["Row", "RowObjective", "judged_row"]
 
 import dataclasses
 import os
@@ -10,10 +10,12 @@ import random
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter, itemgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from thawline.data.text.multitask import TaskSampler
@@ -25,9 +27,9 @@ from thawline.training.arguments import choose_precision, training_arguments
 from thawline.training.callbacks import Annealing
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, ReadRows
-from thawline.training.text.pretrained import load_processor
-from thawline.training.text.rows import brief, judged, read_rows
-from thawline.training.text.shares import gathered, own_share
+from thawline.training.text.pretrained import load_pretrained, load_processor
+from thawline.training.text.rows import evaluation_by_task, group, name_some, read_rows
+from thawline.training.text.shares import gather, own_share
 from thawline.training.trainer import Trainer
 from thawline.tuners.build import attach_tuner, routed_tasks
 from thawline.tuners.mhr.adapt import parameter_groups
@@ -36,12 +38,17 @@ CALIBRATION_BATCHES = 8
 """Training batches that PaCA's `activation` and `gradient` selections look at."""
 ALIGN_ROWS = 64
 """Rows of each task that alignment is measured on."""
+MANY_ROWS = 5000
+"""Rows from which on encoding shows a progress bar."""
+
+Row = Mapping[str, Any]
 
 
 class RowObjective(Objective):
     """Objective on rows of text, which may be of several tasks.
 
-    A subclass encodes the rows (`train_rows`, `held_out_rows`), judges and answers.
+    A subclass calls `encode_rows` when it is ready to encode. A row holds `input_ids`, `labels`, `task` and
+    `example`, from which it was made.
 
     Raises: as `read_rows`.
     """
@@ -49,8 +56,8 @@ class RowObjective(Objective):
     base: TextBase
     data: TextData
     training: Training
-    train_rows: Sequence[dict[str, Any]] = ()
-    held_out_rows: Sequence[dict[str, Any]] = ()
+    train_rows: Sequence[Row] = ()
+    held_out_rows: Sequence[Row] = ()
     smaller_is_better: tuple[str, ...] = ("loss", "macro_loss")
     metrics: tuple[str, ...]
     """Metrics evaluated in addition to the loss."""
@@ -61,27 +68,37 @@ class RowObjective(Objective):
         super().__init__(config, read=read, described=described)
         self.processor = load_processor(self.base)
         self.described = described
-        rows = read_rows(self.data, seed=config.seed, read=read)
-        self.format = rows.format or self.data.format
-        self.tasks, self.task_choices = rows.tasks, rows.choices()
         self.task_ids: dict[str, int] | None = None
-        self.train_examples, self.held_out_examples = rows.train, rows.held_out
+        self.train_examples, self.held_out_examples = read_rows(self.data, seed=config.seed, read=read)
+        examples = self.train_examples or self.held_out_examples
+        self.tasks = tuple(dict.fromkeys(example.task for example in examples))
+        """Tasks in the order of their first row: those to train or, where none are, to evaluate on."""
 
     @abstractmethod
-    def judge(
-        self,
-        model: nn.Module,
-        examples: Sequence[Example],
-        rows: Sequence[Mapping[str, Any]],
-        batch_size: int,
-    ) -> list[dict[str, Any]]:
-        """Return one `judged_row` per example. `rows`: the examples, encoded."""
+    def encode(self, example: Example) -> dict[str, Any]:
+        """Return an example's `input_ids` and `labels`."""
+
+    @abstractmethod
+    def judge(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[dict[str, Any]]:
+        """Return one `judged_row` per row."""
 
     @abstractmethod
     def answer(
         self, model: nn.Module, examples: Sequence[Example], batch_size: int, **sampling: Any
     ) -> list[str]:
         """Answer each example: by one of its choices, where it has some."""
+
+    def encode_rows(self) -> None:
+        """Fill `train_rows` and `held_out_rows`."""
+        self.train_rows, self.held_out_rows = (
+            [
+                {**self.encode(example), "task": example.task, "example": example}
+                for example in tqdm(
+                    examples, desc="tokens", unit="row", leave=False, disable=len(examples) < MANY_ROWS
+                )
+            ]
+            for examples in (self.train_examples, self.held_out_examples)
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,6 +126,12 @@ class RowObjective(Objective):
             return None
         return AT_START if getattr(tuner, "adapt", "none") == "none" else ZERO_SHOT
 
+    def load_model(self, loader: Any, source: str | None, **extra: Any) -> nn.Module:
+        """Load the base, or a model saved in `source`, by one of transformers' Auto classes."""
+        base = self.base if source is None else dataclasses.replace(self.base, model=source, revision=None)
+        attention = base.attn_implementation
+        return load_pretrained(loader, base, dtype=self.dtype, attn_implementation=attention, **extra)
+
     def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
         """Attach the tuner to the whole base; batches carry task ids where the model routes by them."""
         batches = partial(self._calibration_batches, model)
@@ -128,7 +151,7 @@ class RowObjective(Objective):
         unknown = {row["task"] for row in (*self.train_rows, *self.held_out_rows)} - set(tasks)
         if unknown:
             raise RoutingError(
-                f"No routing for {brief(sorted(unknown))}: the model was trained on {brief(list(tasks))}. "
+                f"No routing for {name_some(sorted(unknown))}: the model was trained on {name_some(tasks)}. "
                 "Leave it out (`data.exclude_tasks`), adapt to it (`tuner.start_from` and `tuner.adapt`), or "
                 "use the average of the skills (`--tuner.adapt mu`)."
             )
@@ -183,11 +206,8 @@ class RowObjective(Objective):
 
         All batches of a task have the same size, so that the mean over them is one over rows.
         """
-        by_task: dict[str, list[Any]] = {task: [] for task in self.tasks}
-        for row in self.train_rows:
-            by_task[row["task"]].append(row)
         found = {}
-        for task, own in by_task.items():
+        for task, own in group(self.train_rows, itemgetter("task")).items():
             drawn = random.Random(f"{self.config.seed} {task}").sample(own, min(ALIGN_ROWS, len(own)))
             size = min(self.training.batch_size, len(drawn))
             starts = range(0, len(drawn) - size + 1, size)
@@ -196,8 +216,14 @@ class RowObjective(Objective):
 
     def describe(self) -> dict[str, Any]:
         """Return the prompt's format; the tasks, and the choices of those whose rows share them."""
-        tasks = {task: list(self.task_choices.get(task, ())) for task in self.tasks}
-        return {"format": self.format, "template": self.data.template, "tasks": tasks}
+        examples = (*self.train_examples, *self.held_out_examples)
+        tasks = group(examples, attrgetter("task"))
+        choices = {task: {example.choices for example in tasks[task]} for task in self.tasks}
+        return {
+            "format": examples[0].format,
+            "template": self.data.template,
+            "tasks": {task: list(*found) if len(found) == 1 else [] for task, found in choices.items()},
+        }
 
     def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
         """Compute loss and metrics on the held-out rows, over all of them and by task.
@@ -206,8 +232,8 @@ class RowObjective(Objective):
         """
         model.eval()
         share = own_share(model)
-        found = self.judge(model, self.held_out_examples[share], self.held_out_rows[share], batch_size)
-        return judged(gathered(found, share), self.metrics)
+        found = self.judge(model, self.held_out_rows[share], batch_size)
+        return evaluation_by_task(gather(found, share), self.metrics)
 
     def predict(
         self,
@@ -241,13 +267,10 @@ class RowObjective(Objective):
         examples = [prompt_example(text, format, template, choices, task) for text in inputs]
         return self.answer(model, examples, batch_size, **sampling)
 
-    def ids_of(self, tasks: Iterable[str], name: str = "task_ids") -> dict[str, list[int]]:
-        """Return task ids as an argument of the model's forward; nothing where tasks are not routed.
-
-        They are a list: ids are read on the host.
-        """
+    def ids_of(self, tasks: Iterable[str]) -> dict[str, list[int]]:
+        """Return the `task_ids` of a batch, a list, as ids are read on the host; nothing without routing."""
         ids = self.task_ids
-        return {} if ids is None else {name: [ids[task] for task in tasks]}
+        return {} if ids is None else {"task_ids": [ids[task] for task in tasks]}
 
     def _calibration_batches(self, model: nn.Module) -> list[Mapping[str, Any]]:
         """Return a few batches of training rows; moves `model` to where it will train."""
@@ -273,13 +296,14 @@ class RowObjective(Objective):
         return self.training if rows else dataclasses.replace(self.training, eval_every="end")
 
 
-def judged_row(example: Example, log_likelihood: float, n_tokens: int = 1, **more: Any) -> dict[str, Any]:
-    """Return an evaluated example as plain values: a row of predictions.jsonl.
+def judged_row(row: Row, log_likelihood: float, n_tokens: int = 1, **more: Any) -> dict[str, Any]:
+    """Return an evaluated row as plain values: a line of predictions.jsonl.
 
     Args:
         log_likelihood: of the right answer, in nats, over its `n_tokens`.
         more: prediction and metrics.
     """
+    example = row["example"]
     return {
         "task": example.task,
         "where": example.where,

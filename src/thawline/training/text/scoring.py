@@ -1,8 +1,8 @@
-"""How likely a language model finds given answers, and what it answers itself; batched by length."""
+"""Log-likelihoods of given answers, label logits and generated answers, in batches of similar length."""
 
 from __future__ import annotations
 
-__all__ = ["Score", "by_length", "generate_answers", "on_device", "score_answers", "score_labels"]
+__all__ = ["Score", "batches_by_length", "generate_answers", "score_answers", "score_labels"]
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from thawline.data.text.encode import IGNORED
 
-Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
-"""Makes a batch of rows."""
+Rows = Sequence[Mapping[str, Any]]
+Collate = Callable[[Rows], Mapping[str, Any]]
 
 
 class Score(NamedTuple):
@@ -28,28 +28,21 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def score_answers(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    collate: Collate,
-    *,
-    batch_size: int,
-    shifted: bool = True,
+    model: nn.Module, rows: Rows, collate: Collate, *, batch_size: int, shifted: bool = True
 ) -> list[Score]:
-    """Log-likelihood of every row's labels under the model, teacher-forced.
+    """Compute the log-likelihood of every row's labels under the model, teacher-forced.
 
     Args:
         model: a language model whose forward returns `logits` (B, T, V).
         rows: token rows with `input_ids` and `labels`; label −100 is not counted.
-        collate: makes a batch of rows.
-        batch_size: rows a forward.
+        collate: builds a batch of rows.
+        batch_size: rows per forward pass.
         shifted: logits at t predict label t + 1 (causal LMs); False: label t (encoder-decoders).
 
-    Returns: one score a row, in the order given.
+    Returns: one score per row, in the order given.
     """
     scores: list[Score] = [Score(0.0, 0)] * len(rows)
-    device = _device(model)
-    for indices in by_length(rows, batch_size, "scoring"):
-        batch = on_device(collate([rows[i] for i in indices]), device)
+    for indices, batch in batches_by_length(model, rows, collate, batch_size, "scoring"):
         labels = batch["labels"]
         # Prompt tuning puts tokens of its own in front.
         logits = model(**batch).logits[:, -labels.shape[1] :]
@@ -57,7 +50,7 @@ def score_answers(
             logits, labels = logits[:, :-1], labels[:, 1:]
         learned = labels != IGNORED
         # Only the learned positions are widened to float32: a vocabulary is large.
-        losses = torch.zeros(labels.shape, device=device)
+        losses = torch.zeros(labels.shape, device=labels.device)
         losses[learned] = F.cross_entropy(logits[learned].float(), labels[learned], reduction="none")
         for i, total, n in zip(indices, losses.sum(1).tolist(), learned.sum(1).tolist(), strict=True):
             scores[i] = Score(-total, n)
@@ -65,14 +58,10 @@ def score_answers(
 
 
 @torch.no_grad()
-def score_labels(
-    model: nn.Module, rows: Sequence[Mapping[str, Any]], collate: Collate, batch_size: int
-) -> list[Tensor]:
-    """A classifier's logits (C,) for every row, float32 on the CPU, in the order given."""
+def score_labels(model: nn.Module, rows: Rows, collate: Collate, batch_size: int) -> list[Tensor]:
+    """Compute a classifier's logits (C,) for every row, float32 on the CPU, in the order given."""
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
-    device = _device(model)
-    for indices in by_length(rows, batch_size, "scoring"):
-        batch = on_device(collate([rows[i] for i in indices]), device)
+    for indices, batch in batches_by_length(model, rows, collate, batch_size, "scoring"):
         for i, found in zip(indices, model(**batch).logits.float().cpu(), strict=True):
             logits[i] = found
     return logits
@@ -89,63 +78,66 @@ def generate_answers(
     extras: Mapping[str, Sequence[int]] | None = None,
     **sampling: Any,
 ) -> list[str]:
-    """What the model writes after each prompt, greedily unless `sampling` says otherwise.
+    """Generate an answer to each prompt, greedily unless `sampling` says otherwise.
 
     Args:
         model: a model with `generate`.
         prompts: token ids.
-        tokenizer: the prompts' own.
+        tokenizer: the prompts' tokenizer.
         max_new_tokens: longest answer.
         batch_size: prompts at a time.
-        extras: one value a prompt for further arguments of `generate` (task ids).
+        extras: further arguments of `generate`, one value per prompt (task ids).
         sampling: forwarded to `generate` (do_sample, temperature, top_p, num_beams, …).
 
-    Returns: one text a prompt, in the order given, without special tokens.
+    Returns: one text per prompt, in the order given, without special tokens.
     """
     answers = [""] * len(prompts)
-    device = _device(model)
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-    rows = [{"input_ids": prompt} for prompt in prompts]
-    for indices in by_length(rows, batch_size, "answering"):
-        longest = max(len(prompts[i]) for i in indices)
-        # Padding goes to the left, so that every answer starts right after its prompt.
-        ids = torch.full((len(indices), longest), tokenizer.pad_token_id, dtype=torch.long)
+
+    def pad_left(rows: Rows) -> dict[str, Tensor]:
+        """Pad to the left, so that every answer starts right after its prompt."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, i in enumerate(indices):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, longest - len(prompts[i]) :] = 1
-        more = {name: [values[i] for i in indices] for name, values in (extras or {}).items()}
+        for i, row in enumerate(rows):
+            start = longest - len(row["input_ids"])
+            ids[i, start:] = torch.tensor(row["input_ids"])
+            mask[i, start:] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    rows = [{"input_ids": prompt} for prompt in prompts]
+    for indices, batch in batches_by_length(model, rows, pad_left, batch_size, "answering"):
         written = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            **batch,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            # Trainer switches the cache off in the model's config.
-            use_cache=True,
+            use_cache=True,  # Trainer switches the cache off in the model's config
             **{"do_sample": False, **sampling},
-            **more,
+            **{name: [values[i] for i in indices] for name, values in (extras or {}).items()},
         )
-        texts = tokenizer.batch_decode(
-            written if is_seq2seq else written[:, longest:], skip_special_tokens=True
-        )
-        for i, text in zip(indices, texts, strict=True):
+        if not is_seq2seq:
+            written = written[:, batch["input_ids"].shape[1] :]
+        for i, text in zip(indices, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             answers[i] = text
     return answers
 
 
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on `device`; what else it holds (task ids) stays as it is."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+def batches_by_length(
+    model: nn.Module, rows: Rows, collate: Collate, batch_size: int, title: str
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Yield batches of rows of similar length on the model's device, and their indices, with a progress bar.
 
-
-def by_length(rows: Sequence[Mapping[str, Any]], batch_size: int, what: str) -> Iterator[list[int]]:
-    """Indices of batches of similar length, longest first, so that memory runs out at once or never."""
+    The longest come first, so that memory runs out at once or never.
+    """
+    device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     # disable=None: no bar where stderr is not a terminal.
-    yield from tqdm(batches, desc=what, unit="batch", leave=False, dynamic_ncols=True, disable=None)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    for indices in tqdm(chunks, desc=title, unit="batch", leave=False, dynamic_ncols=True, disable=None):
+        batch = collate([rows[i] for i in indices])
+        # Task ids are a list and stay on the host.
+        yield (
+            indices,
+            {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()},
+        )

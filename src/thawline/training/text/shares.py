@@ -1,8 +1,8 @@
-"""Held-out rows shared out over processes, and what each found put together again."""
+"""Distribute held-out rows over processes, and gather what each process found."""
 
 from __future__ import annotations
 
-__all__ = ["gathered", "own_share"]
+__all__ = ["gather", "own_share"]
 
 from typing import TypeVar
 
@@ -15,26 +15,26 @@ Row = TypeVar("Row")
 
 
 def own_share(model: nn.Module) -> slice:
-    """The rows that this process judges: every n-th, of n processes.
+    """Return the rows that this process judges: every n-th, of n processes.
 
-    All of them where the weights are sharded (FSDP, tensor parallel, ZeRO-3): a forward is then one of all
-    processes together, and each must take as many.
+    All of them where the weights are sharded (FSDP, tensor parallel, ZeRO-3): a forward then involves all
+    processes, and each must run as many.
     """
     if not (dist.is_available() and dist.is_initialized()) or _is_sharded(model):
         return slice(None)
     return slice(dist.get_rank(), None, dist.get_world_size())
 
 
-def gathered(found: list[Row], share: slice) -> list[Row]:
-    """What all processes found on their `own_share`, in the order of the rows; the same in every process."""
+def gather(found: list[Row], share: slice) -> list[Row]:
+    """Return what all processes found on their `own_share`, in the order of the rows, to every process."""
     if share.step is None:
         return found
     parts: list[list[Row]] = [[] for _ in range(share.step)]
     dist.all_gather_object(parts, found)
-    places = sorted(
-        (rank + i * share.step, rank, i) for rank, part in enumerate(parts) for i in range(len(part))
-    )
-    return [parts[rank][i] for _, rank, i in places]
+    rows: list[Row] = [row for part in parts for row in part]
+    for rank, part in enumerate(parts):
+        rows[rank :: share.step] = part
+    return rows
 
 
 def _is_sharded(model: nn.Module) -> bool:

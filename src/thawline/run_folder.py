@@ -1,0 +1,241 @@
+"""The folder of a run: its files, all with stable names, and what can be read back from them.
+
+config.yaml       the recipe with every value written out; train with it and --resume to continue
+env.json          machine and versions; one entry for every time the run was started
+plan.json         the plan in words; steps, parameter groups, first batch
+objective.json    what predicting needs beyond the model: the prompt's template, labels, tasks
+sample.txt        one training row as the model sees it; learned tokens stand in ⟦ ⟧
+alignment.jsonl   alignment of the tasks' gradients, every `training.align_every` steps
+metrics.jsonl     every logged value, one JSON object per line
+start.json        metrics before the first step, where the run starts from a trained adapter (zero-shot)
+checkpoint-<n>/   model, optimiser, schedule and random state after step n
+model/            the trained model: an adapter or a whole model, and its tokenizer
+result.json       metrics of the last evaluation, over all held-out rows and by part
+predictions.jsonl predictions of the last evaluation
+pictures/         detection: training images as the model sees them, the worst images
+best/, last/      detection: ready-to-use detectors of the best and of the latest evaluation
+align/            routes and alignment as JSON and charts, by `thawline align`
+eval-<data>/      detection: results of `thawline eval`, with a report.html
+report.html       all of the above on one page, by `thawline train` and `thawline report`
+"""
+
+from __future__ import annotations
+
+__all__ = ["NO_DATA", "RunFolder", "RunResult"]
+
+import dataclasses
+import os
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import thawline
+from thawline.errors import CheckpointError, ConfigError, did_you_mean
+from thawline.files import read_json, write_json, write_jsonl, write_text
+from thawline.recipe import Frozen, RunConfig, load_recipe
+from thawline.report.pictures import save_worst_images
+from thawline.report.run_report import PICTURES
+from thawline.training.checkpoints import newest_checkpoint
+from thawline.training.evaluation import Evaluation
+from thawline.training.objective import Objective
+from thawline.training.trainer import Trainer
+
+NO_DATA = "-"
+"""`data.path` of a recipe for a model that was not trained by a run."""
+
+MAY_CHANGE = ("name", "folder", "training.report_to", "training.workers", "training.keep_checkpoints")
+"""Settings that a resumed run may change: any other would make it another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """Outcome of a run."""
+
+    folder: Path
+    status: str
+    """finished, interrupted or planned."""
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last evaluation, over all held-out rows."""
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same metrics by part: task or class."""
+    start: dict[str, Any] = field(default_factory=dict)
+    """`metrics` and `parts` before the first step, where `training.eval_at_start` asks for them; their `name`
+    is zero-shot where the run adapts to new tasks."""
+    trainable: int = 0
+    """Trainable parameters."""
+    seconds: float = 0.0
+    """Wall time of training."""
+    signal: int | None = None
+    """Signal that interrupted the run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Folder of a run, or of an adapter or plain model that no run has made.
+
+    Args:
+        path: the folder. A plain model may also be named by its Hub id.
+    """
+
+    path: Path
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "config.yaml").is_file()
+
+    def check_unused(self) -> None:
+        """Check that nothing in the folder could be lost; a plan is cheap to make again.
+
+        Raises: CheckpointError: if it holds a run, or other files.
+        """
+        path = self.path
+        if not path.exists() or all(file.name == "plan.json" for file in path.iterdir()):
+            return
+        if (path / "result.json").is_file():
+            raise CheckpointError(
+                f"{path} holds a finished run. Give this one another name: --name {path.name}-2."
+            )
+        checkpoint = newest_checkpoint(path)
+        state = f"a run that stands at {checkpoint.name}" if checkpoint else "a run without a checkpoint"
+        raise CheckpointError(
+            f"{path} holds {state}. Add --resume to continue it, or --name {path.name}-2 for a new one."
+        )
+
+    def check_resumable(self, config: RunConfig) -> None:
+        """Check that the folder holds the run of `config`.
+
+        Raises: CheckpointError: if it holds none. ConfigError: if its run has another recipe.
+        """
+        if not self.is_run:
+            raise CheckpointError(f"Nothing to resume: '{self.path}' holds no run.{self._similar()}")
+        before, now = _flat(self.config()), _flat(config)
+        changed = [key for key in now if before.get(key) != now[key] and key not in MAY_CHANGE]
+        if changed:
+            key = changed[0]
+            others = f" (and {', '.join(changed[1:])})" if changed[1:] else ""
+            raise ConfigError(
+                f"The run in '{self.path}' has {key}={before.get(key)!r}, not {now[key]!r}{others}: resuming "
+                "must not change it. To continue it unchanged: thawline train --config "
+                f"{self.path}/config.yaml --resume"
+            )
+
+    def open(self, objective: Objective) -> None:
+        """Write what identifies the run. config.yaml comes last: it is what makes the folder a run."""
+        config = objective.config
+        self.write("env.json", [*read_json(self.path / "env.json"), _environment()])
+        self.write("objective.json", objective.describe())
+        write_text(self.path / "sample.txt", objective.preview() + "\n")
+        objective.save_images(self.path / PICTURES)
+        named = dataclasses.replace(config, name=config.run_name).to_mapping()
+        write_text(self.path / "config.yaml", yaml.safe_dump(named, sort_keys=False, allow_unicode=True))
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file."""
+        write_json(self.path / name, value)
+
+    def save_model(self, trainer: Trainer) -> None:
+        """Write model/, which appears complete or not at all; all processes take part."""
+        folder, temporary = self.path / "model", self.path / ".model"
+        if trainer.is_world_process_zero():
+            shutil.rmtree(temporary, ignore_errors=True)
+        trainer.save_model(str(temporary))
+        if trainer.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+
+    def save_evaluation(self, evaluation: Evaluation) -> None:
+        """Write predictions and, for a detector, detection_metrics.json and pictures/worst.png."""
+        write_jsonl(self.path / "predictions.jsonl", evaluation.rows)
+        if evaluation.detections is not None:
+            save_worst_images(self.path / PICTURES / "worst.png", *evaluation.detections)
+        for name, values in evaluation.files.items():
+            self.write(name, values)
+
+    def result(self) -> RunResult | None:
+        """Return the outcome of the run; None: it has not finished."""
+        values = read_json(self.path / "result.json")
+        return RunResult(**{**values, "folder": Path(values["folder"])}) if values else None
+
+    def start(self) -> dict[str, Any]:
+        """Return the evaluation before the first step; nothing where there was none."""
+        return read_json(self.path / "start.json")
+
+    def described(self) -> dict[str, Any]:
+        """Return what the objective described when the run was trained; nothing where no run was."""
+        return read_json(self.path / "objective.json")
+
+    def config(self) -> RunConfig:
+        """Return the run's recipe; for an adapter or a plain model, a recipe that loads it as it is.
+
+        Raises: CheckpointError: if a folder is meant and there is none.
+        """
+        path = self.path
+        if self.is_run:
+            return load_recipe(path / "config.yaml")
+        base, tuner = str(path), {"method": "frozen"}
+        if saved := read_json(path / "adapter_config.json"):
+            base = saved["base_model_name_or_path"]
+            method = saved["peft_type"].lower().removeprefix("thawline_")
+            tuner = {"method": method, "start_from": str(path)}
+        elif not path.is_dir() and (path.is_absolute() or path.parts[:1] in ((".",), ("..",), ("runs",))):
+            raise CheckpointError(f"No such run or model: '{path}'.{self._similar()}")
+        return RunConfig.from_mapping({"base": base, "data": NO_DATA, "tuner": tuner})
+
+    def weights(self) -> Path | None:
+        """Return the folder of trained weights; None for a plain model, which is its own base.
+
+        A run keeps them in model/; before it has finished, in a detector's best/ or last/, or in its newest
+        checkpoint.
+
+        Raises: CheckpointError: for a run that has saved no weights.
+        """
+        path = self.path
+        if not self.is_run:
+            return path if (path / "adapter_config.json").is_file() else None
+        saved = [path / name for name in ("model", "best", "last") if (path / name).is_dir()]
+        if isinstance(self.config().tuner, Frozen):
+            # A frozen language model is its own base; a detector trains around its frozen backbone.
+            return next((folder for folder in saved if (folder / "config.json").is_file()), None)
+        folder = saved[0] if saved else newest_checkpoint(path)
+        if folder is None:
+            raise CheckpointError(f"'{path}' holds neither model/ nor a checkpoint: nothing was trained yet.")
+        return folder
+
+    def _similar(self) -> str:
+        siblings = self.path.parent.glob("*")
+        names = [path.name for path in siblings if (path / "config.yaml").is_file()]
+        return f" {did_you_mean(self.path.name, names)}" if names else ""
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Return a recipe's values by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in config.to_mapping().items():
+        nested = isinstance(value, dict)
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if nested else {name: value}
+    return flat
+
+
+def _environment() -> dict[str, Any]:
+    """Return machine, versions and command of this process."""
+    packages = ("torch", "transformers", "peft", "accelerate")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {"thawline": thawline.__version__, **{name: version(name) for name in packages}},
+    }
