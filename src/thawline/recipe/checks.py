@@ -5,16 +5,17 @@ from __future__ import annotations
 __all__ = [
     "all_at_least",
     "at_least",
+    "check_args",
     "fraction",
     "one_of",
     "require",
 ]
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from thawline.errors import ConfigError
+from thawline.errors import ConfigError, did_you_mean
 
 
 def require(value: object, message: str) -> None:
@@ -51,3 +52,18 @@ def fraction(name: str, value: float) -> None:
     """A number from 0 to below 1. Raises: ConfigError."""
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ConfigError(f"`{name}` must be in [0, 1), got {value!r}.")
+
+
+def check_args(section: str, args: Iterable[str], config_class: type, taken: Container[str]) -> None:
+    """Check a section's `args`, which are passed to another library's dataclass.
+
+    Raises: ConfigError: for a field that the dataclass lacks, or that the section sets by itself (`taken`).
+    """
+    known = [field.name for field in fields(config_class)]
+    for name in args:
+        if name not in known:
+            raise ConfigError(
+                f"Unknown key '{section}.args.{name}' of {config_class.__name__}. {did_you_mean(name, known)}"
+            )
+        if name in taken:
+            raise ConfigError(f"'{section}.args.{name}' has a field of its own in `{section}`; set it there.")

@@ -13,8 +13,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from thawline.errors import ConfigError, did_you_mean
+from thawline.errors import ConfigError
 from thawline.recipe import Training, TunerSettings
+from thawline.recipe.checks import check_args
+from thawline.recipe.training import TRAINING_ARGUMENTS
 
 
 def training_arguments(
@@ -25,40 +27,33 @@ def training_arguments(
     seed: int,
     smaller_is_better: tuple[str, ...] = ("loss",),
 ) -> TrainingArguments:
-    """TrainingArguments of a recipe's training section.
+    """Build TrainingArguments from a recipe's training section.
+
+    Args:
+        tuner: gives the learning rate where the section has none.
+        smaller_is_better: metrics that are best at their smallest.
 
     Raises: ConfigError: for an unknown or doubled name in `args`, and whatever transformers refuses.
     """
     precision = choose_precision(settings.precision)
-    keeps_best = settings.best_metric is not None
-    if keeps_best and (settings.eval_every == "end" or settings.eval_every != settings.save_every):
+    best = settings.best_metric
+    if best is not None and (settings.eval_every == "end" or settings.eval_every != settings.save_every):
         raise ConfigError(
             "`training.best_metric` chooses among evaluated checkpoints: give `eval_every` and `save_every` "
             f"the same steps, or 'epoch' (got {settings.eval_every!r} and {settings.save_every!r})."
         )
-    fields: dict[str, Any] = {
+    fields = {theirs: getattr(settings, ours) for theirs, ours in TRAINING_ARGUMENTS.items()}
+    for name in ("eval_steps", "save_steps", "activation_checkpointing"):
+        del fields[name]
+    fields |= {
         "output_dir": str(folder),
-        "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
-        "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.eval_batch_size or settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
         "learning_rate": tuner.usual_lr if settings.lr is None else settings.lr,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": settings.warmup,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "optim": settings.optimizer,
         "bf16": precision == "bf16",
-        **({"use_cpu": True} if _must_say_cpu(precision) else {}),
         "fp16": precision == "fp16",
-        "logging_steps": settings.log_every,
-        "save_total_limit": settings.keep_checkpoints,
-        "load_best_model_at_end": keeps_best,
-        "metric_for_best_model": settings.best_metric,
-        "greater_is_better": settings.best_metric not in smaller_is_better if keeps_best else None,
-        "report_to": settings.report_to,
-        "dataloader_num_workers": settings.workers,
+        "load_best_model_at_end": best is not None,
+        "greater_is_better": None if best is None else best not in smaller_is_better,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": seed,
         "data_seed": seed,
@@ -67,37 +62,30 @@ def training_arguments(
         **_every("eval", settings.eval_every),
         **_every("save", settings.save_every),
     }
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    # transformers renamed the field in 5.20 or thereabouts and keeps the old name as an alias.
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if not torch.cuda.is_available() and (precision == "bf16" or n_processes > 1):
+        # Otherwise transformers refuses bf16, and lets torchrun's processes train apart.
+        fields["use_cpu"] = True
     if settings.gradient_checkpointing:
+        # transformers renamed the field in 5.20 or thereabouts and keeps the old name as an alias.
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         fields |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    for key in settings.args:
-        if key not in known:
-            raise ConfigError(
-                f"Unknown key 'training.args.{key}' of TrainingArguments. {did_you_mean(key, known)}"
-            )
-        if key in fields:
-            raise ConfigError(f"'training.args.{key}' has a field of its own in `training`; set it there.")
+    check_args("training", settings.args, TrainingArguments, fields)
     try:
         arguments = TrainingArguments(**fields, **settings.args)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TrainingArguments: {error}") from error
-    _check_trackers(arguments)
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()  # fails where its library is missing
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"`training.report_to`: {error}") from error
     return arguments
 
 
-def _check_trackers(arguments: TrainingArguments) -> None:
-    """Raises: ConfigError: for a tracker that transformers does not know or whose library is missing."""
-    try:
-        for tracker in get_reporting_integration_callbacks(arguments.report_to):
-            tracker()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"`training.report_to`: {error}") from error
-
-
 def choose_precision(wanted: str) -> str:
-    """`auto` as fp32 or bf16, by the device. Raises: ConfigError: for a precision the device lacks."""
+    """Return `auto` as fp32 or bf16, by the device. Raises: ConfigError: for a precision the device lacks."""
     bf16_works = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "auto":
         return "bf16" if bf16_works else "fp32"
@@ -108,14 +96,8 @@ def choose_precision(wanted: str) -> str:
     return wanted
 
 
-def _must_say_cpu(precision: str) -> bool:
-    """Whether transformers would, without a GPU, refuse bf16 or let torchrun's processes train apart."""
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return not torch.cuda.is_available() and (precision == "bf16" or n_processes > 1)
-
-
 def _every(what: str, every: int | str) -> dict[str, Any]:
-    """TrainingArguments' two fields for "every n steps", "epoch" or "end"."""
+    """Return TrainingArguments' fields for "every n steps", "epoch" or "end"."""
     if isinstance(every, int):
         return {f"{what}_strategy": "steps", f"{what}_steps": every}
     if every == "epoch":

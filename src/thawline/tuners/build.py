@@ -15,6 +15,7 @@ from torch import nn
 
 from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you_mean
 from thawline.recipe import Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
+from thawline.recipe.checks import check_args
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.layer import find_layers
@@ -179,16 +180,7 @@ CONFIGS: dict[type, Callable[[Any, Sequence[str]], tuple[type[peft.PeftConfig], 
 def _build_config(
     config_class: type[peft.PeftConfig], fields: dict[str, Any], args: dict[str, Any]
 ) -> peft.PeftConfig:
-    known = {field.name for field in dataclasses.fields(config_class)}
-    for name in args:
-        if name not in known:
-            raise ConfigError(
-                f"Unknown key 'tuner.args.{name}' of {config_class.__name__}. {did_you_mean(name, known)}"
-            )
-        if name in fields:
-            raise ConfigError(
-                f"'tuner.args.{name}' has a field of its own in the tuner's section; set it there."
-            )
+    check_args("tuner", args, config_class, fields)
     try:
         return config_class(**fields, **args)
     except ConfigError:

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from thawline.data.text.encode import collate_tokens
 from thawline.data.text.multitask import TaskSampler
 from thawline.data.text.rows import Example, prompt_example
 from thawline.errors import ConfigError, RoutingError, did_you_mean
@@ -266,6 +267,11 @@ class RowObjective(Objective):
         format, template = self.described.get("format", "text"), self.described.get("template")
         examples = [prompt_example(text, format, template, choices, task) for text in inputs]
         return self.answer(model, examples, batch_size, **sampling)
+
+    def pad(self, rows: Sequence[Row], *keys: str) -> dict[str, Any]:
+        """Build a padded batch of those of `keys` that the rows have, and of `task_ids` where routed."""
+        kept = [{key: row[key] for key in keys if key in row} for row in rows]
+        return collate_tokens(kept, self.processor.pad_token_id) | self.ids_of(row["task"] for row in rows)
 
     def ids_of(self, tasks: Iterable[str]) -> dict[str, list[int]]:
         """Return the `task_ids` of a batch, a list, as ids are read on the host; nothing without routing."""

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from thawline.data.text.encode import collate_tokens
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
 from thawline.recipe import MatchSettings, RunConfig
@@ -79,9 +78,9 @@ class MatchObjective(RowObjective):
             [places.setdefault((row["task"], c), len(places)) for c in row["example"].choices] for row in rows
         ]
         width = max(map(len, index))
-        choices = self._collate_texts(self._choice_rows(places))
+        choices = self._pad_texts(self._choice_rows(places))
         batch: dict[str, Any] = {
-            **self._collate_texts(rows),
+            **self._pad_texts(rows),
             "labels": torch.tensor([row["labels"] for row in rows]),
             "choice_ids": choices["input_ids"],
             "choice_mask": choices["attention_mask"],
@@ -164,14 +163,13 @@ class MatchObjective(RowObjective):
     def _embed(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Tensor]:
         """Return the unit embedding (D,) of each row's text, in the order given, float32."""
         found: list[Tensor] = [torch.empty(0)] * len(rows)
-        for indices, batch in batches_by_length(model, rows, self._collate_texts, batch_size, "embedding"):
+        for indices, batch in batches_by_length(model, rows, self._pad_texts, batch_size, "embedding"):
             for i, one in zip(indices, mean_pooled(model, **batch), strict=True):
                 found[i] = F.normalize(one, dim=-1)
         return found
 
-    def _collate_texts(self, rows: Sequence[Row]) -> dict[str, Any]:
-        texts = [{"input_ids": row["input_ids"]} for row in rows]
-        return collate_tokens(texts, self.processor.pad_token_id) | self.ids_of(row["task"] for row in rows)
+    def _pad_texts(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return self.pad(rows, "input_ids")
 
     def _choice_rows(self, pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
         """Encode choices, given with their tasks."""

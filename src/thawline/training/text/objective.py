@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from thawline.data.text.encode import IGNORED, TextEncoder, collate_tokens
+from thawline.data.text.encode import IGNORED, TextEncoder
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.metrics.text import METRICS, exact_match, most_likely, rouge_l
@@ -94,7 +94,7 @@ class TextObjective(RowObjective):
 
         Where tasks are routed, `task_ids` too.
         """
-        return collate_tokens(rows, self.processor.pad_token_id) | self.ids_of(row["task"] for row in rows)
+        return self.pad(rows, "input_ids", "labels")
 
     def preview(self) -> str:
         """Return one training row, decoded: what is learned stands in ⟦ ⟧."""
