@@ -208,7 +208,7 @@ def _take_steps(
     if resume:
         logger.info("Resuming from %s.", checkpoint or "step 0: the run had saved no checkpoint")
     if checkpoint is None and objective.start_name is not None:
-        found = trainer.starting_evaluation()
+        found = trainer.full_evaluation()
         if is_first_process:
             start = {"name": objective.start_name, "metrics": found.metrics, "parts": found.parts}
             folder.write("start.json", start)

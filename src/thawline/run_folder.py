@@ -90,7 +90,7 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """Whether a run was started here."""
+        """True once a run was started here."""
         return (self.path / "config.yaml").is_file()
 
     def check_unused(self) -> None:

@@ -1,4 +1,4 @@
-"""What a trainer needs of an objective: rows, batches and an evaluation."""
+"""Results of an evaluation, and the part of an objective that a trainer uses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Evaluation:
 
 
 class TrainingData(Protocol):
-    """Rows to train and to evaluate on, how they become batches, and how a model is judged on them."""
+    """Part of an objective that a trainer uses: rows, batches and evaluation."""
 
     processor: Any
     """Tokenizer or image processor, saved next to the model. None: there is none."""

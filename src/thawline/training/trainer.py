@@ -1,8 +1,7 @@
-"""The engine of every run: transformers' Trainer, extended through its public seams only.
+"""The trainer of every run: transformers' Trainer, extended through its public methods only.
 
-What is added: evaluation is the objective's; every logged value goes to metrics.jsonl, which after a resume
-reads as if nothing had happened; Ctrl-C and SIGTERM end the run after the current step, with a checkpoint;
-the progress bar carries the loss instead of printing a dictionary a line.
+It evaluates by the objective, can sample rows in an order of its own, takes a loss and parameter groups, and
+plans a run. Every logged value goes to metrics.jsonl; the progress bar shows the loss.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from thawline.training.evaluation import Evaluation, TrainingData
 
 
 class Trainer(transformers.Trainer):
-    """Trainer whose evaluation is the objective's.
+    """Trainer that evaluates by an objective.
 
     Args:
         model: base with its tuner attached.
-        args: transformers' own; see `training_arguments`.
-        objective: what is asked; gives rows, batches and evaluation.
-        callbacks: further ones, transformers' own kind.
-        sampler: which row comes when, with a `set_epoch`. None: every row once an epoch, by chance.
+        args: see `training_arguments`.
+        objective: rows, batches and evaluation.
+        callbacks: further callbacks of transformers.
+        sampler: order of rows, with a `set_epoch`. None: every row once an epoch, shuffled.
         loss: `loss(model, batch)`, a mean over rows. None: the model's own.
-        parameter_groups: what trains of a model, in groups for an optimiser. None: transformers' choice.
+        parameter_groups: returns the optimiser's groups for a model. None: transformers' choice.
     """
 
     optimizer: Any
@@ -65,7 +64,7 @@ class Trainer(transformers.Trainer):
             callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl"), *callbacks],
         )
         if loss is not None:
-            # It is a mean over a batch's rows: of accumulated batches the mean is to be taken, not the sum.
+            # The loss is a mean over a batch's rows: accumulated batches are averaged, not summed.
             self.model_accepts_loss_kwargs = False
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -74,16 +73,14 @@ class Trainer(transformers.Trainer):
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """What the objective judges."""
+        """The model that the objective evaluates."""
         return self.model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As of transformers' Trainer, which would take one step more when it resumes after the last one."""
-        args = self.args
+        """Train; after the last step no further one, which transformers' Trainer would take on resuming."""
+        args, checkpoint = self.args, resume_from_checkpoint
         length = args.max_steps, args.num_train_epochs
-        if isinstance(resume_from_checkpoint, str) and 0 < args.max_steps <= checkpoint_step(
-            resume_from_checkpoint
-        ):
+        if isinstance(checkpoint, str) and 0 < args.max_steps <= checkpoint_step(checkpoint):
             args.max_steps, args.num_train_epochs = -1, 0
         try:
             return super().train(resume_from_checkpoint, **kwargs)
@@ -91,7 +88,7 @@ class Trainer(transformers.Trainer):
             args.max_steps, args.num_train_epochs = length
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches in the sampler's order, where there is one."""
+        """Return batches in the sampler's order, if there is one."""
         if self.row_sampler is None:
             return super().get_train_dataloader()
         return self.accelerator.prepare(
@@ -107,7 +104,7 @@ class Trainer(transformers.Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser of the recipe, on the groups asked for."""
+        """Create the optimiser that `args` name, on the parameter groups."""
         if self.parameter_groups is None or self.optimizer is not None:
             return super().create_optimizer(model)
         trained = self.model if model is None else model
@@ -116,20 +113,16 @@ class Trainer(transformers.Trainer):
         return self.optimizer
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """The objective's loss, where it has one, else the model's."""
+        """Return `loss`, where it is given, else the model's."""
         if self.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss = self.loss(model, inputs)
         return (loss, None) if return_outputs else loss
 
     def plan(self) -> dict[str, Any]:
-        """What is about to happen: steps, parameter groups, the first batch; as plain values."""
+        """Return steps, parameter groups and the first batch as plain values."""
         rows, args = self.objective.train_rows, self.args
         rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         n_rows = len(rows) if self.row_sampler is None else len(self.row_sampler)
@@ -162,31 +155,25 @@ class Trainer(transformers.Trainer):
             "rate": f"{' and '.join(rates)}, {plan['schedule']} after {plan['warmup_steps']} warm-up steps",
         }
 
-    def starting_evaluation(self) -> Evaluation:
-        """Of the model before its first step."""
+    def full_evaluation(self) -> Evaluation:
+        """Evaluate; return predictions too, where `evaluate` returns metrics alone."""
         self.evaluate()
         assert self.last_evaluation is not None
         return self.last_evaluation
 
     def final_evaluation(self) -> Evaluation:
-        """Of the model that the run ends with: the one after the last step, if that is the model."""
+        """Return the evaluation of the model that the run ends with; computed unless that is the latest."""
         if not self.objective.held_out_rows:
             return Evaluation(metrics={})
-        is_last = self.last_evaluated_step == self.state.global_step and not self.args.load_best_model_at_end
-        if self.last_evaluation is None or not is_last:
-            self.evaluate()
-        assert self.last_evaluation is not None
+        is_latest = self.last_evaluated_step == self.state.global_step
+        if self.last_evaluation is None or not is_latest or self.args.load_best_model_at_end:
+            return self.full_evaluation()
         return self.last_evaluation
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, description: str, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """The objective's evaluation in place of a loss over batches."""
+        """Evaluate by the objective; the dataloader and transformers' options play no part."""
         was_training = self.model.training
         with torch.no_grad(), self.compute_loss_context_manager():
             evaluation = self.objective.evaluate(self.evaluated_model, self.args.per_device_eval_batch_size)

@@ -17,7 +17,7 @@ from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you
 from thawline.recipe import Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
 from thawline.recipe.checks import check_args
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
-from thawline.tuners.mhr.config import MHR, MHRConfig
+from thawline.tuners.mhr.config import MHR
 from thawline.tuners.mhr.layer import find_layers
 from thawline.tuners.mhr.task_ids import route_by_batch
 from thawline.tuners.paca.calibrate import select_columns
@@ -61,7 +61,7 @@ def attach_tuner(
     if isinstance(settings, (Full, Frozen)):
         return model.requires_grad_(isinstance(settings, Full))
     if settings.start_from is None:
-        tuned = _fresh_adapter(model, settings, tasks, batches)
+        tuned = _new_adapter(model, settings, tasks, batches)
     else:
         tuned = _load_adapter(model, settings.start_from, settings.method, saved)
     if isinstance(settings, Mhr):
@@ -89,16 +89,13 @@ def routed_tasks(model: nn.Module) -> list[str] | None:
     return config.task_names
 
 
-def _fresh_adapter(
+def _new_adapter(
     model: nn.Module,
     settings: Paca | Mhr | Lora | PeftMethod,
     tasks: Sequence[str],
     batches: Callable[[], Iterable[Any]] | None,
 ) -> nn.Module:
-    config_class, fields = CONFIGS[type(settings)](settings, tasks)
-    endings = [ending for ending in TASK_TYPES if type(model).__name__.endswith(ending)]
-    fields["task_type"] = TASK_TYPES[endings[0]] if endings else None
-    config = _build_config(config_class, fields, getattr(settings, "args", {}))
+    config = _peft_config(settings, _task_type(model), tasks)
     if batches is not None and isinstance(config, PacaConfig) and _looks_at_data(config):
         config = dataclasses.replace(select_columns(model, config, batches()), selection="explicit")
     try:
@@ -130,56 +127,20 @@ def _adapt(model: nn.Module, settings: Mhr, tasks: Sequence[str], saved: bool) -
     start_adaptation(model, mode=settings.adapt, tasks=list(tasks) or 1, start_from=settings.new_rows)
 
 
-def _shared_fields(settings: TunerSettings, config_class: type[peft.PeftConfig]) -> dict[str, Any]:
-    """Return the settings that have the same name in PEFT's config."""
-    known = {field.name for field in dataclasses.fields(config_class)}
-    return {name: value for name, value in vars(settings).items() if name in known}
-
-
-def _paca_fields(settings: Paca, tasks: Sequence[str]) -> tuple[type[peft.PeftConfig], dict[str, Any]]:
-    return PacaConfig, _shared_fields(settings, PacaConfig)
-
-
-def _mhr_fields(settings: Mhr, tasks: Sequence[str]) -> tuple[type[peft.PeftConfig], dict[str, Any]]:
-    fields = _shared_fields(settings, MHRConfig)
-    # A single task is routed too, where it has a name: its skills are mixed by a row that learns.
-    fields |= {"task_names": list(tasks) or None, "n_heads": settings.heads}
-    if settings.router == "private":
-        fields["n_skills"] = max(len(tasks), 1)
-    return MHRConfig, fields
-
-
-def _lora_fields(settings: Lora, tasks: Sequence[str]) -> tuple[type[peft.PeftConfig], dict[str, Any]]:
-    return peft.LoraConfig, {
-        **_shared_fields(settings, peft.LoraConfig),
-        "lora_alpha": 2 * settings.r if settings.alpha is None else settings.alpha,
-        "lora_dropout": settings.dropout,
-        "use_dora": settings.method == "dora",
-    }
-
-
-def _peft_fields(settings: PeftMethod, tasks: Sequence[str]) -> tuple[type[peft.PeftConfig], dict[str, Any]]:
+def _peft_config(
+    settings: Paca | Mhr | Lora | PeftMethod, task_type: str | None, tasks: Sequence[str]
+) -> peft.PeftConfig:
     known = {name.lower(): config for name, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if settings.method not in known:
+    config_class = known.get(SAVED_TYPES.get(settings.method, settings.method))
+    if config_class is None:
         raise ConfigError(
             f"PEFT {peft.__version__} has no method '{settings.method}'. "
             f"{did_you_mean(settings.method, known)}"
         )
-    return known[settings.method], {}
-
-
-CONFIGS: dict[type, Callable[[Any, Sequence[str]], tuple[type[peft.PeftConfig], dict[str, Any]]]] = {
-    Paca: _paca_fields,
-    Mhr: _mhr_fields,
-    Lora: _lora_fields,
-    PeftMethod: _peft_fields,
-}
-"""Settings of an adapter → its PEFT config's class and fields."""
-
-
-def _build_config(
-    config_class: type[peft.PeftConfig], fields: dict[str, Any], args: dict[str, Any]
-) -> peft.PeftConfig:
+    names = {field.name for field in dataclasses.fields(config_class)} - {"method"}
+    fields = {name: value for name, value in vars(settings).items() if name in names}
+    fields |= {"task_type": task_type, **OTHER_FIELDS[type(settings)](settings, tasks)}
+    args = getattr(settings, "args", {})
     check_args("tuner", args, config_class, fields)
     try:
         return config_class(**fields, **args)
@@ -187,6 +148,36 @@ def _build_config(
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{config_class.__name__}: {error}") from error
+
+
+def _lora_fields(settings: Lora, tasks: Sequence[str]) -> dict[str, Any]:
+    return {
+        "lora_alpha": 2 * settings.r if settings.alpha is None else settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_dora": settings.method == "dora",
+    }
+
+
+def _mhr_fields(settings: Mhr, tasks: Sequence[str]) -> dict[str, Any]:
+    # A single task is routed too, where it has a name: its skills are mixed by a row that learns.
+    fields: dict[str, Any] = {"task_names": list(tasks) or None, "n_heads": settings.heads}
+    if settings.router == "private":
+        fields["n_skills"] = max(len(tasks), 1)
+    return fields
+
+
+OTHER_FIELDS: dict[type, Callable[[Any, Sequence[str]], dict[str, Any]]] = {
+    Paca: lambda settings, tasks: {},
+    Mhr: _mhr_fields,
+    Lora: _lora_fields,
+    PeftMethod: lambda settings, tasks: {},
+}
+"""Settings of an adapter → fields of its PEFT config that differ from the settings of the same name."""
+
+
+def _task_type(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    return next((kind for ending, kind in TASK_TYPES.items() if name.endswith(ending)), None)
 
 
 def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -> nn.Module:

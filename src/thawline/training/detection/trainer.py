@@ -146,11 +146,7 @@ class DetectionTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """Return the sum of all loss terms."""
         terms = model(inputs["pixel_values"], inputs["targets"], epoch=self.epoch)
@@ -179,19 +175,12 @@ class DetectionTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, description: str, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Evaluate the averaged weights and save them as last/ and best/, without drawing random numbers."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), self._averaged():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(dataloader, description, metric_key_prefix, **kwargs)
             is_best_of_stage_1 = self.is_in_train and self._save_evaluated(
                 self._score(output.metrics or {}, metric_key_prefix)
             )

@@ -1,4 +1,4 @@
-"""What objectives on rows of text share: rows by task, task ids, the trainer, evaluation by task."""
+"""Base of the objectives on rows of text: rows by task, task ids, the trainer, evaluation by task."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RowObjective(Objective):
     metrics: tuple[str, ...]
     """Metrics evaluated in addition to the loss."""
     needs_choices: ClassVar[bool] = False
-    """Whether answers are always picked among choices."""
+    """Answers are always picked among choices."""
 
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
@@ -141,7 +141,7 @@ class RowObjective(Objective):
         return model
 
     def route(self, tasks: Sequence[str] | None) -> None:
-        """Give batches the ids of their rows' tasks, by a routing table's names; None: no ids any more.
+        """Give batches the ids of their rows' tasks in a routing table, by its tasks' names; None: no ids.
 
         Raises: RoutingError: naming a task of the rows that the table lacks.
         """

@@ -14,7 +14,7 @@ from thawline.recipe import TextBase
 
 
 def load_processor(base: TextBase) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token. Raises: ConfigError: if there is none."""
+    """Load the base's tokenizer, with a padding token. Raises: ConfigError: if there is none."""
     tokenizer = load_pretrained(AutoTokenizer, base)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -25,7 +25,7 @@ def load_processor(base: TextBase) -> PreTrainedTokenizerBase:
 
 
 def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
-    """`from_pretrained`, with a one-line error for what a user can mend."""
+    """Call `from_pretrained` of one of transformers' Auto classes. Raises: ConfigError: in one line."""
     folder = Path(base.model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
