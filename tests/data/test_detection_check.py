@@ -1,4 +1,4 @@
-"""The check of a data set: every fault is found and named, and a repaired copy has none of them."""
+"""The check of a dataset: every fault is found and named, and a repaired copy has none of them."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def photo(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
-def test_re_encoded_and_resized_copies_are_found_and_other_pictures_are_not(tmp_path: Path) -> None:
+def test_re_encoded_and_resized_copies_are_found_and_other_images_are_not(tmp_path: Path) -> None:
     originals, others = [], []
     for seed in range(6):
         originals.append(tmp_path / f"original{seed}.png")
@@ -124,7 +124,7 @@ def test_re_encoded_and_resized_copies_are_found_and_other_pictures_are_not(tmp_
     assert list(similar_pairs(fingerprint(originals), fingerprint([]))) == []
 
 
-def test_shapes_on_plain_ground_are_not_taken_for_one_picture(tmp_path: Path) -> None:
+def test_shapes_on_plain_ground_are_not_taken_for_one_image(tmp_path: Path) -> None:
     paths = []
     for i in range(12):
         pixels = np.full((96, 96, 3), 230, np.uint8)
@@ -135,7 +135,7 @@ def test_shapes_on_plain_ground_are_not_taken_for_one_picture(tmp_path: Path) ->
     assert list(similar_pairs(fingerprint(paths[:6]), fingerprint(paths[6:]))) == []
 
 
-def test_real_splits_share_no_picture_and_film_frames_look_alike(shared: Path) -> None:
+def test_real_splits_share_no_image_and_video_frames_look_alike(shared: Path) -> None:
     data = load_detection(shared / "data/detection/aerial_cars")
     train, val = (fingerprint([r.path for r in data.records(split)]) for split in ("train", "val"))
     assert list(similar_pairs(train, val)) == []
@@ -220,7 +220,7 @@ def test_bad_images_and_annotations_are_left_out(root: Path) -> None:
     assert "→ leaves the images out" in changes
 
 
-def test_boxes_of_resized_images_are_rescaled_and_those_of_other_pictures_left_out(root: Path) -> None:
+def test_boxes_of_resized_images_are_rescaled_and_those_of_other_images_left_out(root: Path) -> None:
     Image.open(root / "train2017/a.png").resize((20, 15)).save(root / "train2017/a.png")
     shutil.copy(root / "train2017/b.png", root / "train2017/c.png")
     assert kinds(root)["image-size"] == 2
@@ -315,22 +315,22 @@ def test_nothing_left_is_said(tmp_path: Path) -> None:
     root = write_yolo(tmp_path / "set")
     save_yaml(root / "data.yaml", {"train": "images/train", "names": list(NAMES)})
     for path in (root / "images/train").iterdir():
-        path.write_text("no picture")
+        path.write_text("no image")
     with pytest.raises(DataError, match="no image is left"):
         write_repaired(check_detection(root), tmp_path / "repaired")
 
 
 def test_samples_are_drawn_for_every_split(root: Path, tmp_path: Path) -> None:
-    paths = save_samples(load_detection(root), tmp_path / "pictures", n_images=2)
+    paths = save_samples(load_detection(root), tmp_path / "images", n_images=2)
     assert [path.name for path in paths] == ["samples_train.png", "samples_val.png"]
-    picture = np.asarray(Image.open(paths[0]))
-    assert picture.shape[1] == 2 * 366 + 6
-    # Box lines of class "bee" in the second colour, on the picture and in the legend.
+    image = np.asarray(Image.open(paths[0]))
+    assert image.shape[1] == 2 * 366 + 6
+    # Box lines of class "bee" in the second colour, on the image and in the legend.
     colour = class_colours().by_idx(1).as_rgb()
-    assert (picture == colour).all(-1).sum() > 300
+    assert (image == colour).all(-1).sum() > 300
 
 
-def test_the_command_checks_draws_and_mends(root: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_checks_draws_and_repairs(root: Path, tmp_path: Path, capsys) -> None:
     out, words = tmp_path / "out", ["data", "check", str(root), "--size", "64", "--out"]
     assert main([*words, str(out)]) == 0
     assert "No problems found." in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The torch data set: pixels as in the file, boxes clipped, negatives kept; image files of every make."""
+"""The torch dataset: pixels as in the file, boxes clipped, negatives kept; image files of every make."""
 
 from __future__ import annotations
 

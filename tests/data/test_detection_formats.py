@@ -285,7 +285,7 @@ def test_voc_names_broken_files_and_objects(tmp_path: Path) -> None:
 # --- looking
 
 
-def test_two_split_data_sets_in_one_folder_need_a_format(tmp_path: Path) -> None:
+def test_two_split_datasets_in_one_folder_need_a_format(tmp_path: Path) -> None:
     root = write_yolo(write_coco(tmp_path / "set"))
     with pytest.raises(
         DataError, match=r"coco \(train: annotations/instances_train2017.json.*yolo.*`format`"
@@ -308,7 +308,7 @@ def test_a_split_set_goes_before_left_over_files_of_no_split(tmp_path: Path) -> 
     [
         (lambda root: None, "does not exist"),
         (lambda root: root.mkdir(), r"there: nothing.*Expected coco: JSON.*yolo: a YAML.*voc: XML"),
-        (lambda root: write_images(root / "pictures", "train"), "there: pictures"),
+        (lambda root: write_images(root / "images", "train"), "there: images"),
     ],
     ids=["missing", "empty", "images-only"],
 )
@@ -343,7 +343,7 @@ def test_all_errors_are_named_at_once_with_what_to_do(tmp_path: Path) -> None:
     save_json(file, content)
     pixels = (root / "train2017/c.png").read_bytes()
     (root / "train2017/c.png").write_bytes(pixels[: len(pixels) // 2])
-    (root / "val2017/d.png").write_text("not a picture")
+    (root / "val2017/d.png").write_text("not a image")
     write_images(root / "other", "val")
     shutil.copy(root / "other/d.png", root / "val2017/e.png")
     with pytest.raises(DataError) as caught:
@@ -379,7 +379,7 @@ def test_annotations_of_an_image_that_cannot_be_used_are_looked_at_too(tmp_path:
     ]
     save_json(file, content)
     image = root / "train2017" / first["file_name"]
-    image.unlink() if what == "missing" else image.write_text("not a picture")
+    image.unlink() if what == "missing" else image.write_text("not a image")
     assert {f"{what}-image", "class-id", "box-degenerate", "box-outside"} <= set(kinds(read_detection(root)))
 
 

@@ -1,4 +1,4 @@
-"""Boxes and names on pictures."""
+"""Boxes and names on images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_any_two_classes_are_easy_to_tell_apart_and_their_names_to_read() -> Non
     assert (1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)).min() >= 3
 
 
-def test_names_are_left_out_where_they_would_cover_the_picture() -> None:
+def test_names_are_left_out_where_they_would_cover_the_image() -> None:
     def drawn(n: int) -> np.ndarray:
         corners = np.stack([np.linspace(5, 80, n), np.full(n, 60)], 1)
         boxes = np.concatenate([corners, corners + 8], 1)

@@ -358,7 +358,7 @@ COLUMNS = {"input": "sentence", "output": "label", "task": "source"}
 REVIEWS = {("films", "fine\n", "good", ("bad", "good")), ("books", "dull\n", "bad", ("bad", "good"))}
 
 
-def told(examples) -> set[tuple]:
+def summaries(examples) -> set[tuple]:
     return {(e.task, e.prompt, e.completion, e.choices) for e in examples}
 
 
@@ -369,7 +369,7 @@ def test_tasks_and_answers_may_be_class_labels_and_splits_without_any_are_left_o
     with caplog.at_level(logging.WARNING, "thawline.data.text.datasets"):
         examples = load_examples(tmp_path / "reviews", columns=COLUMNS)
     assert "reviews[test]: no row has a label; left out." in caplog.text
-    assert told(examples) == REVIEWS
+    assert summaries(examples) == REVIEWS
     assert {example.split for example in examples} == {"train", "validation"}
     # One that lacks some answers is not without labels: the row is named.
     torn = reviews["train"].map(lambda row, i: {"label": -1 if i else row["label"]}, with_indices=True)
@@ -384,9 +384,9 @@ def test_parquet_files_are_read_as_the_library_does(reviews, tmp_path: Path) -> 
     for name in ("train-00000-of-00001", "validation"):
         reviews[name.split("-")[0]].to_parquet(tmp_path / f"{name}.parquet")
     examples = load_examples(tmp_path, columns=COLUMNS)
-    assert told(examples) == REVIEWS
+    assert summaries(examples) == REVIEWS
     split = split_examples(examples)
-    assert told(split.train) == told(split.held_out) == REVIEWS
+    assert summaries(split.train) == summaries(split.held_out) == REVIEWS
     # The oracle: the library's own reading of the folder, its numbers looked up.
     theirs = datasets.load_dataset(str(tmp_path))
     names = {key: theirs["train"].features[key].names for key in ("label", "source")}
@@ -399,7 +399,7 @@ def test_parquet_files_are_read_as_the_library_does(reviews, tmp_path: Path) -> 
     plain = reviews["train"].cast_column("label", datasets.Value("string")).remove_columns("source")
     plain.rename_columns({"sentence": "input", "label": "output"}).to_parquet(by_task / "sky-2.parquet")
     (by_task / "manifest.json").write_text(json.dumps([{"task": "sky-2", "choices": ["0", "1"]}]))
-    assert told(load_examples(by_task)) == {
+    assert summaries(load_examples(by_task)) == {
         ("sky-2", "fine\n", "1", ("0", "1")), ("sky-2", "dull\n", "0", ("0", "1")),
     }  # fmt: skip
 
@@ -408,7 +408,7 @@ def test_csv_files_have_tasks_by_column_and_an_empty_one_is_named(tmp_path: Path
     pytest.importorskip("datasets")
     file = tmp_path / "reviews.csv"
     file.write_text('sentence,label,source\n"fine, all in all",good,films\ndull,bad,books\n')
-    assert told(load_examples(file, columns=COLUMNS)) == {
+    assert summaries(load_examples(file, columns=COLUMNS)) == {
         ("films", "fine, all in all\n", "good", ()), ("books", "dull\n", "bad", ()),
     }  # fmt: skip
     with pytest.raises(DataError, match=r"reviews.csv:0: `data.columns` asks for 'topic', the row has"):

@@ -60,7 +60,7 @@ def test_the_twelve_numbers_are_cocos(shared: Path) -> None:
     assert list(metrics.statistics) == list(STATISTICS)
     for key, value in expected.items():
         assert metrics.statistics[key] == pytest.approx(value, abs=1e-9), key
-    # The means over classes of what is told per class.
+    # The means over classes of what is reported per class.
     for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100"):
         per_class = [getattr(entry, key) for entry in metrics.classes]
         assert np.nanmean(per_class) == pytest.approx(expected[key], abs=1e-9), key
@@ -177,7 +177,7 @@ def test_two_processes_lose_and_double_nothing(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
 
-def test_results_have_the_ids_of_the_data_sets_files() -> None:
+def test_results_have_the_ids_of_the_datasets_files() -> None:
     evaluator = DetectionEvaluator([Annotated([], []), Annotated([], [])], NAMES)
     evaluator.update([1, 0], [detected([[1, 2, 4, 8]], [0.5], [2]), detected()])
     assert evaluator.to_coco_results(["x", 77], [1, 5, 90]) == [

@@ -13,7 +13,7 @@ from thawline.metrics.mistakes import best_threshold
 HERE, THERE, ELSEWHERE = [0, 0, 10, 10], [20, 20, 40, 40], [70, 70, 90, 90]
 
 
-def test_hits_confusions_false_alarms_and_misses_are_told_apart() -> None:
+def test_hits_confusions_false_positives_and_misses_are_counted_separately() -> None:
     images = [Annotated([HERE, THERE, ELSEWHERE], [0, 1, 2]), Annotated([HERE], [0]), Annotated([], [])]
     detections = [
         detected([HERE, THERE, HERE], [0.9, 0.9, 0.9], [0, 2, 0]),  # a hit, a confusion, the same hit again
@@ -47,7 +47,7 @@ def test_the_better_overlap_is_taken_and_each_box_once() -> None:
     assert metrics.threshold == pytest.approx(0.8)
 
 
-def test_detections_inside_a_crowd_are_neither_hits_nor_false_alarms() -> None:
+def test_detections_inside_a_crowd_are_neither_hits_nor_false_positives() -> None:
     crowd = Annotated([[0, 0, 100, 100], HERE], [0, 0], np.array([True, False]))
     metrics = measure([crowd], [detected([HERE, THERE, ELSEWHERE], [0.9, 0.8, 0.7], [0, 0, 1])])
     assert metrics.n_boxes == 1

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "DetectionDataset",
-    "Sample",
-    "load_detection",
-    "read_detection",
-    "to_tensors",
-]
+__all__ = ["DetectionDataset", "Sample", "load_detection", "read_detection", "to_tensors"]
 
 from thawline.data.detection.dataset import (
     DetectionDataset,

@@ -72,14 +72,10 @@ class ProblemKind(NamedTuple):
 
 ERRORS: dict[str, ProblemKind] = {
     "missing-image": ProblemKind(
-        "annotated images are missing",
-        "add the files, or remove the images from the annotations",
-        "leaves the images out",
+        "annotated images are missing", "add the files, or remove the entries", "leaves the images out"
     ),
     "corrupt-image": ProblemKind(
-        "image files cannot be decoded",
-        "replace the files, or remove the images from the annotations",
-        "leaves the images out",
+        "images cannot be decoded", "replace the files, or remove the entries", "leaves the images out"
     ),
     "image-size": ProblemKind(
         "images differ in size from their annotations, so their boxes are in other pixels",
@@ -87,9 +83,7 @@ ERRORS: dict[str, ProblemKind] = {
         "rescales the boxes if the aspect ratio is the same, else leaves the images out",
     ),
     "unknown-image": ProblemKind(
-        "annotations refer to an unknown image",
-        "add the image, or remove the annotations",
-        "leaves the annotations out",
+        "annotations refer to an unknown image", "add the image, or remove them", "leaves them out"
     ),
     "duplicate-image": ProblemKind(
         "images are listed twice in a split",
@@ -97,9 +91,7 @@ ERRORS: dict[str, ProblemKind] = {
         "merges entries of one file, leaves out files that share an id",
     ),
     "class-shift": ProblemKind(
-        "class ids look shifted by one against the class list",
-        "make ids and list count from the same number",
-        "shifts the ids",
+        "class ids look shifted by one", "make ids and class list start at the same number", "shifts the ids"
     ),
     "class-id": ProblemKind(
         "annotations have a class that is not in the class list",
@@ -110,7 +102,7 @@ ERRORS: dict[str, ProblemKind] = {
     "malformed": ProblemKind(
         "annotations cannot be read",
         "correct or remove them",
-        "leaves the annotations out, and images whose annotation file cannot be read at all",
+        "leaves them out, or the images of whole files",
     ),
 }
 """Problems that training must not start with, in the order in which they are reported."""
@@ -127,23 +119,16 @@ WARNINGS: dict[str, ProblemKind] = {
     ),
     "copies": ProblemKind("images have exact copies in the same split", "keep one of each"),
     "box-outside": ProblemKind(
-        "boxes extend beyond their image by more than a pixel",
-        "training clips them to the image",
-        "clips them",
+        "boxes leave their image by more than a pixel", "training clips them to the image", "clips them"
     ),
     "box-degenerate": ProblemKind(
         "boxes have no area inside their image", "training leaves them out", "leaves them out"
     ),
-    "box-duplicate": ProblemKind(
-        "boxes are repeated in the same image", "keep one of each", "keeps one of each"
-    ),
+    "box-duplicate": ProblemKind("boxes are repeated in an image", "keep one of each", "keeps one of each"),
     "class-unused": ProblemKind(
-        "classes have no box in the training split",
-        "remove them from the list, or check whether ids are shifted",
+        "classes have no box in the training split", "remove them, or check whether ids are shifted"
     ),
-    "class-alike": ProblemKind(
-        "class names differ only in spelling", "merge the classes if they are the same"
-    ),
+    "class-alike": ProblemKind("class names differ only in spelling", "merge them if they mean the same"),
     "class-note": ProblemKind("class lists were ambiguous", "check that the class names are right"),
 }
 """Problems that training can start with. `check.py` finds those that reading does not."""

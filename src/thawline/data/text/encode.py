@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = ["IGNORED", "TextEncoder", "collate_tokens"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ PLAIN_CHAT = (
 )
 
 
+@dataclass(eq=False)
 class TextEncoder:
     """Convert examples to token ids and labels, for one tokenizer and one kind of model.
 
@@ -47,22 +48,17 @@ class TextEncoder:
         chat_template: Jinja file for `messages`, "plain", or None for the tokenizer's own template.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int = 512,
-        learn_prompt: bool = False,
-        seq2seq: bool = False,
-        chat_template: str | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.learn_prompt = learn_prompt
-        self.seq2seq = seq2seq
-        self.chat_template = _load_chat_template(tokenizer, chat_template)
-        self.n_cut = 0
-        """Number of examples cut to `max_length` so far."""
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    max_length: int = 512
+    learn_prompt: bool = False
+    seq2seq: bool = False
+    chat_template: str | None = None
+    n_cut: int = field(default=0, init=False)
+    """Number of examples cut to `max_length` so far."""
+
+    def __post_init__(self) -> None:
+        self.chat_template = _load_chat_template(self.tokenizer, self.chat_template)
 
     def __call__(self, example: Example) -> dict[str, list[int]]:
         """Return the token ids and labels of one example.

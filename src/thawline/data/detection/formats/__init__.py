@@ -38,7 +38,7 @@ def find_format(path: str | Path, format: str | None = None) -> Found:
     """Find the dataset in a file or folder.
 
     If there are several, one whose files say which images are for training wins over those that do not (VOC
-    files left over beside a split COCO copy); otherwise `format` has to choose.
+    files left over next to a split COCO copy); otherwise `format` has to choose.
 
     Args:
         path: a folder, a COCO JSON or a data.yaml.

@@ -2,8 +2,8 @@
 
 Found: `*.json` in the folder, in its `annotations/`, or one folder down (Roboflow:
 `train/_annotations.coco.json`). The split is in the file's or its folder's name; a single file without a
-split is training data. If there are `instances_*` files, other files beside them (captions, keypoints) are
-ignored. Ids may be any numbers, sparse, from 0 or 1: labels follow the sorted category ids of the file.
+split is training data. If there are `instances_*` files, others (captions, keypoints) are ignored. Ids may
+be any numbers, sparse, from 0 or 1: labels follow the sorted category ids of the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def look(path: Path) -> list[Found]:
         folder = None if file.parent == path else split_of_folder(file.parent.name)
         by_split[split_of(file.stem) or folder or ""].append(file)
     rest = by_split.pop("", [])
-    # A file without a split beside files with one ("all.json") would have its images counted twice.
+    # A file without a split among files with one ("all.json") would have its images counted twice.
     splits = by_split or ({"train": rest} if rest else {})
     if not splits:
         return []

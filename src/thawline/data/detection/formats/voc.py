@@ -31,7 +31,7 @@ from thawline.data.detection.formats.raw import (
 )
 from thawline.data.detection.images import is_image
 
-HINT = "XML files in Annotations/ (or annotations/), or beside the images in train/ and valid/"
+HINT = "XML files in Annotations/ (or annotations/), or next to the images in train/ and valid/"
 
 XML_FOLDERS = ("Annotations", "annotations", "xml", "labels")
 

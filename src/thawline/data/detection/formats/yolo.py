@@ -51,10 +51,8 @@ def look(path: Path) -> list[Found]:
     # The usual name wins over a recipe's or an exporter's own copy.
     named = [file for file in candidates if file.stem == "data"]
     return [
-        Found(
-            format="yolo", root=file.parent, splits=_sources(file, contents[file]), is_split=True, index=file
-        )
-        for file in named or candidates
+        Found(format="yolo", root=file.parent, splits=splits, is_split=True, index=file)
+        for file, splits in ((file, _sources(file, contents[file])) for file in named or candidates)
     ]
 
 
@@ -83,12 +81,10 @@ def read(found: Found, images: Path | None = None) -> RawSet:
 
 def label_file(image: Path) -> Path:
     """Return the path of an image's labels: its last folder named images becomes labels, if there is one."""
-    parts = list(image.parts)
-    for i in range(len(parts) - 2, -1, -1):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+    *parts, name = image.parts
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts, name).with_suffix(".txt")
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -152,7 +148,7 @@ def _list_source(source: Path, root: Path) -> list[Path]:
         )
     lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
     places = [(source.parent / line, root / line) for line in lines if line]
-    return [in_root if in_root.is_file() and not beside.is_file() else beside for beside, in_root in places]
+    return [next((place for place in pair if place.is_file()), pair[0]) for pair in places]
 
 
 def _read_image(i: int, path: Path, split: str, raw: RawSet) -> RawImage:
