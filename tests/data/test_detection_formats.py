@@ -343,7 +343,7 @@ def test_all_errors_are_named_at_once_with_what_to_do(tmp_path: Path) -> None:
     save_json(file, content)
     pixels = (root / "train2017/c.png").read_bytes()
     (root / "train2017/c.png").write_bytes(pixels[: len(pixels) // 2])
-    (root / "val2017/d.png").write_text("not a image")
+    (root / "val2017/d.png").write_text("not an image")
     write_images(root / "other", "val")
     shutil.copy(root / "other/d.png", root / "val2017/e.png")
     with pytest.raises(DataError) as caught:
@@ -379,7 +379,7 @@ def test_annotations_of_an_image_that_cannot_be_used_are_looked_at_too(tmp_path:
     ]
     save_json(file, content)
     image = root / "train2017" / first["file_name"]
-    image.unlink() if what == "missing" else image.write_text("not a image")
+    image.unlink() if what == "missing" else image.write_text("not an image")
     assert {f"{what}-image", "class-id", "box-degenerate", "box-outside"} <= set(kinds(read_detection(root)))
 
 
