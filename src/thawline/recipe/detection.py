@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "DetectionBase",
-    "DetectionData",
-    "DetectionSettings",
-    "DetectionTraining",
-]
+__all__ = ["DetectionBase", "DetectionData", "DetectionSettings", "DetectionTraining"]
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -92,8 +92,7 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs. The tensors are live, not copies."""
-        tensors = {names[0]: mine for names, mine in zip(self._names_of, self._average, strict=True)}
-        return {"n_updates": self.n_updates, "tensors": tensors}
+        return {"n_updates": self.n_updates, "tensors": self._by_name()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,7 +101,7 @@ class EMA:
         Raises: CheckpointError: it averages other tensors than this model's.
         """
         tensors = state["tensors"]
-        here = {names[0]: mine for names, mine in zip(self._names_of, self._average, strict=True)}
+        here = self._by_name()
         wrong = sorted(here.keys() ^ tensors.keys())
         wrong += [name for name in here.keys() & tensors.keys() if here[name].shape != tensors[name].shape]
         if wrong:
@@ -113,6 +112,9 @@ class EMA:
         for name, mine in here.items():
             mine.copy_(tensors[name])
         self.n_updates = int(state["n_updates"])
+
+    def _by_name(self) -> dict[str, Tensor]:
+        return {names[0]: mine for names, mine in zip(self._names_of, self._average, strict=True)}
 
     def _live(self) -> list[Tensor]:
         return [getattr(module, name).detach() for module, name in self._places]

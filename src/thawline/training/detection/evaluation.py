@@ -81,10 +81,7 @@ def to_evaluation(
     return Evaluation(
         metrics=_finite(metrics.statistics),
         parts={
-            entry.name: {
-                "rows": entry.n_boxes,
-                **_finite({k: getattr(entry, k) for k in CLASS_METRICS}),
-            }
+            entry.name: {"rows": entry.n_boxes, **_finite({k: getattr(entry, k) for k in CLASS_METRICS})}
             for entry in metrics.classes
         },
         rows=[

@@ -16,13 +16,7 @@ down to `lr_gamma` of it, and that rate to the end.
 
 from __future__ import annotations
 
-__all__ = [
-    "DetectionSchedule",
-    "derive_schedule",
-    "flat_cosine",
-    "override",
-    "published_schedule",
-]
+__all__ = ["DetectionSchedule", "derive_schedule", "flat_cosine", "override", "published_schedule"]
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -86,13 +80,13 @@ class DetectionSchedule:
 
     @property
     def base_lrs(self) -> list[float]:
-        """The full rate of each parameter group: backbone, backbone undecayed, others undecayed, others."""
+        """Full rate of each parameter group: backbone, backbone undecayed, others undecayed, others."""
         backbone, others = self.settings.backbone_lr, self.settings.lr
         return [backbone, backbone, others, others]
 
     @property
     def windows(self) -> dict[str, Window]:
-        """Every window of epochs, by name.
+        """Windows of epochs, by name.
 
         The rate's phases after warm-up: `flat`, `cosine`, `final`. Augmentation: `strong` (photometric,
         zoom-out, IoU crop, Mosaic), `mosaic` (with its probability, and then instead of zoom-out and crop),
@@ -117,7 +111,7 @@ class DetectionSchedule:
         }
 
     def factor_at(self, step: int) -> float:
-        """Rate of `step`, counted from 0, as a share of the full rate; the same for every group."""
+        """Return the rate of `step`, counted from 0, as a share of the full rate, equal for every group."""
         if self.published and step == 0:
             return _PUBLISHED_FIRST_STEP
         s, per_epoch = self.settings, self.steps_per_epoch
@@ -130,7 +124,7 @@ class DetectionSchedule:
         )
 
     def lr_at(self, step: int) -> list[float]:
-        """The rate of each parameter group that optimiser step `step`, counted from 0, uses.
+        """Return the rate of each parameter group at optimiser step `step`, counted from 0.
 
         Returns: one value per group, in the order of `base_lrs`.
         """
@@ -162,9 +156,10 @@ class DetectionSchedule:
 
 
 def flat_cosine(t: float, *, warmup: int, flat: int, final: int, gamma: float) -> float:
-    """Share of the full rate at time `t`, in steps: square warm-up, flat, half a cosine down, `gamma`.
+    """Return the share of the full rate at time `t`: square warm-up, flat, half a cosine down, `gamma`.
 
     Args:
+        t: time in steps.
         warmup: end of the warm-up.
         flat: end of the full rate.
         final: start of the final rate.
@@ -180,7 +175,7 @@ def flat_cosine(t: float, *, warmup: int, flat: int, final: int, gamma: float) -
 
 
 def published_schedule(variant: str, steps_per_epoch: int) -> DetectionSchedule:
-    """The authors' schedule of a size, as it ran.
+    """Return the authors' schedule of a size, as it ran.
 
     Args:
         variant: "atto" … "x".
@@ -208,21 +203,21 @@ def derive_schedule(
     - **Batch**: the published one, halved until an epoch has at least 16 steps, but not below 4.
     - **Rates** follow the square root of the batch, the rule for Adam (Malladi et al., NeurIPS 2022).
     - **Small data**: what is pretrained moves less, by √(n_images / 5000), a quarter at least. `start` says
-      what that is: nothing, the backbone, or the whole detector. A backbone that starts from nothing trains
-      at the full rate, not at the low one that spares a pretrained one.
+      what that is: nothing, the backbone, or the whole detector. A backbone with random weights trains at
+      the full rate, not at the low one for pretrained weights.
     - **Warm-up**: the published steps, at most a twentieth of the run.
     - **EMA** averages over the published number of images, at most a twentieth of the run; its warm-up is a
       tenth of that, as published.
-    - **Small boxes**: those that the lite sizes leave out, under 8 to 12 pixels, but never more than a
-      twentieth of what there is to learn: at 320 pixels Atto would drop 83 % of cars seen from the air.
+    - **Small boxes**: the lite sizes leave out boxes under 8 to 12 pixels, but here never more than a
+      twentieth of all boxes: at 320 pixels Atto would drop 83 % of cars in aerial images.
 
     Args:
         epochs: length of the run, 1 or more.
         variant: "atto" … "x".
-        n_images: of the training split.
+        n_images: number of training images.
         batch_size: images per optimiser step over all devices; `None` derives it.
         size: side of the square input, pixels, a multiple of 32; `None` is the published one.
-        start: what the weights come from.
+        start: source of the initial weights.
         box_sides: (N,), the shorter side of every training box in an input of side 1; `None` leaves the
             published limit of small boxes.
     Raises: ConfigError: unknown size, or no epochs, images or batch.
@@ -282,10 +277,7 @@ def derive_schedule(
 
 
 def override(
-    settings: TrainingSettings,
-    base: DetectionBase,
-    objective: DetectionSettings,
-    training: DetectionTraining,
+    settings: TrainingSettings, base: DetectionBase, objective: DetectionSettings, training: DetectionTraining
 ) -> TrainingSettings:
     """Return `settings` with the values that a recipe gives: fields of the same name that are not None."""
     names = {field.name for field in fields(settings)}
