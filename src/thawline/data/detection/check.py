@@ -15,7 +15,6 @@ __all__ = [
     "SplitSummary",
     "check_detection",
     "place_of",
-    "sample_panel",
     "save_augmented",
     "save_samples",
 ]
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.collate import Collate
@@ -155,7 +153,15 @@ def save_samples(data: DetectionSet, folder: Path, n_images: int = N_SAMPLES) ->
         if records:
             dataset = DetectionDataset(records, keep_crowd=True)
             indices = np.unique(np.linspace(0, len(records) - 1, n_images).round().astype(int))
-            panels = [sample_panel(dataset, int(index)) for index in indices]
+            panels = [
+                Panel(
+                    image=sample.image,
+                    boxes_xyxy=sample.boxes_xyxy,
+                    labels=sample.labels,
+                    caption=records[sample.index].path.name,
+                )
+                for sample in map(dataset.sample, indices.tolist())
+            ]
             paths.append(save_image(folder / f"samples_{split}.png", panel_grid(panels, data.class_names)))
     return paths
 
@@ -185,25 +191,15 @@ def save_augmented(data: DetectionSet, folder: Path, size: int = INPUT) -> Path 
     for epoch, caption in enumerate(("Mosaic, MixUp", "zoom-out, crop, CopyBlend")):
         batch = collate([images[Draw(epoch, position)] for position in range(min(half, len(images)))])
         for pixels, target in zip(batch["pixel_values"], batch["targets"], strict=True):
-            boxes = cxcywh_to_xyxy(target["boxes"]) * size
-            panels.append(_panel(pixels, boxes, target["labels"], caption))
+            image, boxes = pixels.permute(1, 2, 0).numpy(), cxcywh_to_xyxy(target["boxes"]).numpy() * size
+            labels = target["labels"].numpy()
+            panels.append(Panel(image=image, boxes_xyxy=boxes, labels=labels, caption=caption))
     return save_image(folder / "augmented.png", panel_grid(panels, data.class_names))
-
-
-def sample_panel(dataset: DetectionDataset, index: int) -> Panel:
-    """Return an item of the dataset, after its transform, for drawing."""
-    image, target = dataset[index]
-    return _panel(image, target["boxes_xyxy"], target["labels"], dataset.records[index].path.name)
 
 
 def place_of(data: DetectionSet, split: str, record: ImageRecord) -> str:
     """Return the name of an image in problems that are about the image itself."""
     return f"{split}: {relative_name(record.path, data.root)}"
-
-
-def _panel(pixels: Tensor, boxes_xyxy: Tensor, labels: Tensor, caption: str) -> Panel:
-    image = pixels.permute(1, 2, 0).numpy()
-    return Panel(image=image, boxes_xyxy=boxes_xyxy.numpy(), labels=labels.numpy(), caption=caption)
 
 
 def _find_leaks(data: DetectionSet) -> list[Problem]:

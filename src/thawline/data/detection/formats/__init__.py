@@ -6,7 +6,7 @@ entry in `FORMATS`.
 
 from __future__ import annotations
 
-__all__ = ["FORMATS", "find_format", "read_raw"]
+__all__ = ["FORMATS", "read_raw"]
 
 import logging
 from pathlib import Path
@@ -28,13 +28,13 @@ def read_raw(path: str | Path, format: str | None = None, images: str | Path | N
     Raises: DataError: if no or several datasets are found, or files are not of the format. ConfigError: for
         an unknown format.
     """
-    found = find_format(path, format)
+    found = _find_format(path, format)
     if images is not None and not Path(images).is_dir():
         raise DataError(f"'{images}' is not a folder. `images` is the folder that image names start from.")
     return FORMATS[found.format].read(found, Path(images) if images is not None else None)
 
 
-def find_format(path: str | Path, format: str | None = None) -> Found:
+def _find_format(path: str | Path, format: str | None = None) -> Found:
     """Find the dataset in a file or folder.
 
     If there are several, one whose files say which images are for training wins over those that do not (VOC

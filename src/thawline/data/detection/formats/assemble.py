@@ -86,34 +86,11 @@ def _record(
     """
     if image.is_unreadable:
         return None
-    size, oriented = image.size, raw.applies_orientation
-    if probe is None:
-        folders = ", ".join(relative_name(folder, raw.root) for folder in raw.searched.get(split, ()))
-        detail = f"no file '{image.name}' in {folders or 'any folder'}"
-        raw.add_problem("missing-image", image.where, detail, split)
-    elif probe.fault:
-        raw.add_problem("corrupt-image", image.where, f"'{image.path}': {probe.fault}", split)
-    else:
-        stored = (probe.width, probe.height)
-        if size is not None:
-            # EXIF orientations 2–4 keep the size, so it cannot tell; most tools of these formats ignore them.
-            oriented = size != stored and size == probe.upright_size
-            if size not in (stored, probe.upright_size):
-                detail = f"{size[0]}×{size[1]} in the annotation, {stored[0]}×{stored[1]} in the file"
-                raw.add_problem("image-size", image.where, detail, split)
-        size = probe.upright_size if oriented else stored
+    size, oriented = _image_size(raw, split, image, probe)
     boxes = box_array([box.xyxy for box in image.boxes])
     if raw.is_relative and size is not None:
         boxes = boxes * np.array([*size, *size])
-    keep = []
-    for i, box in enumerate(image.boxes):
-        if box.class_id not in label_of:
-            detail = f"class {box.class_id!r} of box {i + 1}; the list has {_ranges(label_of)}"
-            raw.add_problem("class-id", image.where, detail, split)
-        elif not np.isfinite(boxes[i]).all():
-            raw.add_problem("malformed", image.where, f"box {i + 1} is {box.xyxy}", split)
-        else:
-            keep.append(i)
+    keep = _usable_boxes(raw, split, image, boxes, label_of)
     boxes, kept = boxes[keep], [image.boxes[i] for i in keep]
     labels = np.array([label_of[box.class_id] for box in kept], np.int64)
     if size is not None and image.size in (None, size):
@@ -132,6 +109,48 @@ def _record(
         area=np.array(areas, np.float64),
         oriented=oriented,
     )
+
+
+def _image_size(
+    raw: RawSet, split: str, image: RawImage, probe: ImageProbe | None
+) -> tuple[tuple[int, int] | None, bool]:
+    """Return (width, height) that the boxes refer to, and whether EXIF orientation applies.
+
+    Reports missing and corrupt images, for which the annotated size, if any, is all that is known.
+    """
+    size, oriented = image.size, raw.applies_orientation
+    if probe is None:
+        folders = ", ".join(relative_name(folder, raw.root) for folder in raw.searched.get(split, ()))
+        detail = f"no file '{image.name}' in {folders or 'any folder'}"
+        raw.add_problem("missing-image", image.where, detail, split)
+    elif probe.fault:
+        raw.add_problem("corrupt-image", image.where, f"'{image.path}': {probe.fault}", split)
+    else:
+        stored = (probe.width, probe.height)
+        if size is not None:
+            # EXIF orientations 2–4 keep the size, so it cannot tell; most tools of these formats ignore them.
+            oriented = size != stored and size == probe.upright_size
+            if size not in (stored, probe.upright_size):
+                detail = f"{size[0]}×{size[1]} in the annotation, {stored[0]}×{stored[1]} in the file"
+                raw.add_problem("image-size", image.where, detail, split)
+        size = probe.upright_size if oriented else stored
+    return size, oriented
+
+
+def _usable_boxes(
+    raw: RawSet, split: str, image: RawImage, boxes: np.ndarray, label_of: Mapping[ClassId, int]
+) -> list[int]:
+    """Return the indices of boxes with a known class and finite corners; report the others."""
+    keep = []
+    for i, box in enumerate(image.boxes):
+        if box.class_id not in label_of:
+            detail = f"class {box.class_id!r} of box {i + 1}; the list has {_ranges(label_of)}"
+            raw.add_problem("class-id", image.where, detail, split)
+        elif not np.isfinite(boxes[i]).all():
+            raw.add_problem("malformed", image.where, f"box {i + 1} is {box.xyxy}", split)
+        else:
+            keep.append(i)
+    return keep
 
 
 def _check_boxes(
