@@ -279,7 +279,7 @@ def test_what_cannot_be_aligned_is_told_before_the_first_step(recipe, pretrained
     adapter = {"method": "mhr", "start_from": str(pretrained.folder), "adapt": "z"}
     frozen = recipe("unshared", ["swap", "least"], adapter, align_every=2)
     if frozen.objective.kind == "text":
-        with pytest.raises(ConfigError, match="Nothing that tasks share trains"):
+        with pytest.raises(ConfigError, match="No parameter that tasks share is trainable"):
             run(frozen)
     assert not alone.run_folder.exists()
     assert not frozen.run_folder.exists()

@@ -1,14 +1,14 @@
-"""Every error thawline raises on purpose.
+"""Errors that thawline raises on purpose.
 
     ThawlineError
     ├── ConfigError         (ValueError)    a setting that cannot work
-    ├── RoutingError        (ValueError)    task ids missing, or not those of the model
-    ├── CheckpointError     (ValueError)    files that do not fit the model, or would be lost
-    ├── DataError           (ValueError)    a data set that cannot be read as asked
+    ├── RoutingError        (ValueError)    task ids that are missing or unknown to the model
+    ├── CheckpointError     (ValueError)    files that do not fit the model, or would be overwritten
+    ├── DataError           (ValueError)    a dataset that cannot be read
     └── MissingExtraError   (ImportError)   an optional dependency that is not installed
 
 Each also is the built-in error a caller would expect, so `except ValueError` keeps working.
-A message says what was expected, what came, and what to do. The command line prints it in one line.
+A message says what was expected, what was given, and what to do. The command line prints it in one line.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 LONGEST_LIST = 60
-"""Names an error message lists at most; of more, the nearest."""
+"""Maximum number of names in an error message; of more, only the nearest are listed."""
 
 
 class ThawlineError(Exception):
-    """The root of every error raised on purpose."""
+    """Base class of every error raised on purpose."""
 
 
 class ConfigError(ThawlineError, ValueError):
@@ -49,7 +49,7 @@ class CheckpointError(ThawlineError, ValueError):
 
 
 class DataError(ThawlineError, ValueError):
-    """A data set that is missing, corrupt, or not of the format it was read as."""
+    """A dataset that is missing, corrupt, or not of the format it was read as."""
 
 
 class MissingExtraError(ThawlineError, ImportError):
@@ -75,7 +75,7 @@ def requires_extra(what: str, package: str, extra: str) -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an "unknown name" message: the known names, of very many the nearest, and a close one.
+    """Return the end of an "unknown name" message: the known names (the nearest of many) and a suggestion.
 
     Returns: e.g. "Available: atto, femto. Did you mean 'atto'?"
     """

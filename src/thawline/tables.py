@@ -1,4 +1,4 @@
-"""Tables as plain text, and the table of an evaluation."""
+"""Tables as plain text, and the rows of an evaluation's table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 AT_START, ZERO_SHOT = "at start", "zero-shot"
-"""What an evaluation before the first step is called; the second where the tasks are new to the model."""
+"""Names of an evaluation before the first step; the second where the tasks are new to the model."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells as lines; the first column is flush left, the others flush right."""
+    """Format rows of cells as lines; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -34,16 +34,15 @@ def evaluation_rows(
     parts: Mapping[str, Mapping[str, float]],
     start: Mapping[str, Any] | None = None,
 ) -> list[list[Any]]:
-    """A line a part (task, class), then their mean and that over all rows; the header comes first.
+    """Return a header, a line per part (task, class), their mean, and the metrics over all rows.
 
     Args:
         metrics: over all rows.
-        parts: the same by part, with the number of their rows.
-        start: `metrics` and `parts` before the first step, and what to call them; beneath each line one of
-            its own.
+        parts: metrics by part, with the number of rows.
+        start: `metrics` and `parts` before the first step, and their `name`; each line gets one.
     """
     part_name, whole = ("class", "classes") if "AP" in metrics else ("task", "tasks")
-    # A class of objects may lack a metric that others have: small ones, say.
+    # A class of objects may lack a metric that others have, e.g. AP_small.
     names = [name for name in metrics if not parts or any(name in part for part in parts.values())]
 
     def line(title: str, rows: Any, values: Mapping[str, float]) -> list[Any]:

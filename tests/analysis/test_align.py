@@ -15,7 +15,7 @@ from tests.support.small_net import batches, mhr, mse, net
 from thawline import MissingExtraError
 from thawline.analysis import plots
 from thawline.analysis.align import align
-from thawline.analysis.plots import _spread, _telling_heads, draw_routes, order_tasks
+from thawline.analysis.plots import _spread, _most_different_heads, draw_routes, order_tasks
 from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
 from thawline.analysis.routing import RoutingTable, read_routing, routing_statistics
 from thawline.cli import main
@@ -120,7 +120,7 @@ def test_of_many_parts_and_heads_some_are_drawn(tmp_path):
     weights = torch.full((3, 64, 8), 1 / 8)
     told = [5, 9, 20, 33, 40, 61]
     weights[0, told] = torch.eye(8)[:6].float()
-    assert _telling_heads(weights).tolist() == told
+    assert _most_different_heads(weights).tolist() == told
     table = RoutingTable(("a", "b", "c"), {}, dict.fromkeys(names, weights))
     width, height = picture_size(draw_routes(table, tmp_path / "routes.png"))
     assert max(width, height) < 2000

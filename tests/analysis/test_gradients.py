@@ -254,7 +254,7 @@ def test_frozen_skills_one_task_and_unknown_tasks_are_refused():
     with pytest.raises(RoutingError, match="Task id 3"):
         gradient_alignment(model, batches(4), mse)
     thawline.start_adaptation(model, "z", tasks=TASKS)
-    with pytest.raises(ConfigError, match="Nothing that tasks share trains"):
+    with pytest.raises(ConfigError, match="No parameter that tasks share is trainable"):
         gradient_alignment(model, batches(), mse)
 
 

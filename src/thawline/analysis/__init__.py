@@ -1,1 +1,1 @@
-"""Why routing works: whether tasks pull alike on what they share, and what the routing tables say."""
+"""Analysis of routing: alignment of the tasks' gradients, and statistics of the routing tables."""

@@ -1,8 +1,8 @@
-"""What `thawline align` writes of a run or adapter: routes and alignment, as JSON and as pictures.
+"""Files of `thawline align`: routing and alignment of a run or adapter, as JSON and plots.
 
 align.json          routing statistics, similarity of tasks, alignment over steps and its mean
 routes.png          a heat map per layer: tasks × skills
-tasks.png           a dendrogram of the tasks, beside their similarity
+tasks.png           a dendrogram of the tasks and their similarity
 alignment.png       coherence of the tasks' gradients over steps, both spaces
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 __all__ = ["align", "summary"]
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -20,16 +19,17 @@ from thawline.analysis.plots import draw_alignment, draw_routes, draw_tasks, ord
 from thawline.analysis.recorder import ALIGNMENT, average, read_trajectory
 from thawline.analysis.routing import RoutingTable, read_routing, routing_statistics, task_similarity
 from thawline.errors import CheckpointError, DataError, RoutingError
+from thawline.files import write_json
 
 
 def align(source: str | Path, out: str | Path, *, beside: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Write align.json and the pictures there is something to draw for.
+    """Write align.json and a plot for each thing it holds.
 
     Args:
         source: folder of a run, of an adapter, or of `save_routing`.
-        out: folder to write to; made if missing, what an earlier call wrote is replaced.
-        beside: folders of other runs, whose alignment is drawn too.
-    Returns: what align.json holds; `routing` or `alignment` is missing where there is none.
+        out: folder to write to; files of an earlier call are replaced.
+        beside: folders of other runs, whose alignment is plotted too.
+    Returns: the contents of align.json; `routing` or `alignment` is missing where there is none.
     Raises: CheckpointError, RoutingError: if there is neither routing nor a recorded alignment. DataError:
         if a recorded alignment is damaged, or missing in a run of `beside`. MissingExtraError: without
         matplotlib or scipy.
@@ -56,48 +56,46 @@ def align(source: str | Path, out: str | Path, *, beside: Sequence[str | Path] =
             name: {"mean": average(rows), "steps": rows} for name, rows in trajectories.items()
         }
         draw_alignment(trajectories, out / "alignment.png")
-    temporary = out / ".align.json"
-    temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(out / "align.json")
+    write_json(out / "align.json", found, indent=1)
     return found
 
 
 def summary(found: Mapping[str, Any]) -> list[str]:
-    """What `align` found, in lines for a person."""
+    """Return the result of `align` as lines for a person."""
     lines = []
     if "routing" in found:
         routing = found["routing"]
         lines.append(f"{len(routing['tasks'])} tasks, {len(routing['modules'])} routing tables")
-        lines += [f"  {name:12} {routing[name]:.3f}   {told}" for name, told in READINGS.items()]
-        lines += ["  most alike:", *(f"    {cosine:.3f}  {a}, {b}" for cosine, a, b in _closest(routing))]
+        lines += [f"  {name:12} {routing[name]:.3f}   {meaning}" for name, meaning in READINGS.items()]
+        lines += ["  most similar:", *(f"    {cosine:.3f}  {a}, {b}" for cosine, a, b in _closest(routing))]
     for name, one in found.get("alignment", {}).items():
         steps = one["steps"]
         lowest, level = (steps[-1][key] for key in ("cosine_if_cancelling", "coherence_if_orthogonal"))
         lines.append(f"alignment of {name}: mean of {len(steps)} measurements up to step {steps[-1]['step']}")
-        for space, mean in one["mean"].items():
-            cosine = f"cosine {mean['mean_cosine']:+.4f} (cancelling {lowest:+.4f})"
-            lines.append(
-                f"  {space:9}  {cosine}   coherence {mean['coherence']:.4f} (orthogonal {level:.4f})"
-            )
+        lines += [
+            f"  {space:9}  cosine {mean['mean_cosine']:+.4f} (cancelling {lowest:+.4f})   "
+            f"coherence {mean['coherence']:.4f} (orthogonal {level:.4f})"
+            for space, mean in one["mean"].items()
+        ]
     return lines
 
 
 READINGS = {
     "discreteness": "0: skills are on or off, 1: undecided",
     "sparsity": "share of skills that are on",
-    "usage": "0: one skill serves all tasks, 1: skills serve alike",
+    "usage": "0: one skill serves all tasks, 1: all skills serve equally",
 }
 
 
 def _closest(routing: Mapping[str, Any], most: int = 3) -> list[tuple[float, str, str]]:
-    """The pairs of tasks whose rows are most alike."""
+    """Return the most similar pairs of tasks."""
     names, similarity = routing["tasks"], routing["similarity"]
     pairs = [(similarity[i][j], names[i], names[j]) for i, j in combinations(range(len(names)), 2)]
     return sorted(pairs, reverse=True)[:most]
 
 
 def _routing(source: Path, required: bool) -> RoutingTable | None:
-    """The table in a folder, or in the `model/` of a run's; `None` if there is none, and none is needed."""
+    """Read the table of a folder or of a run's `model/`; None if there is none and none is required."""
     folder = source / "model" if (source / "model").is_dir() else source
     try:
         return read_routing(folder)
@@ -108,17 +106,15 @@ def _routing(source: Path, required: bool) -> RoutingTable | None:
 
 
 def _trajectories(source: Path, beside: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
-    """Alignment over steps of the runs that recorded it, by name."""
-    files = [source / ALIGNMENT] if (source / ALIGNMENT).is_file() else []
-    for folder in map(Path, beside):
-        if not (folder / ALIGNMENT).is_file():
-            raise DataError(f"'{folder}' has no {ALIGNMENT}: no alignment was recorded there.")
-        files.append(folder / ALIGNMENT)
+    """Read the alignment over steps of the runs that recorded it, by name."""
+    folders = [source] if (source / ALIGNMENT).is_file() else []
     found = {}
-    for file in files:
+    for folder in [*folders, *map(Path, beside)]:
+        name = folder.resolve().name
         try:
-            name = file.resolve().parent.name
-            found[str(file.parent) if name in found else name] = read_trajectory(file)
+            found[str(folder) if name in found else name] = read_trajectory(folder / ALIGNMENT)
+        except FileNotFoundError as error:
+            raise DataError(f"'{folder}' has no {ALIGNMENT}: no alignment was recorded there.") from error
         except ValueError as error:
-            raise DataError(f"'{file}' is damaged: {error}.") from error
+            raise DataError(f"'{folder / ALIGNMENT}' is damaged: {error}.") from error
     return found

@@ -1,4 +1,4 @@
-"""Pictures of routing and alignment, as PNG files: routes by task and skill, tasks by kinship, curves."""
+"""Plots of routing and alignment as PNG files: weights by task and skill, tasks by similarity, curves."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from torch import Tensor
 
 from thawline.analysis.routing import RoutingTable, task_similarity
 from thawline.errors import MissingExtraError
+from thawline.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PANELS = 12
 MOST_COLUMNS = 48
-"""More heads × skills than this could not be told apart: some heads are drawn."""
+"""Maximum heads × skills of a panel; beyond it only some heads are drawn."""
 ROW_INCHES = 0.2
 NAMED_ROWS = 150
-"""More tasks than this go without names."""
+"""Maximum number of tasks that are named."""
 DPI = 120
 
 
 def order_tasks(similarity: Tensor) -> tuple[list[int], np.ndarray]:
-    """Tasks in an order that brings alike ones together, and the tree behind it.
-
-    Average linkage on 1 − cosine.
+    """Order tasks so that similar ones are neighbours, by average linkage on 1 − cosine.
 
     Args:
-        similarity: of tasks, (K, K).
+        similarity: cosines of the tasks, (K, K).
     Returns: the order, and scipy's linkage matrix (K − 1, 4); both trivial for a single task.
     Raises: MissingExtraError: without scipy.
     """
@@ -51,21 +50,20 @@ def order_tasks(similarity: Tensor) -> tuple[list[int], np.ndarray]:
 
 
 def draw_routes(table: RoutingTable, file: Path) -> Path:
-    """A heat map of weights per part of the model, tasks × skills, tasks in the order of `order_tasks`.
+    """Draw a heat map of weights per part of the model, tasks × skills, in the order of `order_tasks`.
 
-    Neither parts nor heads are averaged, which would blur routes that have nothing to do with each other. Of
-    more than 12 parts 12 are drawn, spread evenly over the model; of many heads those in which tasks differ
-    most.
+    Parts and heads are not averaged: their routes are unrelated. Of more than 12 parts 12 are drawn, spread
+    evenly over the model; of many heads those in which tasks differ most.
     """
     order, _ = order_tasks(task_similarity(table)[0])
     parts = _spread(list(table.weights), MOST_PANELS)
-    # What all names begin with, up to a dot, tells no part from another.
+    # The common beginning of all names, up to a dot, is left out.
     n_shared = commonprefix(parts).rfind(".") + 1 if len(parts) > 1 else 0  # noqa: RUF071
     n_columns = min(len(parts), 4)
     n_rows = -(-len(parts) // n_columns)
     figure = _figure(2.6 * n_columns + 1.8, n_rows * (_height(len(order)) + 0.7))
     grid = figure.subplots(n_rows, n_columns, squeeze=False)
-    drawn = [table.weights[part][order][:, _telling_heads(table.weights[part])] for part in parts]
+    drawn = [table.weights[part][order][:, _most_different_heads(table.weights[part])] for part in parts]
     colours = {"vmin": 0, "vmax": max(float(weights.max()) for weights in drawn), "cmap": "viridis"}
     for axes, part, weights_KHS in zip(grid.flat, parts, drawn, strict=False):
         n_heads, n_skills = weights_KHS.shape[1:]
@@ -85,7 +83,7 @@ def draw_routes(table: RoutingTable, file: Path) -> Path:
 
 
 def draw_tasks(table: RoutingTable, file: Path) -> Path:
-    """A dendrogram of the tasks beside their similarity, in one order."""
+    """Draw a dendrogram of the tasks and, in the same order, their similarity."""
     from scipy.cluster.hierarchy import dendrogram
 
     similarity, _ = task_similarity(table)
@@ -103,8 +101,7 @@ def draw_tasks(table: RoutingTable, file: Path) -> Path:
     left.invert_xaxis()
     left.set_yticks([])
     left.tick_params(labelsize=7)
-    for edge in ("left", "top", "right"):
-        left.spines[edge].set_visible(False)
+    left.spines[["left", "top", "right"]].set_visible(False)
     names = [table.tasks[i] for i in order]
     # Left blank, the diagonal leaves the colours to what differs.
     others = similarity[order][:, order].clone().fill_diagonal_(float("nan"))
@@ -118,10 +115,10 @@ def draw_tasks(table: RoutingTable, file: Path) -> Path:
 
 
 def draw_alignment(trajectories: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> Path:
-    """Coherence over steps in both spaces, a line per run, with the level of orthogonal gradients.
+    """Draw coherence over steps in both spaces, a line per run, with the level of orthogonal gradients.
 
     Args:
-        trajectories: by the name of a run, rows of an `AlignmentRecorder`.
+        trajectories: name of a run → rows of an `AlignmentRecorder`.
     """
     figure = _figure(8.4, 3.2)
     grid = figure.subplots(1, 2, sharey=True)
@@ -147,8 +144,8 @@ def draw_alignment(trajectories: Mapping[str, Sequence[Mapping[str, Any]]], file
     return _save(figure, file)
 
 
-def _telling_heads(weights_KHS: Tensor) -> Tensor:
-    """The heads in which tasks differ most, in their order; as many as can be told apart."""
+def _most_different_heads(weights_KHS: Tensor) -> Tensor:
+    """Return the heads in which tasks differ most, in their order, as many as a panel holds."""
     n_heads, n_skills = weights_KHS.shape[1:]
     most = max(MOST_COLUMNS // n_skills, 1)
     if n_heads <= most:
@@ -165,34 +162,30 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, file: Path) -> Path:
-    beside = file.with_name(f".{file.name}")
-    figure.savefig(beside, format="png", dpi=DPI)
-    beside.replace(file)
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
     return file
 
 
 def _name_rows(axes: Any, names: Sequence[str], on_the_right: bool = False) -> None:
-    named = 0 < len(names) <= NAMED_ROWS
-    axes.set_yticks(range(len(names)) if named else [])
-    if named:
-        axes.set_yticklabels([_short(name) for name in names], fontsize=7)
+    shown = [_short(name) for name in names] if len(names) <= NAMED_ROWS else []
+    axes.set_yticks(range(len(shown)), shown, fontsize=7)
     if on_the_right:
         axes.yaxis.tick_right()
     axes.tick_params(length=0)
 
 
 def _height(n_rows: int) -> float:
-    """Inches of so many rows; many are drawn finer."""
+    """Return the height of rows in inches, within bounds."""
     return min(max(ROW_INCHES * n_rows, 1.2), 24.0)
 
 
 def _spread(names: list[str], most: int) -> list[str]:
-    """At most `most` of them, evenly, first and last among them."""
-    if len(names) <= most:
-        return names
-    return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+    """Return at most `most` of the names, evenly spaced, including the first and the last."""
+    places = np.linspace(0, len(names) - 1, min(len(names), most)).round().astype(int)
+    return [names[place] for place in places]
 
 
 def _short(name: str, most: int = 30) -> str:
-    """Cut in the middle: names of modules and tasks begin and end with what tells them apart."""
+    """Cut a name in the middle: modules and tasks differ at the beginning and the end."""
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"

@@ -1,4 +1,4 @@
-"""Alignment along the trajectory: measured every so many steps, by hand or as a callback of any Trainer."""
+"""Alignment during training: measured every `every` steps, by hand or as a callback of any Trainer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from thawline.analysis.gradients import Alignment, Batches, Loss, gradient_alignment
 from thawline.errors import DataError
+from thawline.files import write_jsonl
 
 ALIGNMENT = "alignment.jsonl"
-"""A recorder's file in a run's folder."""
+"""File name in a run folder."""
 
 
 class AlignmentRecorder(TrainerCallback):
-    """Measures `gradient_alignment` while a model trains, on the same batches each time.
+    """Measure `gradient_alignment` while a model trains, on the same batches each time.
 
     A callback of transformers' Trainer and its relatives, or called by hand after each step:
 
@@ -31,21 +32,16 @@ class AlignmentRecorder(TrainerCallback):
             record(model, step)
         average(record.rows)["skill"]["coherence"]
 
-    Measuring costs a forward and a backward pass per task and changes nothing in the training, to the bit.
+    A measurement costs a forward and a backward pass per task and leaves the training bit-identical.
 
     Args:
         batches, loss: see `gradient_alignment`.
         every: steps between measurements; the first is after step `every`.
-        file: appended to, one JSON object a line; a resumed Trainer drops the lines it is about to repeat.
+        file: JSON lines are appended to it; a resumed Trainer drops the lines it is about to repeat.
     """
 
     def __init__(
-        self,
-        batches: Batches,
-        loss: Loss | None = None,
-        *,
-        every: int = 40,
-        file: str | Path | None = None,
+        self, batches: Batches, loss: Loss | None = None, *, every: int = 40, file: str | Path | None = None
     ) -> None:
         self.batches, self.loss, self.every = batches, loss, every
         self.file = None if file is None else Path(file)
@@ -72,36 +68,29 @@ class AlignmentRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep what was measured up to the step that training goes on from."""
+        """Keep the measurements up to the step that training resumes from."""
         if self.file is None or not self.file.is_file():
             return
         self.rows = [row for row in read_trajectory(self.file) if row["step"] <= state.global_step]
         if state.is_world_process_zero:
-            beside = self.file.with_name(f".{self.file.name}")
-            beside.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-            beside.replace(self.file)
+            write_jsonl(self.file, self.rows)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure if the step is due."""
-        if model is not None:
+        if (model := kwargs.get("model")) is not None:
             self(model, state.global_step, writes=state.is_world_process_zero)
 
 
 def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean over a trajectory: {"skill" | "effective": {"mean_cosine", "coherence"}}.
+    """Return the mean over a trajectory: {"skill" | "effective": {"mean_cosine", "coherence"}}.
 
     Raises: DataError: if there are no rows.
     """
     found = list(rows)
     if not found:
-        raise DataError("No alignment was measured: the training was shorter than `every` steps.")
+        raise DataError("No alignment was measured: training was shorter than `every` steps.")
     return {
         space: {name: statistics.mean(row[space][name] for row in found) for name in found[0][space]}
         for space in ("skill", "effective")
@@ -109,6 +98,6 @@ def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def read_trajectory(file: str | Path) -> list[dict[str, Any]]:
-    """The rows of a recorder's file. What a kill cut off at its end is passed over."""
+    """Read the rows of a recorder's file; an incomplete last line (a killed process) is skipped."""
     text = Path(file).read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,13 +1,13 @@
-"""What routing tables say: how decided they are, how many skills they use, which tasks route alike.
+"""Statistics of routing tables: discreteness, sparsity, use of skills, and similarity of tasks.
 
-Read from a model, from a folder of `save_pretrained`, or from one of `save_routing`; folders are read without
-their base.
+Tables are read from a model, a folder of `save_pretrained` or one of `save_routing`; folders need no base
+model.
 
 | statistic    | of p = sigmoid(logit)                      | 0                    | 1                  |
 |--------------|--------------------------------------------|----------------------|--------------------|
 | discreteness | mean binary entropy of p / log 2           | skills are on or off | undecided, p = ½   |
 | sparsity     | mean of p rounded                          | no skill is on       | every skill is on  |
-| usage        | entropy of the skills' shares of p / log S | one skill serves all | skills serve alike |
+| usage        | entropy of the skills' shares of p / log S | one skill serves all | equal shares       |
 
 Source: Ponti et al. 2022 (arXiv 2202.13914), names included: *discreteness* falls as routing becomes
 discrete, and *sparsity* rises as more skills are on. With heads, usage is the mean over heads: skills compete
@@ -38,17 +38,16 @@ from thawline.tuners.mhr.routing import ROUTERS, Router, skill_weights
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 ROUTING = ("routing.json", "routing.safetensors")
-NAMES = ("discreteness", "sparsity", "usage")
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingTable:
-    """How every task mixes skills in every part of a model.
+    """Weights with which every task mixes skills in every part of a model.
 
     Attributes:
         tasks: their names, or numbers as text.
-        probabilities: by the part of the model that shares a table, (K, H, S): whether a skill is on.
-        weights: likewise, what the skills are multiplied with; each head's sum to one.
+        probabilities: part of the model that shares a table → (K, H, S), the probability that a skill is on.
+        weights: likewise, the factors of the skills; each head's sum to one.
     """
 
     tasks: tuple[str, ...]
@@ -57,11 +56,11 @@ class RoutingTable:
 
 
 def read_routing(source: nn.Module | str | Path, adapter_name: str | None = None) -> RoutingTable:
-    """The routing table of a model or a folder.
+    """Read the routing table of a model or a folder.
 
     Args:
         source: a model with MHR layers, or a folder that `save_pretrained` or `save_routing` wrote.
-        adapter_name: of a model with several adapters; None: the active one.
+        adapter_name: the adapter, where a model has several. None: the active one.
     Raises: RoutingError: if there is no routing: no MHR, or its skills are averaged (uniform, mu).
         CheckpointError: if the folder holds neither.
     """
@@ -80,21 +79,21 @@ def read_routing(source: nn.Module | str | Path, adapter_name: str | None = None
 
 
 def routing_statistics(table: RoutingTable) -> dict[str, Any]:
-    """Discreteness, sparsity and usage (see the top of this file).
+    """Compute discreteness, sparsity and usage (see the top of this file).
 
-    Returns: {"discreteness", "sparsity", "usage", "modules": {part: the same three}}; the first are means
-        over the parts. Usage of a single skill is 1.
+    Returns: {"discreteness", "sparsity", "usage", "modules": {part: these three}}; the first are means over
+        the parts. Usage of a single skill is 1.
     """
     modules = {
-        part: {"discreteness": _discreteness(p), "sparsity": _sparsity(p), "usage": _usage(p)}
+        part: {name: statistic(p) for name, statistic in STATISTICS.items()}
         for part, p in table.probabilities.items()
     }
-    means = {name: statistics.mean(found[name] for found in modules.values()) for name in NAMES}
+    means = {name: statistics.mean(found[name] for found in modules.values()) for name in STATISTICS}
     return {**means, "modules": modules}
 
 
 def task_similarity(table: RoutingTable) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cosines between the tasks' routing rows, all heads in a row: (K, K), and the same of every part.
+    """Compute cosines between the tasks' routing rows, all heads concatenated: (K, K), overall and by part.
 
     Weights are never negative, so cosines lie in 0 … 1, and tasks that still share a fresh table are at 1.
 
@@ -126,6 +125,9 @@ def _usage(p_KHS: Tensor) -> float:
     return float(torch.special.entr(shares_HS).sum(-1).mean()) / math.log(n_skills)
 
 
+STATISTICS = {"discreteness": _discreteness, "sparsity": _sparsity, "usage": _usage}
+
+
 def _of_files(folder: Path, facts_file: str, tensors_file: str) -> RoutingTable:
     facts = json.loads((folder / facts_file).read_text(encoding="utf-8"))
     if facts.get("peft_type", "MHR") != "MHR":
@@ -155,13 +157,13 @@ def _of_routers(tables: Mapping[str, Router], n_tasks: int, names: list[str] | N
 
 
 def _by_number(part: str) -> list[tuple[int, str]]:
-    """A model's order of its blocks, which files do not keep: 2 before 10."""
+    """Return a sort key for the order of blocks in the model, which files do not keep: 2 before 10."""
     return [(int(word) if word.isdigit() else -1, word) for word in part.split(".")]
 
 
 @torch.no_grad()
 def _read(router: Router) -> tuple[Tensor, Tensor]:
-    """Probabilities and weights (K, H, S), fp64, on the host."""
+    """Return probabilities and weights, (K, H, S), fp64, on the CPU."""
     state = router.state_dict()
     if "logits" in state:
         logits = state["logits"].double().cpu()

@@ -1,10 +1,10 @@
-"""What a recipe may say: frozen dataclasses, free of frameworks, so that the command line answers at once.
+"""Recipes: dataclasses without frameworks, so that the command line answers at once.
 
-A recipe is base × tuner × objective, on data, trained somehow:
+A recipe is base × tuner × objective, its data, and how it is trained:
 
-    objective: text                             what is asked: decides the fields of base, data and objective
-    base: {model: ../models/llama}              what is frozen
-    tuner: {method: lora, r: 8}                 what moves: `method` decides the other fields
+    objective: text                             what to learn: decides the fields of base, data and objective
+    base: {model: ../models/llama}              the pretrained model
+    tuner: {method: lora, r: 8}                 the trained part: `method` decides the other fields
     data: {path: train.jsonl}
     training: {epochs: 3, lr: 2.0e-4}
 

@@ -1,4 +1,4 @@
-"""Language models and encoders: base, rows, and what is asked of them."""
+"""Sections of a text recipe: language model or encoder, rows, objective."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from thawline.errors import ConfigError
-from thawline.recipe.checks import at_least, fraction, one_of, require
+from thawline.recipe.checks import all_at_least, at_least, fraction, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ class TextBase:
     model: str = ""
     """Folder or Hub id of the model."""
     head: Literal["auto", "causal-lm", "seq2seq-lm", "classifier"] = "auto"
-    """What the model computes. auto: as its config says. A classifier gets the data's labels."""
+    """Output of the model. auto: by its config. A classifier gets the data's labels."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory. auto: bfloat16 for a frozen base where `training.precision` comes out as
-    bf16, else float32."""
+    """Type of the weights in memory. auto: bfloat16 for a frozen base trained in bf16 (`training.precision`),
+    else float32."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. None: the default branch."""
     attn_implementation: str | None = None
@@ -42,7 +42,7 @@ class TextBase:
 
     @property
     def label(self) -> str:
-        """What is trained, for messages and names."""
+        """Name of the model, for messages and the run's folder."""
         return self.model
 
 
@@ -51,16 +51,16 @@ class TextData:
     """Rows of text: JSONL, JSON, Parquet or CSV files, or a dataset of the `datasets` library."""
 
     path: str | list[str] = ""
-    """File or folder, or several; or a dataset: save_to_disk's, "hf://OWNER/NAME". Rows with a `split`
-    of validation, dev, eval or test are held out, as are files with such a name."""
+    """File or folder, or several; or a dataset saved by `save_to_disk`, or "hf://OWNER/NAME". Rows with a
+    `split` of validation, dev, eval or test are held out, as are files with such a name."""
     eval_path: str | list[str] | None = None
     """Held-out rows. None: those held out in `path`, or `eval_fraction` of them."""
     eval_fraction: float = 0.0
     """Share of the training rows to hold out, drawn by `seed`, where nothing else is held out."""
     format: Literal["auto", "prompt-completion", "messages", "instruction", "input-output", "text"] = "auto"
-    """How to read a row. auto: by looking at its keys."""
+    """Format of a row. auto: by its keys."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Where rows have other keys: our key → theirs, e.g. {input: sentence, output: label, task: source}."""
+    """Keys that the rows name differently: our key → theirs, e.g. {input: sentence, output: label}."""
     template: str | None = None
     """Prompt made of a row's fields, e.g. "Question: {input}\\nAnswer:". None: the format's own."""
     chat_template: str | None = None
@@ -72,28 +72,29 @@ class TextData:
     max_eval_rows: int | None = None
     """Evaluate on this many held-out rows, drawn by `seed`. None: all."""
     max_task_eval_rows: int | None = None
-    """The same for each task."""
+    """Evaluate on this many held-out rows of each task, drawn by `seed`. None: all."""
     tasks: list[str] | None = None
     """Tasks to use, by name or pattern ("clinc_*"). None: all there are."""
     exclude_tasks: list[str] = field(default_factory=list)
-    """Tasks to leave out, by name or pattern: those held out for a second phase, say."""
+    """Tasks to leave out, by name or pattern, e.g. those held out for a second phase."""
     task_types: list[str] | None = None
     """Types of tasks to use, as the folder's manifest.json calls them. None: all."""
     sampling: Literal["each", "size", "temperature", "equal"] = "each"
-    """Which task comes how often. each: every row once an epoch; size, temperature, equal: tasks are drawn,
-    in proportion to their rows, to a root of them, or alike."""
+    """Frequency of the tasks. each: every row once an epoch; else tasks are drawn, in proportion to their
+    number of rows (size), to a root of it (temperature), or equally often (equal)."""
     sampling_temperature: float = 2.0
-    """The root of `sampling: temperature`: 1 is size, large is equal."""
+    """Root for `sampling: temperature`: 1 equals size, a large value approaches equal."""
     task_cap: int | None = None
-    """No task counts as having more rows than this when tasks are drawn."""
+    """Maximum number of rows a task counts with when tasks are drawn. None: no maximum."""
     batches: Literal["mixed", "task"] = "mixed"
-    """Whether a batch mixes tasks or is of one. `task` needs a `sampling` that draws tasks."""
+    """Rows of a batch: from several tasks (mixed), or from one (task), which needs a `sampling` that draws
+    tasks."""
     shots: int | None = None
-    """Learn from this many rows of each task only, drawn by `shots_seed`. None: all."""
+    """Train on this many rows of each task only, drawn by `shots_seed`. None: all."""
     shots_per: Literal["task", "class"] = "task"
-    """Whether `shots` counts a task's rows, or those of each of its answers."""
+    """Unit of `shots`: rows per task, or per answer (class) of a task."""
     shots_seed: int | None = None
-    """Draws the shots. None: the run's seed."""
+    """Seed that draws the shots. None: the run's seed."""
 
     def __post_init__(self) -> None:
         require(
@@ -101,9 +102,7 @@ class TextData:
         )
         at_least("data.max_length", self.max_length, 2)
         fraction("data.eval_fraction", self.eval_fraction)
-        for name in ("max_rows", "max_eval_rows", "max_task_eval_rows", "task_cap", "shots"):
-            if getattr(self, name) is not None:
-                at_least(f"data.{name}", getattr(self, name), 1)
+        all_at_least(self, "data", 1, "max_rows", "max_eval_rows", "max_task_eval_rows", "task_cap", "shots")
         one_of("data.sampling", self.sampling, ("each", "size", "temperature", "equal"))
         one_of("data.batches", self.batches, ("mixed", "task"))
         one_of("data.shots_per", self.shots_per, ("task", "class"))
@@ -111,9 +110,9 @@ class TextData:
             raise ConfigError(
                 f"`data.sampling_temperature` must be positive, got {self.sampling_temperature!r}."
             )
-        drawn = {"task_cap": self.task_cap, "batches": self.batches == "task" or None}
-        for name in (name for name, value in drawn.items() if value is not None):
-            if self.sampling == "each":
+        draws_tasks = {"task_cap": self.task_cap is not None, "batches": self.batches == "task"}
+        for name, is_set in draws_tasks.items():
+            if is_set and self.sampling == "each":
                 raise ConfigError(
                     f"`data.{name}` needs tasks to be drawn: `data.sampling` size, temperature or equal."
                 )
@@ -126,28 +125,28 @@ class TextSettings:
     kind: Literal["text"] = "text"
     """text."""
     loss_on: Literal["completion", "all"] = "completion"
-    """What is learned: completions (assistant turns), or prompts too. `text` rows are learned whole."""
+    """Tokens that count in the loss: completions (assistant turns), or prompts too; all of a `text` row."""
     metrics: Literal["auto"] | list[str] = "auto"
-    """What to evaluate beside the loss: choice_accuracy, exact_match, rouge_l. auto: choice_accuracy where
-    rows have choices; exact_match and rouge_l for other short answers; nothing more for chats and texts."""
+    """Metrics besides the loss: choice_accuracy, exact_match, rouge_l. auto: choice_accuracy where rows have
+    choices; exact_match and rouge_l for other short answers; none for chats and texts."""
     max_new_tokens: int | None = None
-    """Longest generated answer in evaluation. None: the longest held-out answer, at most 256."""
+    """Maximum tokens of a generated answer in evaluation. None: those of the longest held-out answer, at most
+    256."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            at_least("objective.max_new_tokens", self.max_new_tokens, 1)
+        all_at_least(self, "objective", 1, "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchSettings:
-    """Choose among a row's choices by the similarity of its embedding and theirs: any text encoder."""
+    """Choose among a row's choices by the similarity of embeddings, with any text encoder."""
 
     kind: Literal["match"] = "match"
     """match."""
     scale: float = 20.0
     """The cosine of mean-pooled embeddings is multiplied by this before the softmax."""
     choice_template: str = "{choice}"
-    """Text made of a choice, e.g. "This is about {choice}."."""
+    """Text to embed for a choice, e.g. "This is about {choice}."."""
 
     def __post_init__(self) -> None:
         if not self.scale > 0:

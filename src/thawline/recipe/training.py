@@ -16,10 +16,10 @@ from thawline.recipe.checks import all_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How it is trained: the common fields of TrainingArguments by shorter names, the rest in `args`."""
+    """Training settings: the common fields of TrainingArguments by shorter names, the rest in `args`."""
 
     epochs: float = 3.0
-    """Passes over the data, where `max_steps` is None."""
+    """Passes over the data, if `max_steps` is None."""
     max_steps: int | None = None
     """Optimiser steps. None: by `epochs`."""
     batch_size: int = 8
@@ -29,41 +29,41 @@ class Training:
     lr: float | None = None
     """Peak learning rate. None: the tuner's usual one (see docs/running.md)."""
     schedule: str = "linear"
-    """The learning rate after warm-up, by transformers' name (linear, cosine, constant_with_warmup, …)."""
+    """Learning-rate schedule by transformers' name (linear, cosine, constant_with_warmup, …)."""
     warmup: float = 0.03
-    """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
+    """Warm-up: below 1 a fraction of all steps, from 1 on a number of steps."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm. 0: not."""
+    """Maximum norm of the gradients; larger ones are clipped. 0: no clipping."""
     optimizer: str = "adamw_torch_fused"
-    """By transformers' name (adamw_torch_fused, adamw_8bit, …)."""
+    """Optimiser by transformers' name (adamw_torch_fused, adamw_8bit, …)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of training. auto: bf16 on a GPU that supports it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward instead of keeping them: less memory, about a third more time."""
     log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl."""
     eval_every: int | Literal["epoch", "end"] = "epoch"
-    """Steps between evaluations, or once an epoch, or at the end only. The end is always evaluated."""
+    """Steps between evaluations, or every epoch, or only at the end, which is always evaluated."""
     eval_batch_size: int | None = None
     """Rows per device in evaluation. None: `batch_size`."""
     save_every: int | Literal["epoch", "end"] = "epoch"
-    """Steps between checkpoints, or once an epoch, or at the end only. A run resumes from its newest one."""
+    """Steps between checkpoints, or every epoch, or only at the end. A run resumes from the newest."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept; the best one is kept beside them."""
+    """Number of newest checkpoints kept; the best one is kept as well."""
     eval_at_start: bool | None = None
-    """Evaluate before the first step too, zero-shot where `tuner.adapt` turns to new tasks. None: where a
-    trained adapter is started from."""
+    """Evaluate before the first step too (zero-shot where `tuner.adapt` adapts to new tasks). None: only when
+    starting from a trained adapter."""
     align_every: int | None = None
-    """Steps between measurements of how the tasks' gradients agree (`thawline align`), each a forward and a
-    backward pass over 64 rows of every task. None: not measured."""
+    """Steps between measurements of the alignment of the tasks' gradients (`thawline align`), each a forward
+    and a backward pass over 64 rows of every task. None: not measured."""
     best_metric: str | None = None
-    """Metric that chooses the checkpoint the run ends with (loss, choice_accuracy, …). None: the last one."""
+    """Metric that selects the final checkpoint (loss, choice_accuracy, …). None: the last checkpoint."""
     report_to: str | list[str] = "none"
-    """Trackers as transformers knows them (tensorboard, wandb, mlflow, …)."""
+    """Trackers by transformers' names (tensorboard, wandb, mlflow, …)."""
     workers: int = 0
-    """Processes that load data beside the training one."""
+    """Processes that load data. 0: the training process does."""
     args: dict[str, Any] = field(default_factory=dict)
     """Any other field of `transformers.TrainingArguments`, by its name there (`{neftune_noise_alpha: 5}`)."""
 
@@ -102,4 +102,4 @@ TRAINING_ARGUMENTS = {
     "report_to": "report_to",
     "dataloader_num_workers": "workers",
 }
-"""TrainingArguments' names and ours."""
+"""Name in TrainingArguments → name here."""

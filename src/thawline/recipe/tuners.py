@@ -1,4 +1,4 @@
-"""What moves: the dataclass of every tuner's fields, and `TUNERS`, which holds the choices.
+"""Tuners: the dataclass of every tuner's fields, and `TUNERS`, which holds the choices.
 
 Where fields mirror PEFT's, tests/test_recipe.py holds them to it.
 """
