@@ -1,4 +1,4 @@
-"""Boxes: two ways to write one, and how much two of them overlap.
+"""Box formats and overlaps.
 
 `cxcywh` is centre and size in fractions of the image, what the network speaks; `xyxy` is two corners.
 Overlaps come elementwise (`box_iou(a, b)`: box i with box i) and pairwise (`pairwise_iou(a, b)`: every a with
@@ -26,7 +26,7 @@ _SMALLEST_AREA = 1e-12
 
 
 def cxcywh_to_xyxy(boxes: Tensor, *, clamp_size: bool = False) -> Tensor:
-    """Centre and size to corners, (..., 4) to (..., 4).
+    """Convert centre and size to corners, (..., 4) to (..., 4).
 
     Args:
         boxes: (..., 4), any unit.
@@ -39,13 +39,13 @@ def cxcywh_to_xyxy(boxes: Tensor, *, clamp_size: bool = False) -> Tensor:
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Corners to centre and size, (..., 4) to (..., 4)."""
+    """Convert corners to centre and size, (..., 4) to (..., 4)."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) * 0.5, high - low], dim=-1)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of box i of `a` with box i of `b`.
+    """Return the IoU of box i of `a` with box i of `b`.
 
     Args:
         a, b: xyxy, (..., 4), broadcast against each other.
@@ -56,7 +56,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def box_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of box i of `a` with box i of `b`: IoU less the share of the hull that neither covers.
+    """Return the generalised IoU of box i of `a` and `b`: IoU minus the uncovered share of the hull.
 
     Args:
         a, b: xyxy, (..., 4), broadcast against each other.
@@ -70,17 +70,17 @@ def box_giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of every box of `a` (..., N, 4) with every box of `b` (..., M, 4), xyxy: (..., N, M)."""
+    """Return the IoU of every box of `a` (..., N, 4) and every box of `b` (..., M, 4), xyxy: (..., N, M)."""
     return box_iou(a.unsqueeze(-2), b.unsqueeze(-3))
 
 
 def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU of every box of `a` (..., N, 4) with every box of `b` (..., M, 4), xyxy: (..., N, M)."""
+    """GReturn the IoU of every box of `a` (..., N, 4) and every box of `b` (..., M, 4), xyxy: (..., N, M)."""
     return box_giou(a.unsqueeze(-2), b.unsqueeze(-3))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """The logit of a coordinate in 0–1; x and 1 - x are kept at `eps` or above, so borders stay finite."""
+    """Return the logit of a coordinate in 0–1; x and 1 - x are at least `eps`, so borders stay finite."""
     x = x.clamp(0, 1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 

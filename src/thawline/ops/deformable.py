@@ -1,4 +1,4 @@
-"""Deformable attention's one operation: read maps at a few points, each weighted.
+"""Sampling of deformable attention: weighted sums of bilinear reads at a few points.
 
 Two forms of the same sum. `deformable_sample` goes by `grid_sample`: differentiable, and every exporter knows
 it. `deformable_gather` computes the rows of the four cells around each point and lets one `embedding_bag`
@@ -25,7 +25,7 @@ from torch import Tensor
 def deformable_sample(
     maps: Sequence[Tensor], locations: Tensor, weights: Tensor, num_points: Sequence[int]
 ) -> Tensor:
-    """Read each level bilinearly at its points and sum, every head from its own group of channels.
+    """Sample each level bilinearly at its points and sum, every head from its own group of channels.
 
     Args:
         maps: one (B, D, h, w) per level; heads are D / H channels each, in order. Used as they are, no copy.
@@ -46,7 +46,7 @@ def deformable_sample(
 
 
 class SamplingPlan(NamedTuple):
-    """What `deformable_gather` needs to know of shapes."""
+    """Tensors of `deformable_gather` that depend on shapes alone."""
 
     size: Tensor
     """(P, 2), width and height of each point's level."""
@@ -65,13 +65,12 @@ class SamplingPlan(NamedTuple):
 def plan_sampling(
     sizes: Sequence[tuple[int, int]],
     num_points: Sequence[int],
-    *,
     n_heads: int,
     n_images: int,
     n_queries: int,
     device: torch.device | str = "cpu",
 ) -> SamplingPlan:
-    """Constants of `deformable_gather` for maps of these sizes; worth keeping.
+    """Compute the constants of `deformable_gather` for maps of these sizes; cache the result.
 
     Args:
         sizes: (h, w) of each level, at least 2 × 2.        num_points: points of each level.
@@ -97,7 +96,7 @@ def plan_sampling(
 def deformable_gather(
     memory: Tensor, boxes: Tensor, offsets: Tensor, weights: Tensor, plan: SamplingPlan
 ) -> Tensor:
-    """Read the tokens around points given relative to boxes.
+    """Sample tokens at points given relative to boxes, and sum.
 
     Args:
         memory: (B, T, D), contiguous, levels one after the other.

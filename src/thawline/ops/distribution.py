@@ -1,4 +1,4 @@
-"""D-FINE's boxes as distributions: each edge is an expected distance from a reference box.
+"""Boxes as distributions, from D-FINE: each edge is an expected distance from a reference box.
 
 A head gives R + 1 logits for each edge (R = `reg_max`, 32). Their softmax weighs the fixed distances
 W(0) … W(R), dense around zero and coarse far away, and the expectation says by how many widths or heights
@@ -25,7 +25,7 @@ from thawline.ops.boxes import xyxy_to_cxcywh
 
 
 def weighting_function(reg_max: int, up: Tensor, reg_scale: Tensor) -> Tensor:
-    """The distances W(0) … W(R) that the bins stand for.
+    """Return the distances W(0) … W(R) of the bins.
 
     Odd about the middle bin, strictly increasing, geometric between -up·s and up·s, with one far bin at
     ±2·up·s on each side.
@@ -44,7 +44,7 @@ def weighting_function(reg_max: int, up: Tensor, reg_scale: Tensor) -> Tensor:
 
 
 def expected_distance(corner_logits: Tensor, weights: Tensor) -> Tensor:
-    """The four distances a head's logits stand for.
+    """Return the expected distances of the four edges.
 
     Args:
         corner_logits: (..., 4·(R+1)), edge-major.        weights: W, (R+1,).
@@ -70,7 +70,7 @@ def distance_to_box(reference_cxcywh: Tensor, distance: Tensor, reg_scale: Tenso
 
 
 def box_to_distance(reference_cxcywh: Tensor, boxes_xyxy: Tensor, reg_scale: Tensor) -> Tensor:
-    """The distances that would turn the reference box into `boxes_xyxy`: the inverse of `distance_to_box`.
+    """Return the distances from the reference box to `boxes_xyxy`: the inverse of `distance_to_box`.
 
     Args:
         reference_cxcywh, boxes_xyxy: (..., 4).        reg_scale: one value.

@@ -1,4 +1,4 @@
-"""Rotary position embedding: turn the pairs of channels of queries and keys by angles of their place.
+"""Rotary position embedding: rotate pairs of channels of queries and keys by position-dependent angles.
 
 Source: Su et al., RoFormer (2021); for images Heo et al., ECCV 2024, as DINOv3 uses it.
 
@@ -19,7 +19,7 @@ Table: TypeAlias = tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Turn each pair (x[j], x[j + D/2]) by its angle.
+    """Rotate each pair (x[j], x[j + D/2]) by its angle.
 
     Args:
         x: (..., T, D).        table: cosines and sines, (T, D) each, the second half equal to the first.
@@ -82,7 +82,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn each pair (x[2j], x[2j + 1]) by its angle; x may be overwritten.
+    """Rotate each pair (x[2j], x[2j + 1]) by its angle; x may be overwritten.
 
     Args:
         x: (B, T, ..., D).        turns: cosines and sines, (T, ..., D / 2, 2).

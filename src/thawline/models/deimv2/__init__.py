@@ -1,4 +1,4 @@
-"""DEIMv2: the detector, its eight sizes, and what trains it."""
+"""DEIMv2: the detector, its eight sizes and its training loss."""
 
 from __future__ import annotations
 

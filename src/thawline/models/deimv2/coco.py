@@ -18,4 +18,4 @@ COCO_NAMES: tuple[str, ...] = (
 
 _ABSENT = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS: tuple[int, ...] = tuple(index for index in range(1, 91) if index not in _ABSENT)
-"""The id that COCO's files give each of them."""
+"""COCO's own id of each class."""

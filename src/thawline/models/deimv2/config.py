@@ -1,4 +1,4 @@
-"""The whole shape of a detector, part by part."""
+"""Configuration of a detector, one dataclass per part, and overrides by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ClassLoss: TypeAlias = Literal["mal", "vfl", "focal"]
 
 @dataclass(frozen=True, kw_only=True)
 class CriterionConfig:
-    """Loss terms, their weights, and when the matcher changes. Defaults are those of N to X."""
+    """Loss terms, their weights, and when the matching cost changes. Defaults are those of N to X."""
 
     class_loss: ClassLoss = "mal"
     """Classification term; `mal` as published."""
@@ -59,30 +59,30 @@ class CriterionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DEIMv2Config:
-    """A detector. Parts may come as plain dictionaries, as a JSON file gives them."""
+    """Shape of a detector. Parts may be given as plain dictionaries, as read from JSON."""
 
     variant: str | None = None
-    """The published size this is, or started from."""
+    """The published size that this config is, or was derived from."""
     num_classes: int = 80
     class_names: tuple[str, ...] | None = None
-    """What class 0, 1, … is called; None: not known."""
+    """Names of class 0, 1, …; None: unknown."""
     image_size: tuple[int, int] = (640, 640)
     """Height and width the weights were trained for. The network takes any multiple of its largest stride."""
     image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Subtracted from pixels in 0–1."""
+    """Mean subtracted from pixels in 0–1."""
     image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Then divided by this."""
+    """Divisor of pixels after the mean is subtracted."""
     backbone: BackboneConfig
     encoder: EncoderConfig
     decoder: DecoderConfig
     num_denoising: int = 100
-    """Denoising positives for an image to aim at in training. 0: no denoising queries."""
+    """Number of positive denoising queries per image to aim at in training. 0: no denoising queries."""
     label_noise: float = 0.5
     """Half of this share of the denoising labels is changed."""
     box_noise: float = 1.0
-    """How far denoising moves edges, in half sizes of the box."""
+    """Maximum shift of an edge in denoising, in half sizes of the box."""
     max_detections: int = 300
-    """Detections `postprocess` keeps for an image."""
+    """Maximum detections per image (highest scores kept)."""
     criterion: CriterionConfig = field(default_factory=CriterionConfig)
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class DEIMv2Config:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of the maps the decoder reads, fine to coarse."""
+        """Strides of the maps that the decoder reads, fine to coarse."""
         if isinstance(self.encoder, LiteEncoderConfig):
             (stride,) = self.backbone.strides
             return (stride, 2 * stride)
@@ -132,7 +132,7 @@ class DEIMv2Config:
 
 
 def with_overrides(config: DEIMv2Config, overrides: Mapping[str, Any]) -> DEIMv2Config:
-    """A copy with other values.
+    """Return a copy with other values.
 
     Args:
         overrides: names of fields of the config (`num_classes`), or of any of its parts where only one part
@@ -149,7 +149,7 @@ def with_overrides(config: DEIMv2Config, overrides: Mapping[str, Any]) -> DEIMv2
 
 
 def _with_classes(config: DEIMv2Config, overrides: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The names of the classes say how many there are, and another number of classes has other names."""
+    """Keep `num_classes` and `class_names` consistent: each determines, or invalidates, the other."""
     if not {"num_classes", "class_names"} & set(overrides):
         return overrides
     names = overrides.get("class_names")
@@ -164,7 +164,7 @@ def _is_part(value: Any) -> bool:
 
 
 def _merge(current: Any, value: Any) -> Any:
-    """Change what `value` names in a part; another kind of part, or a single value, takes its place."""
+    """Update the named values of a part; another kind of part, or a single value, replaces it."""
     if not isinstance(current, dict) or not isinstance(value, Mapping):
         return value
     if value.get("kind", current.get("kind")) != current.get("kind"):
@@ -173,7 +173,7 @@ def _merge(current: Any, value: Any) -> Any:
 
 
 def _find(values: dict[str, Any], name: str) -> tuple[str, ...]:
-    """Where the setting `name` is: at the top, or in the one part that has it."""
+    """Return the path of a setting: at the top, or in the only part that has it."""
     paths = _paths(values)
     owners = [path for path in paths if path[-1] == name]
     if not owners:
@@ -190,7 +190,7 @@ def _find(values: dict[str, Any], name: str) -> tuple[str, ...]:
 
 
 def _paths(values: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Every setting of a config and its parts."""
+    """Return the paths of all settings of a config and its parts."""
     paths = []
     for name, value in values.items():
         paths.append((*prefix, name))
@@ -200,7 +200,7 @@ def _paths(values: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[s
 
 
 def _decode(hint: Any, value: Any, name: str) -> Any:
-    """Give a value read from JSON the type its field asks for: dictionaries become parts, lists tuples."""
+    """Convert a value read from JSON to its field's type: dictionaries become parts, lists tuples."""
     if isinstance(value, Mapping):
         part = _part(hint, value, name)
         hints = typing.get_type_hints(part)
@@ -217,7 +217,7 @@ def _decode(hint: Any, value: Any, name: str) -> Any:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of its field's type. A whole number is a float, too; a truth value is no number."""
+    """Return True if a value has its field's type. An int is also a float; a bool is not a number."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -244,7 +244,7 @@ def _spelled(hint: Any) -> str:
 
 
 def _part(hint: Any, value: Mapping[str, Any], name: str) -> Any:
-    """The class that a dictionary describes: the field's own, or the one of several that its `kind` names."""
+    """Return the class that a dictionary describes: the only choice, or the one its `kind` names."""
     parts: list[Any] = [choice for choice in _choices(hint) if is_dataclass(choice)]
     if len(parts) == 1:
         return parts[0]

@@ -1,4 +1,4 @@
-"""What the network gives: detections always, and what the losses read when asked for.
+"""Outputs of the network: detections, and the predictions of all stages that the losses read.
 
 Stages of one kind come stacked in one tensor, so that matching and losses can treat all of them at once.
 In the authors' names: `layers[:-1]` is `aux_outputs`, `pre` is `pre_outputs`, `encoder` is
@@ -31,7 +31,7 @@ class Predictions:
 
 @dataclass(kw_only=True)
 class LayerPredictions:
-    """Classes, boxes and the distributions of their edges, of all decoder layers; the last is the answer."""
+    """Classes, boxes and edge distributions of all decoder layers."""
 
     logits: Tensor
     """(L, B, Q, C)."""
@@ -43,38 +43,38 @@ class LayerPredictions:
 
 @dataclass(kw_only=True)
 class DenoisingOutput:
-    """The same for denoising queries: N in the place of Q."""
+    """Predictions for denoising queries, with N in place of Q."""
 
     layers: LayerPredictions
     pre: Predictions
     reference_boxes: Tensor
     """(B, N, 4), cxcywh, detached."""
     queries: DenoisingQueries
-    """What was asked: groups, labels, shaken boxes."""
+    """The queries: groups, labels, noised boxes."""
 
 
 @dataclass(kw_only=True)
 class TrainingOutput:
-    """What the losses read."""
+    """Predictions of all stages."""
 
     layers: LayerPredictions
     pre: Predictions
-    """The first layer's plain box head, before any distribution."""
+    """Predictions of the first layer's plain box head."""
     encoder: Predictions
-    """The tokens that became queries, as the encoder's own heads see them."""
+    """Predictions of the encoder's heads for the selected tokens."""
     reference_boxes: Tensor
     """(B, Q, 4), cxcywh, detached: the boxes that every layer's distributions refine."""
     up: Tensor
-    """(1,), with `reg_scale` the range of the distributions' weighting function."""
+    """(1,), determines with `reg_scale` the range of the distributions."""
     reg_scale: Tensor
     """(1,)"""
     denoising: DenoisingOutput | None = None
-    """None where denoising is off (`num_denoising=0`, or no targets were given)."""
+    """None if denoising is off (`num_denoising=0`, or no targets given)."""
 
 
 @dataclass(kw_only=True)
 class DetectionOutput:
-    """What `DEIMv2.forward` gives."""
+    """Output of `DEIMv2.forward`."""
 
     logits: Tensor
     """(B, Q, C), before the sigmoid."""

@@ -1,4 +1,4 @@
-"""From logits and boxes to detections: the best scores over queries and classes, boxes in pixels.
+"""Postprocessing: from logits and boxes to the highest scores over queries and classes, boxes in pixels.
 
 As the authors have it: no suppression of overlaps, no threshold, no clipping. One difference: fewer than
 `max_detections` scores are no error (few classes, small models); all of them come back.
@@ -21,7 +21,7 @@ MAX_DETECTIONS = 300
 
 
 class Detected(TypedDict):
-    """The detections of one image, best score first."""
+    """Detections of one image, highest score first."""
 
     scores: Tensor
     """(K,), in [0, 1]."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 __all__ = ["VARIANTS", "Reported", "Variant", "get_variant"]
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from thawline.errors import ConfigError, did_you_mean
 from thawline.models.deimv2.config import CriterionConfig, DEIMv2Config
@@ -26,11 +25,12 @@ from thawline.recipe.resolved import TrainingSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+B0_WEIGHTS = "PPHGNetV2_B0_stage1.pth"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reported:
-    """What the authors publish of a size."""
+    """Figures that the authors publish for a size."""
 
     coco_ap: float
     """AP at IoU 0.50 … 0.95 on COCO val2017, percent."""
@@ -47,7 +47,7 @@ class Variant:
 
     config: DEIMv2Config
     schedule: TrainingSettings
-    """How the published weights were trained."""
+    """Settings that the published weights were trained with."""
     weights_id: str
     """The authors' repository on the Hugging Face hub."""
     backbone_weights: str
@@ -56,7 +56,7 @@ class Variant:
 
 
 def get_variant(name: str) -> Variant:
-    """The size called `name`.
+    """Return the size called `name`.
 
     Raises: ConfigError: there is none.
     """
@@ -65,90 +65,79 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def _lite(
-    name: str, backbone: HGNetV2Config, dim: int, *, num_queries: int, ffn_dim: int, reported: Reported
-) -> Variant:
+def _variant(config: DEIMv2Config, family: str, backbone_weights: str, reported: Reported) -> Variant:
+    """Complete a size with what its published training settings and its name determine."""
+    name = str(config.variant)
     schedule = PUBLISHED[name]
-    config = DEIMv2Config(
-        variant=name,
+    config = replace(
+        config,
         image_size=(schedule.size, schedule.size),
-        backbone=backbone,
-        encoder=LiteEncoderConfig(hidden_dim=dim),
-        decoder=DecoderConfig(
-            hidden_dim=dim,
-            num_layers=3,
-            num_queries=num_queries,
-            num_points=(4, 2),
-            ffn_dim=ffn_dim,
-            gateway=False,
-            share_bbox_head=True,
-        ),
-        criterion=CriterionConfig(
-            local=False, union_set=False, matcher_change_epoch=schedule.matcher_change_epoch
-        ),
+        criterion=replace(config.criterion, matcher_change_epoch=schedule.matcher_change_epoch),
     )
-    return _with_hgnet(name, config, reported)
-
-
-def _nano(reported: Reported) -> Variant:
-    fourth_stage = StageConfig(
-        in_channels=512, mid_channels=128, out_channels=1024, light=True, kernel_size=5
-    )
-    config = DEIMv2Config(
-        variant="n",
-        backbone=_hgnetv2(_third_stage(512, n_blocks=2), fourth_stage),
-        encoder=HybridEncoderConfig(
-            hidden_dim=128, ffn_dim=512, expansion=0.34, n_blocks=2, trailing_conv=True
-        ),
-        decoder=DecoderConfig(hidden_dim=128, num_layers=3, num_points=(6, 6), ffn_dim=512),
-        criterion=CriterionConfig(matcher_change_epoch=PUBLISHED["n"].matcher_change_epoch),
-    )
-    return _with_hgnet("n", config, reported)
-
-
-def _with_hgnet(name: str, config: DEIMv2Config, reported: Reported) -> Variant:
     return Variant(
         config=config,
-        schedule=PUBLISHED[name],
-        weights_id=f"Intellindust/DEIMv2_HGNetv2_{name.upper()}_COCO",
-        backbone_weights="PPHGNetV2_B0_stage1.pth",
+        schedule=schedule,
+        weights_id=f"Intellindust/DEIMv2_{family}_{name.upper()}_COCO",
+        backbone_weights=backbone_weights,
         reported=reported,
     )
 
 
 def _hgnetv2(*later: StageConfig) -> HGNetV2Config:
-    """B0, or a pruning of it: its first two stages, then `later`, whose outputs are taken."""
+    """Return B0 or a pruning of it: its first two stages, then `later`, whose outputs are taken."""
     first = StageConfig(in_channels=16, mid_channels=16, out_channels=64, downsample=False)
     second = StageConfig(in_channels=64, mid_channels=32, out_channels=256)
     return HGNetV2Config(stages=(first, second, *later), out_stages=tuple(range(2, 2 + len(later))))
 
 
-def _third_stage(out_channels: int, *, n_blocks: int = 1, kernel_size: int = 5) -> StageConfig:
+def _third_stage(out_channels: int, n_blocks: int = 1, kernel_size: int = 5) -> StageConfig:
     return StageConfig(
-        in_channels=256,
-        mid_channels=64,
-        out_channels=out_channels,
-        n_blocks=n_blocks,
-        light=True,
+        in_channels=256, mid_channels=64, out_channels=out_channels, n_blocks=n_blocks, light=True,
         kernel_size=kernel_size,
+    )  # fmt: skip
+
+
+def _lite(
+    name: str, third: StageConfig, dim: int, *, num_queries: int, ffn_dim: int, reported: Reported
+) -> Variant:
+    config = DEIMv2Config(
+        variant=name,
+        backbone=_hgnetv2(third),
+        encoder=LiteEncoderConfig(hidden_dim=dim),
+        decoder=DecoderConfig(
+            hidden_dim=dim, num_layers=3, num_queries=num_queries, num_points=(4, 2), ffn_dim=ffn_dim,
+            gateway=False, share_bbox_head=True,
+        ),
+        criterion=CriterionConfig(local=False, union_set=False),
+    )  # fmt: skip
+    return _variant(config, "HGNetv2", B0_WEIGHTS, reported)
+
+
+_FOURTH_STAGE = StageConfig(in_channels=512, mid_channels=128, out_channels=1024, light=True, kernel_size=5)
+_NANO = DEIMv2Config(
+    variant="n",
+    backbone=_hgnetv2(_third_stage(512, n_blocks=2), _FOURTH_STAGE),
+    encoder=HybridEncoderConfig(hidden_dim=128, ffn_dim=512, expansion=0.34, n_blocks=2, trailing_conv=True),
+    decoder=DecoderConfig(hidden_dim=128, num_layers=3, num_points=(6, 6), ffn_dim=512),
+)
+
+
+def _vit_tiny(dim: int) -> ViTConfig:
+    return ViTConfig(
+        family="vit_tiny", dim=dim, num_heads=dim // 64, hidden_dim=4 * dim, out_blocks=(3, 7, 11)
     )
 
 
+_DINOV3 = ViTConfig(
+    family="dinov3", dim=384, num_heads=6, hidden_dim=1536, out_blocks=(5, 8, 11), n_storage_tokens=4,
+    norm_eps=1e-5, layer_scale=1e-5, mask_key_bias=True, final_norm=True, rope_rescale=2.0,
+)  # fmt: skip
+
+
 def _with_vit(
-    name: str,
-    vit: ViTConfig,
-    dim: int,
-    *,
-    detail_channels: int,
-    encoder_ffn: int,
-    expansion: float,
-    n_blocks: int,
-    num_layers: int = 4,
-    ffn_dim: int,
-    backbone_weights: str,
-    reported: Reported,
-) -> Variant:
-    schedule = PUBLISHED[name]
+    name: str, vit: ViTConfig, dim: int, *, detail_channels: int, encoder_ffn: int, expansion: float,
+    n_blocks: int, ffn_dim: int, num_layers: int = 4, weights: str, reported: Reported,
+) -> Variant:  # fmt: skip
     config = DEIMv2Config(
         variant=name,
         image_mean=IMAGENET_MEAN,
@@ -158,73 +147,43 @@ def _with_vit(
             hidden_dim=dim, ffn_dim=encoder_ffn, expansion=expansion, n_blocks=n_blocks
         ),
         decoder=DecoderConfig(hidden_dim=dim, num_layers=num_layers, num_points=(3, 6, 3), ffn_dim=ffn_dim),
-        criterion=CriterionConfig(matcher_change_epoch=schedule.matcher_change_epoch),
     )
-    return Variant(
-        config=config,
-        schedule=schedule,
-        weights_id=f"Intellindust/DEIMv2_DINOv3_{name.upper()}_COCO",
-        backbone_weights=backbone_weights,
-        reported=reported,
-    )
+    return _variant(config, "DINOv3", weights, reported)
 
 
-def _vit_tiny(dim: int) -> ViTConfig:
-    return ViTConfig(
-        family="vit_tiny", dim=dim, num_heads=dim // 64, hidden_dim=4 * dim, out_blocks=(3, 7, 11)
-    )
-
-
-def _dinov3(ffn: Literal["mlp", "swiglu"]) -> ViTConfig:
-    return ViTConfig(
-        family="dinov3",
-        dim=384,
-        num_heads=6,
-        hidden_dim=1536,
-        ffn=ffn,
-        out_blocks=(5, 8, 11),
-        n_storage_tokens=4,
-        norm_eps=1e-5,
-        layer_scale=1e-5,
-        mask_key_bias=True,
-        final_norm=True,
-        rope_rescale=2.0,
-    )
-
-
-VARIANTS: dict[str, Variant] = {
-    "atto": _lite(
-        "atto", _hgnetv2(_third_stage(256, kernel_size=3)), 64, num_queries=100, ffn_dim=160,
-        reported=Reported(coco_ap=23.8, params_m=0.49, gflops=0.76, t4_latency_ms=1.10),
+_SIZES = (
+    _lite(
+        "atto", _third_stage(256, kernel_size=3), 64, num_queries=100, ffn_dim=160,
+        reported=Reported(23.8, 0.49, 0.76, 1.10),
     ),
-    "femto": _lite(
-        "femto", _hgnetv2(_third_stage(512)), 96, num_queries=150, ffn_dim=256,
-        reported=Reported(coco_ap=31.0, params_m=0.96, gflops=1.67, t4_latency_ms=1.45),
+    _lite(
+        "femto", _third_stage(512), 96, num_queries=150, ffn_dim=256,
+        reported=Reported(31.0, 0.96, 1.67, 1.45),
     ),
-    "pico": _lite(
-        "pico", _hgnetv2(_third_stage(512, n_blocks=2)), 112, num_queries=200, ffn_dim=320,
-        reported=Reported(coco_ap=38.5, params_m=1.51, gflops=5.15, t4_latency_ms=2.13),
+    _lite(
+        "pico", _third_stage(512, n_blocks=2), 112, num_queries=200, ffn_dim=320,
+        reported=Reported(38.5, 1.51, 5.15, 2.13),
     ),
-    "n": _nano(Reported(coco_ap=43.0, params_m=3.57, gflops=6.86, t4_latency_ms=2.32)),
-    "s": _with_vit(
+    _variant(_NANO, "HGNetv2", B0_WEIGHTS, Reported(43.0, 3.57, 6.86, 2.32)),
+    _with_vit(
         "s", _vit_tiny(192), 192, detail_channels=16, encoder_ffn=512, expansion=0.34, n_blocks=2,
-        ffn_dim=512, backbone_weights="vitt_distill.pt", reported=Reported(coco_ap=50.9, params_m=9.71,
-        gflops=25.62, t4_latency_ms=5.78),
+        ffn_dim=512, weights="vitt_distill.pt", reported=Reported(50.9, 9.71, 25.62, 5.78),
     ),
-    "m": _with_vit(
+    _with_vit(
         "m", _vit_tiny(256), 256, detail_channels=16, encoder_ffn=512, expansion=0.67, n_blocks=3,
-        ffn_dim=512, backbone_weights="vittplus_distill.pt", reported=Reported(coco_ap=53.0, params_m=18.11,
-        gflops=52.20, t4_latency_ms=8.80),
+        ffn_dim=512, weights="vittplus_distill.pt", reported=Reported(53.0, 18.11, 52.20, 8.80),
     ),
-    "l": _with_vit(
-        "l", _dinov3("mlp"), 224, detail_channels=32, encoder_ffn=896, expansion=1.0, n_blocks=3,
-        ffn_dim=1792, backbone_weights="dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
-        reported=Reported(coco_ap=56.0, params_m=32.18, gflops=96.32, t4_latency_ms=10.47),
+    _with_vit(
+        "l", _DINOV3, 224, detail_channels=32, encoder_ffn=896, expansion=1.0, n_blocks=3, ffn_dim=1792,
+        weights="dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
+        reported=Reported(56.0, 32.18, 96.32, 10.47),
     ),
-    "x": _with_vit(
-        "x", _dinov3("swiglu"), 256, detail_channels=64, encoder_ffn=1024, expansion=1.25, n_blocks=4,
-        num_layers=6, ffn_dim=2048, backbone_weights="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
-        reported=Reported(coco_ap=57.8, params_m=50.26, gflops=151.6, t4_latency_ms=13.75),
+    _with_vit(
+        "x", replace(_DINOV3, ffn="swiglu"), 256, detail_channels=64, encoder_ffn=1024, expansion=1.25,
+        n_blocks=4, num_layers=6, ffn_dim=2048,
+        weights="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
+        reported=Reported(57.8, 50.26, 151.6, 13.75),
     ),
-}  # fmt: skip
+)  # fmt: skip
+VARIANTS: dict[str, Variant] = {str(size.config.variant): size for size in _SIZES}
 """By name, small to large."""

@@ -1,4 +1,4 @@
-"""What a network becomes for inference: layers folded into one another, and the walk that folds them.
+"""Convolutions for inference, with norm, bias and activation folded into one call.
 
 A module with a leaner form has a method `fuse()` that returns it; `fuse_children` walks a tree and puts those
 forms in. The leaf they share is `FusedConv`, a convolution with bias and activation, which on a CPU in
@@ -25,7 +25,7 @@ from thawline.ops.cache import TensorCache
 
 @dataclass(frozen=True)
 class Clamp:
-    """The activation that limits values to a range."""
+    """Activation that limits values to a range."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -49,7 +49,7 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FusedConv(nn.Module):
-    """Convolution, bias and activation; maps come out channels-last.
+    """Convolution with bias and activation; the output is channels-last.
 
     Args:
         weight: (O, I / groups, k, k).        bias: (O,).
@@ -75,7 +75,7 @@ class FusedConv(nn.Module):
 
     @classmethod
     def fold(cls, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: FusedActivation = "none") -> FusedConv:
-        """A convolution and its norm in eval mode."""
+        """Fold a convolution and its norm in eval mode."""
         weight, bias = fold_norm(conv.weight, norm)
         return cls(
             weight,
@@ -120,7 +120,7 @@ class FusedConv(nn.Module):
 
 
 def fold_norm(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the layer that equals a layer without bias and then a batch norm in eval mode.
+    """Return weight and bias of a layer without bias and its batch norm in eval mode, folded.
 
     Args:
         weight: (O, ...), of a convolution or a linear layer.
@@ -132,7 +132,7 @@ def fold_norm(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A frozen linear layer with these values, (O, I) and (O,)."""
+    """Return a frozen linear layer with these values, (O, I) and (O,)."""
     linear = nn.Linear(*weight.T.shape, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -143,9 +143,9 @@ _workspace = threading.local()
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Maps (B, C_i, H, W) side by side in their channels, to be read before the next call and not kept.
+    """Concatenate maps (B, C_i, H, W) along channels; the result is valid until the next call.
 
-    On a CPU they lie in one buffer of this thread, as large as its largest concatenation so far: memory fresh
+    On a CPU they lie in one buffer of this thread, as large as its largest concatenation so far: fresh memory
     from the system costs several times the copy.
     """
     first = parts[0]
@@ -164,7 +164,7 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def onednn_serves(x: Tensor) -> bool:
-    """Whether the fused call computes what the plain ones do: eager float32 on a CPU, without gradient."""
+    """Return True where oneDNN's fused call can be used: eager float32 on a CPU, without gradient."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32

@@ -1,8 +1,8 @@
-"""The decoder at inference: only what the answer needs, in as few passes as it takes.
+"""Inference forms of the decoder and its attention.
 
-What differs from `decoder.py`, none of it in the numbers beyond rounding: layers after the answering one and
-all other heads are gone; offsets and weights of the cross attention are one linear with every constant factor
-inside; the distribution's bins and the step from distances to a box are one matrix; sampling is
+They equal the network's own up to rounding. Layers after the evaluated one and heads that only training reads
+are removed; offsets and weights of the cross attention come from one linear that contains every constant
+factor; the distribution's bins and the step from distances to a box are one matrix; sampling is
 `deformable_gather`.
 
 Legend: B images, T tokens of all levels, Q queries, D channels, C classes, R + 1 bins of an edge.
@@ -10,9 +10,10 @@ Legend: B images, T tokens of all levels, Q queries, D channels, C classes, R + 
 
 from __future__ import annotations
 
-__all__ = ["FusedDecoder", "FusedDecoderLayer", "FusedDeformableAttention", "FusedSelfAttention"]
+__all__ = ["FusedDecoder", "FusedDeformableAttention", "FusedSelfAttention"]
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,8 @@ from thawline.models.deimv2.network.anchors import make_anchors
 from thawline.models.deimv2.network.blocks import SelfAttention
 from thawline.models.deimv2.network.decoder import Decoder
 from thawline.models.deimv2.network.decoder_layer import (
-    FLOAT16_MAX,
     OFFSET_SCALE,
     POSITION_LIMIT,
-    DecoderLayer,
     DeformableAttention,
     to_wide,
 )
@@ -36,8 +35,19 @@ from thawline.ops.cache import TensorCache
 from thawline.ops.deformable import SamplingPlan, deformable_gather, deformable_sample, plan_sampling
 
 
+class Memory(NamedTuple):
+    """Encoder output in the two forms that sampling reads."""
+
+    tokens: Tensor
+    """(B, T, D)"""
+    maps: Sequence[Tensor]
+    """(B, D, H_l, W_l), fine to coarse."""
+    plan: SamplingPlan | None
+    """None: sample the maps."""
+
+
 class FusedDecoder(nn.Module):
-    """Maps to the answering layer's detections."""
+    """Decoder that computes the detections of the evaluated layer only."""
 
     edges: Tensor
 
@@ -58,13 +68,13 @@ class FusedDecoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> DetectionOutput:
         """Maps (B, D, H_l, W_l), fine to coarse, to detections."""
-        memory = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         sizes = tuple((level.shape[-2], level.shape[-1]) for level in maps)
-        x, reference = self._select_queries(memory, sizes)
+        x, reference = self._select_queries(tokens, sizes)
         position = self.query_pos_head(reference.to(x.dtype)).clamp_(-POSITION_LIMIT, POSITION_LIMIT)
-        plan = self._plan(memory, sizes, x.shape[1])
+        memory = Memory(tokens, maps, self._plan(tokens, sizes, x.shape[1]))
         for index, (layer, bbox_head) in enumerate(zip(self.layers, self.bbox_heads, strict=True)):
-            before, x = x, layer(x, position, reference, memory, maps, plan)
+            before, x = x, layer(x, position, reference, memory)
             if index == 0:
                 base = (to_wide(self.pre_bbox_head(x)) + inverse_sigmoid(reference)).sigmoid()
                 extent = base[..., 2:].repeat(1, 1, 2)
@@ -78,11 +88,11 @@ class FusedDecoder(nn.Module):
         return DetectionOutput(logits=logits, pred_boxes=reference)
 
     def _select_queries(self, memory: Tensor, sizes: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
-        """Content and reference boxes of the tokens with the best class score."""
+        """Return content and reference boxes of the tokens with the highest class scores."""
         anchors, valid = self._constants.get(
             (sizes, memory.dtype, memory.device), lambda: make_anchors(sizes, memory.dtype, memory.device)
         )
-        # A token without an anchor counts as zeros: it scores the bias.
+        # A token without a valid anchor is scored as zeros, which gives the bias.
         floor = self.enc_score_head.bias.amax()
         scores = torch.where(valid[:, 0] > 0, self.enc_score_head(memory).amax(dim=-1), floor)
         chosen = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
@@ -93,55 +103,18 @@ class FusedDecoder(nn.Module):
     def _plan(
         self, memory: Tensor, sizes: tuple[tuple[int, int], ...], n_queries: int
     ) -> SamplingPlan | None:
-        """How to gather; None where that does not work: in an exporter, and on maps of one row or column."""
+        """Return the plan for gathering; None in an exporter and for maps of one row or column."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or min(map(min, sizes)) < 2:
             return None
         n_images = memory.shape[0]
         return self._constants.get(
             (sizes, n_images, n_queries, memory.device),
-            lambda: plan_sampling(
-                sizes,
-                self.num_points,
-                n_heads=self.num_heads,
-                n_images=n_images,
-                n_queries=n_queries,
-                device=memory.device,
-            ),
+            lambda: plan_sampling(sizes, self.num_points, self.num_heads, n_images, n_queries, memory.device),
         )
 
 
-class FusedDecoderLayer(nn.Module):
-    """A decoder layer at inference."""
-
-    def __init__(self, layer: DecoderLayer) -> None:
-        super().__init__()
-        self.self_attn = layer.self_attn
-        self.cross_attn = layer.cross_attn
-        self.swish_ffn = layer.swish_ffn
-        self.norm1, self.norm3 = layer.norm1, layer.norm3
-        if hasattr(layer, "gateway"):
-            self.gateway = layer.gateway
-        else:
-            self.norm2 = layer.norm2
-
-    def forward(
-        self,
-        x: Tensor,
-        position: Tensor,
-        reference: Tensor,
-        memory: Tensor,
-        maps: Sequence[Tensor],
-        plan: SamplingPlan | None,
-    ) -> Tensor:
-        """(B, Q, D) to the same."""
-        x = self.norm1(x + self.self_attn(x, position))
-        seen = self.cross_attn(x + position, reference, memory, maps, plan)
-        x = self.gateway(x, seen) if hasattr(self, "gateway") else self.norm2(x + seen)
-        return self.norm3((x + self.swish_ffn(x)).clamp_(-FLOAT16_MAX, FLOAT16_MAX))
-
-
 class FusedSelfAttention(nn.Module):
-    """Self-attention with a linear of its own for queries and keys, and one for values."""
+    """Self-attention with one linear for queries and keys and one for values."""
 
     def __init__(self, attention: SelfAttention) -> None:
         super().__init__()
@@ -151,7 +124,7 @@ class FusedSelfAttention(nn.Module):
         self.value = linear_of(attention.in_proj_weight[2 * dim :], attention.in_proj_bias[2 * dim :])
         self.out_proj = attention.out_proj
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, blocked: None = None) -> Tensor:
         """(B, Q, D) to the same."""
         query_key = self.query_key(x + position).unflatten(-1, (2, self.num_heads, -1))
         query, key = query_key.permute(2, 0, 3, 1, 4).unbind(0)
@@ -172,28 +145,21 @@ class FusedDeformableAttention(nn.Module):
             torch.cat([offsets.bias * scale, weights.bias]),
         )
 
-    def forward(
-        self,
-        query: Tensor,
-        reference: Tensor,
-        memory: Tensor,
-        maps: Sequence[Tensor],
-        plan: SamplingPlan | None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """(B, Q, D) at boxes (B, Q, 4) to (B, Q, D)."""
         n = self.num_heads * sum(self.num_points)
         offsets, weights = self.points(query).split([2 * n, n], dim=-1)
         offsets = offsets.unflatten(-1, (self.num_heads, -1, 2)).to(reference.dtype)
         weights = _softmax(weights.unflatten(-1, (self.num_heads, -1)))
-        if plan is not None:
-            return deformable_gather(memory, reference, offsets, weights, plan)
+        if memory.plan is not None:
+            return deformable_gather(memory.tokens, reference, offsets, weights, memory.plan)
         centre, size = reference[:, :, None, None, :2], reference[:, :, None, None, 2:]
-        locations = torch.addcmul(centre, offsets, size, value=OFFSET_SCALE).to(memory.dtype)
-        return deformable_sample(maps, locations, weights, self.num_points)
+        locations = torch.addcmul(centre, offsets, size, value=OFFSET_SCALE).to(memory.tokens.dtype)
+        return deformable_sample(memory.maps, locations, weights, self.num_points)
 
 
 def _softmax(x: Tensor) -> Tensor:
-    """Over a last axis of few values, where torch's own takes four times as long on a CPU."""
+    """Softmax over a last axis of few values, four times as fast on a CPU as torch's own."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return x.softmax(dim=-1)
     shares = (x - x.amax(dim=-1, keepdim=True)).exp_()
@@ -201,7 +167,7 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def _edges_to_box(bins: Tensor, reg_scale: Tensor) -> Tensor:
-    """From the probabilities of each edge's bins to how the box moves and grows, in its own sizes.
+    """Return the matrix from the probabilities of the edges' bins to shift and growth in box sizes.
 
     Left and right edges (top and bottom likewise) that lie d_l and d_r beyond half a size move the centre by
     (d_r - d_l) / 2s and widen the box by (d_l + d_r) / s.

@@ -14,19 +14,14 @@ from torch import nn
 
 from thawline.models.deimv2.fused.blocks import FusedCSP, FusedELAN, fuse_down_sample, fuse_rep_vgg
 from thawline.models.deimv2.fused.conv import FusedConv
-from thawline.models.deimv2.fused.decoder import (
-    FusedDecoder,
-    FusedDecoderLayer,
-    FusedDeformableAttention,
-    FusedSelfAttention,
-)
+from thawline.models.deimv2.fused.decoder import FusedDecoder, FusedDeformableAttention, FusedSelfAttention
 from thawline.models.deimv2.fused.hgnetv2 import FusedBlock, FusedStem, fuse_unit
 from thawline.models.deimv2.fused.vit import (
     FusedAdaptedViT,
     FusedVisionTransformer,
+    FusedViTBlock,
     fuse_adapter,
 )
-from thawline.models.deimv2.fused.vit import FusedBlock as FusedViTBlock
 from thawline.models.deimv2.network import blocks, decoder, decoder_layer, hgnetv2, lite_encoder, sta, vit
 
 FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -47,7 +42,6 @@ FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     sta.SpatialTuningAdapter: fuse_adapter,
     sta.AdaptedViT: FusedAdaptedViT,
     decoder_layer.DeformableAttention: FusedDeformableAttention,
-    decoder_layer.DecoderLayer: FusedDecoderLayer,
     decoder.Decoder: FusedDecoder,
 }
 """Class of a network's module → what makes its inference form."""

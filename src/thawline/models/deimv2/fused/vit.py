@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FusedAdaptedViT", "FusedBlock", "FusedVisionTransformer", "fuse_adapter"]
+__all__ = ["FusedAdaptedViT", "FusedViTBlock", "FusedVisionTransformer", "fuse_adapter"]
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class FusedVisionTransformer(nn.Module):
         return maps
 
 
-class FusedBlock(nn.Module):
+class FusedViTBlock(nn.Module):
     """Block with its layer scales inside its linears.
 
     It overwrites its own intermediate values: fresh memory is expensive on a CPU.
@@ -119,7 +119,7 @@ def _turns(angles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pair_adjacent(qkv: nn.Linear, num_heads: int) -> nn.Linear:
-    """The projection with the two halves of each query's and key's pairs side by side, and its masked bias.
+    """Return the projection with both channels of each rotated pair adjacent, and its masked bias.
 
     Products of queries and keys do not notice, since both change alike.
     """
@@ -132,7 +132,7 @@ def _pair_adjacent(qkv: nn.Linear, num_heads: int) -> nn.Linear:
 
 
 def _scale_rows(linear: nn.Linear, scale: nn.Module) -> nn.Linear:
-    """A linear with the layer scale that follows it inside."""
+    """Fold the layer scale that follows a linear into it."""
     if not isinstance(scale, LayerScale):
         return linear
     return linear_of(linear.weight * scale.gamma[:, None], linear.bias * scale.gamma)

@@ -1,4 +1,4 @@
-"""What training minimises: every loss term of every stage, weighted, under the authors' names.
+"""Training loss: every term of every stage, weighted, under the authors' names.
 
 The stages of the network come stacked, so each formula runs once for all of them and not once per stage.
 Nothing here asks the device for a value except the matcher's one copy of its costs to the host.
@@ -46,10 +46,10 @@ Count: TypeAlias = "float | Tensor"
 
 
 class Criterion:
-    """The loss of DEIMv2.
+    """Training loss of DEIMv2.
 
     Args:
-        config: a model's config; its `criterion` part says everything.
+        config: a model's config; only its `criterion` part is read.
     """
 
     def __init__(self, config: DEIMv2Config) -> None:
@@ -58,7 +58,7 @@ class Criterion:
     def __call__(
         self, output: DetectionOutput, targets: Sequence[Target], *, epoch: int = 0
     ) -> dict[str, Tensor]:
-        """Weighted loss terms; their sum is the loss.
+        """Return the weighted loss terms; their sum is the loss.
 
         Boxes are counted over all processes where `torch.distributed` runs, so that the mean of the
         processes' losses is the loss of the whole batch.
@@ -86,7 +86,7 @@ class Criterion:
     def _matched_terms(
         self, training: TrainingOutput, targets: PackedTargets, *, overlap_only: bool
     ) -> tuple[dict[str, Tensor], Count, tuple[float, float]]:
-        """Terms of the stages the matcher serves, the count of boxes they divide by, the balance of ddf."""
+        """Return the terms of the matched stages, the count of boxes, and the balance of ddf."""
         stages = _stack(training, training.layers, training.reference_boxes, training.pre, training.encoder)
         _, batch_size, n_queries, _ = stages.logits.shape
         cost = matching_cost(stages.logits, stages.boxes, targets, overlap_only=overlap_only)
@@ -115,7 +115,7 @@ class Criterion:
         n_boxes: Count,
         balance: tuple[float, float],
     ) -> dict[str, Tensor]:
-        """Terms of the denoising queries, whose box is known; they reuse the balance of the matched."""
+        """Return the terms of the denoising queries; ddf reuses the balance of the matched ones."""
         stages = _stack(training, denoising.layers, denoising.reference_boxes, denoising.pre)
         n_groups = denoising.queries.n_groups
         matches = denoising_matches(targets.counts, targets.labels.shape[1], n_groups)
@@ -130,7 +130,7 @@ class Criterion:
     def _losses(
         self, stages: _Stages, own: _Pairs, shared: _Pairs, balance: tuple[float, float]
     ) -> dict[str, Tensor]:
-        """Each kind of term for the stages that have it: (S,), (L,) for fgl, (L - 1,) for ddf."""
+        """Return each kind of term for the stages that have it: (S,), (L,) for fgl, (L - 1,) for ddf."""
         config, n_stages, n_layers = self.config, len(stages.logits), stages.n_layers
         class_loss = CLASS_LOSSES[config.class_loss]
         where = own.where(n_stages)
@@ -191,7 +191,7 @@ class _Pairs:
     boxes: Tensor
     """(S or 1, N, 4), cxcywh."""
     count: Count
-    """What sums over pairs are divided by."""
+    """Divisor of sums over pairs."""
 
     def where(self, n_stages: int) -> tuple[Tensor, Tensor, Tensor]:
         """Index of the pairs' queries in the first stages of (S, B, Q, ...)."""
@@ -215,7 +215,7 @@ def _stack(
 
 
 def _pairs(matches: Matches, targets: PackedTargets, like: Tensor, count: Count) -> _Pairs:
-    """Bring pairs to the device of `like` in one copy that nobody waits for."""
+    """Copy pairs to the device of `like` in one asynchronous transfer."""
     table = torch.from_numpy(np.concatenate([matches.image[None], matches.query, matches.target]))
     if like.is_cuda:
         table = table.pin_memory().to(like.device, non_blocking=True)
@@ -227,7 +227,7 @@ def _pairs(matches: Matches, targets: PackedTargets, like: Tensor, count: Count)
 
 
 def _bins_of_targets(stages: _Stages, pairs: _Pairs) -> tuple[Tensor, Tensor]:
-    """Between which bins each edge of the matched boxes lies, and where: two of (L, N, 4)."""
+    """Return the left bin of each matched edge and the share of the right bin: two of (L, N, 4)."""
     references = stages.reference_boxes[pairs.image, pairs.query[: stages.n_layers]]
     corners = cxcywh_to_xyxy(pairs.boxes[: stages.n_layers], clamp_size=True)
     left, share = distance_to_bins(box_to_distance(references, corners, stages.reg_scale), stages.bins)
@@ -235,13 +235,13 @@ def _bins_of_targets(stages: _Stages, pairs: _Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _overlap(boxes: Tensor, targets: Tensor) -> Tensor:
-    """IoU of cxcywh boxes, as a weight: without gradient."""
+    """Return the IoU of cxcywh boxes without gradient, for use as a weight."""
     boxes = cxcywh_to_xyxy(boxes.detach(), clamp_size=True)
     return box_iou(boxes, cxcywh_to_xyxy(targets, clamp_size=True))
 
 
 def _mean_over_processes(counts: list[int], device: torch.device) -> list[Count]:
-    """Each count's mean over the processes, at least 1."""
+    """Return each count's mean over the processes, at least 1."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [float(max(1, count)) for count in counts]
     total = torch.tensor(counts, dtype=torch.float32)
@@ -252,7 +252,7 @@ def _mean_over_processes(counts: list[int], device: torch.device) -> list[Count]
 
 
 def _name(losses: dict[str, Tensor], suffixes: dict[int, str]) -> dict[str, Tensor]:
-    """One entry for each stage and kind, stages in the order of `suffixes`."""
+    """Return one entry per stage and kind, stages in the order of `suffixes`."""
     scalars = {kind: loss.unbind() for kind, loss in losses.items()}
     return {
         f"loss_{kind}{suffix}": values[stage]

@@ -1,7 +1,7 @@
-"""Denoising queries: boxes of the batch, shaken, that training prepends to the learned ones.
+"""Denoising queries: noised boxes of the batch that training prepends to the selected queries.
 
-A group holds every box of an image twice, G positives then G negatives. Positives stay near their box and
-must find it; negatives move further off and must be told to be background. Groups repeat to about
+A group contains every box of an image twice, G positives then G negatives. Positives stay near their box and
+must recover it; negatives move further away and must be classified as background. Groups repeat to about
 `num_denoising` positives, and no query sees a denoising query outside its own group.
 
 Source: Zhang et al., DINO (ICLR 2023), with the constants DEIMv2's code really uses. One difference: a batch
@@ -27,7 +27,7 @@ from thawline.ops.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 
 @dataclass(frozen=True)
 class DenoisingQueries:
-    """What the decoder prepends to its queries."""
+    """Queries that the decoder prepends to the selected ones."""
 
     labels: Tensor
     """(B, N), int64: rows of the label embedding, `num_classes` (a zero row) where padded."""
@@ -52,7 +52,7 @@ def build_denoising_queries(
     label_noise: float = 0.5,
     box_noise: float = 1.0,
 ) -> DenoisingQueries:
-    """Shake the boxes of a batch. Draws on the device of the targets; asks nothing of it.
+    """Build denoising queries on the device of the targets, without synchronising with it.
 
     Args:
         targets: the batch.
@@ -88,7 +88,7 @@ def build_denoising_queries(
 
 
 def denoising_matches(counts: tuple[int, ...], n_boxes: int, n_groups: int) -> Matches:
-    """Positive k of every group answers for box k: one stage of n_groups · (all boxes) pairs.
+    """Match positive k of every group to box k: one stage of n_groups · (all boxes) pairs.
 
     Args:
         counts: boxes in each image.        n_boxes: G.        n_groups: as built.

@@ -1,4 +1,4 @@
-"""The formulas of DEIMv2's losses, each over all stages at once.
+"""Formulas of DEIMv2's losses, each over all stages at once.
 
 Classification: MAL (Huang et al., DEIM, CVPR 2025) and what it replaced, VFL (Zhang et al., CVPR 2021) and
 focal (Lin et al., ICCV 2017). Localisation: L1, GIoU, and D-FINE's (Peng et al., ICLR 2025) two terms on the
@@ -39,7 +39,7 @@ DDF_TEMPERATURE = 5.0
 
 
 def mal_loss(logits: Tensor, where: Where, iou: Tensor, gamma: float) -> Tensor:
-    """Matchability-aware loss: the matched class should score IoU^γ, weight 1; all else nothing, weight p^γ.
+    """Matchability-aware loss: target IoU^γ with weight 1 for the matched class, 0 with weight p^γ elsewhere.
 
     Args:
         logits: (S, B, Q, C).        where: index of the matched logits.        iou: (S, N), detached.
@@ -51,14 +51,14 @@ def mal_loss(logits: Tensor, where: Where, iou: Tensor, gamma: float) -> Tensor:
 
 
 def vfl_loss(logits: Tensor, where: Where, iou: Tensor, gamma: float) -> Tensor:
-    """Varifocal loss: the matched class should score its IoU, weight IoU; all else nothing, weight α·p^γ."""
+    """Varifocal loss: target IoU with weight IoU for the matched class, 0 with weight α·p^γ elsewhere."""
     weight = VFL_ALPHA * logits.detach().sigmoid() ** gamma
     weight[where] = iou.to(weight.dtype)
     return _weighted_bce(logits, weight, where, iou)
 
 
 def focal_loss(logits: Tensor, where: Where, iou: Tensor, gamma: float) -> Tensor:
-    """Sigmoid focal loss with hard targets; the overlap is not used, and the weights pass gradient."""
+    """Sigmoid focal loss with hard targets; the IoU is not used, and gradient flows through the weights."""
 
     def off(x: Tensor) -> Tensor:
         return (1 - FOCAL_ALPHA) * x.sigmoid() ** gamma * F.softplus(x)
@@ -106,7 +106,7 @@ def fgl_loss(corner_logits: Tensor, left: Tensor, share: Tensor, iou: Tensor) ->
 
 
 def ddf_balance(n_matched: int, n_rest: int, batch_size: int) -> tuple[float, float]:
-    """How much the matched queries and the rest count in DDF: the roots of their edges, eight per image."""
+    """Return the weights of matched and other queries in DDF: roots of their edges, eight per image."""
     return math.sqrt(4 * n_matched * 8 / batch_size), math.sqrt(4 * n_rest * 8 / batch_size)
 
 

@@ -1,4 +1,4 @@
-"""Which query answers for which box: one batched cost, one copy to the host, one solution each.
+"""Bipartite matching of queries to boxes: one batched cost, one copy to the host, one assignment each.
 
 Source: the set matching of DETR (Carion et al., ECCV 2020) with the costs of D-FINE, and DEIMv2's second
 cost, which from `matcher_change_epoch` on asks for overlap only. Stages are the outputs that are matched each
@@ -41,12 +41,12 @@ class Matches:
     query: Indices
     """(S, N)"""
     target: Indices
-    """(S, N), the box's place in its image."""
+    """(S, N), index of the box in its image."""
 
 
 @torch.no_grad()
 def matching_cost(logits: Tensor, boxes: Tensor, targets: PackedTargets, *, overlap_only: bool) -> Tensor:
-    """What it costs to let query q answer for box g.
+    """Return the cost of matching query q to box g.
 
     Args:
         logits: (S, B, Q, C).        boxes: (S, B, Q, 4), cxcywh.
@@ -67,12 +67,12 @@ def matching_cost(logits: Tensor, boxes: Tensor, targets: PackedTargets, *, over
         distance = torch.cdist(boxes, target_boxes.expand(stages, -1, -1, -1), p=1.0)
         cost = CLASS_COST * (positive - negative) + L1_COST * distance
         cost -= GIOU_COST * pairwise_giou(corners, target_corners)
-    # A diverging network must not crash the solver; its losses say what happened.
+    # A diverging network must not crash the solver; its losses show what happened.
     return cost.nan_to_num(nan=1.0)
 
 
 def match_queries(cost: Tensor, counts: tuple[int, ...]) -> Matches:
-    """Solve every image of every stage: each box gets its own query, as long as there are queries.
+    """Solve every image of every stage: each box gets its own query while there are queries left.
 
     The copy of `cost` to the host is the one synchronisation of a training step's loss. Threads were tried
     and gave nothing: SciPy's solver holds the interpreter's lock (300 × 10 to 300 × 300, ratio 1.0).
@@ -98,7 +98,7 @@ def match_queries(cost: Tensor, counts: tuple[int, ...]) -> Matches:
 
 
 def union_of_matches(matches: Matches, n_queries: int) -> Matches:
-    """The global set that box losses of all stages share: every query that any stage matched, once.
+    """Return the matches that the box losses of all stages share: every query matched in any stage, once.
 
     A query that stages matched to different boxes keeps the box that most of them chose; a box may keep
     several queries. D-FINE's "GO" set, without its loop over pairs.

@@ -1,4 +1,4 @@
-"""The boxes of a batch, packed once for everything that reads them: denoising, matching, losses.
+"""Boxes of a batch, padded once for denoising, matching and losses.
 
 Counts stay on the host, where they are known without asking the device.
 """
@@ -19,7 +19,7 @@ from thawline.errors import DataError
 
 
 class Target(TypedDict):
-    """What is in one image."""
+    """Labels and boxes of one image."""
 
     labels: Tensor
     """(N,), int64, in [0, num_classes)."""
@@ -29,10 +29,10 @@ class Target(TypedDict):
 
 @dataclass(frozen=True)
 class PackedTargets:
-    """The targets of B images, padded to the G boxes of the fullest one."""
+    """Targets of B images, padded to the G boxes of the fullest one."""
 
     counts: tuple[int, ...]
-    """Boxes in each image, B values on the host."""
+    """Number of boxes in each image, B values on the host."""
     labels: Tensor
     """(B, G), int64; `num_classes` where padded."""
     boxes: Tensor
@@ -40,7 +40,7 @@ class PackedTargets:
 
     @property
     def n_boxes(self) -> int:
-        """All boxes of the batch."""
+        """Number of boxes in the batch."""
         return sum(self.counts)
 
 
@@ -64,7 +64,7 @@ def pack_targets(
             if low < 0 or high >= num_classes:
                 raise DataError(
                     f"targets[{index}]: labels run from {low} to {high}, the model has classes 0 to "
-                    f"{num_classes - 1}. Map the data set's ids to 0, 1, … or set `num_classes`."
+                    f"{num_classes - 1}. Map the dataset's ids to 0, 1, … or set `num_classes`."
                 )
     counts = tuple(len(target["labels"]) for target in targets)
     # One more, empty image makes the padded length at least 1, so a batch without boxes has the same shapes.

@@ -1,4 +1,4 @@
-"""Where queries start: a box around each token of the maps."""
+"""Anchors: a box around each token of the maps, from which queries start."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 ANCHOR_SIZE = 0.05
 """Width and height of the finest level's anchors; each coarser level doubles it."""
 ANCHOR_MARGIN = 0.01
-"""Tokens whose anchor comes closer to a border are not chosen: their logit would be extreme."""
+"""Tokens whose anchor is closer to a border are not selected: its logit would be extreme."""
 
 
 def make_anchors(
     sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Where a query starts that is made from a token: a box around the token, as logits.
+    """Return the anchor of each token, as logits of cxcywh.
 
     Args:
         sizes: (H, W) of each level, fine to coarse.

@@ -1,4 +1,4 @@
-"""The small parts that encoders and decoder share.
+"""Blocks that the encoders and the decoder share.
 
 Attribute names are the authors', because they are the keys of every published checkpoint. Source: Huang et
 al., DEIMv2, arXiv 2509.20787; the ELAN block is GELAN's (Wang et al., YOLOv9, 2024) as D-FINE uses it, the
@@ -45,7 +45,7 @@ class ConvNorm(nn.Module):
 
 
 class RepVGG(nn.Module):
-    """A 3×3 and a 1×1 convolution side by side, summed."""
+    """Sum of a 3×3 and a 1×1 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class CSP(nn.Module):
 
 
 class ELAN(nn.Module):
-    """Two halves, two CSP chains fed one from the other, all four concatenated and mixed.
+    """Two halves and two CSP chains, the second fed by the first, concatenated and mixed.
 
     Args:
         channels: D, in and out.
@@ -118,7 +118,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale, computed in float32 whatever the dtype of x, as the weights were trained.
+    """x / rms(x) · scale, computed in float32 for every dtype of x, as the weights were trained.
 
     That makes it an island of float32 in a float64 model as well; equality with the authors' numbers needs
     it.
@@ -155,7 +155,7 @@ class SwiGLU(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention in which queries and keys, but not values, may know their position.
+    """Multi-head self-attention with positions added to queries and keys, not to values.
 
     Parameters are named as in `torch.nn.MultiheadAttention`; no attention weights are made.
     """

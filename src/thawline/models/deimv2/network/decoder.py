@@ -1,4 +1,4 @@
-"""From maps to boxes: choose tokens as queries, refine them layer by layer, read classes and boxes off.
+"""Decoder: select tokens as queries, refine them layer by layer, predict classes and boxes.
 
 Source: D-FINE (Peng et al., ICLR 2025) and DEIMv2, arXiv 2509.20787. Different from the authors' code in how,
 not in what: every token is scored without gradient and only the chosen ones again with it; anchors are made
@@ -52,11 +52,11 @@ class DecoderConfig:
     hidden_dim: int
     num_layers: int
     num_queries: int = 300
-    """Objects an image can have at most."""
+    """Maximum number of objects in an image."""
     num_points: tuple[int, ...]
-    """Points that a head reads on each level, fine to coarse."""
+    """Points that a head samples on each level, fine to coarse."""
     ffn_dim: int
-    """Width of the feed-forward part before its gate halves it."""
+    """Width of the feed-forward block before its gate halves it."""
     gateway: bool = True
     """Mix cross attention by a gate; False: plain residual."""
     share_bbox_head: bool = False
@@ -66,10 +66,10 @@ class DecoderConfig:
     """Layer that answers in eval mode, from the end if negative; the layers after it are for training
     only."""
     reg_max: int = 32
-    """An edge's distribution has one bin more."""
+    """Number of bins of an edge's distribution, minus one."""
     reg_scale: float = 4.0
     up: float = 0.5
-    """With `reg_scale`, how far the distributions reach."""
+    """Sets the range of the distributions, together with `reg_scale`."""
 
     def __post_init__(self) -> None:
         if self.hidden_dim % self.num_heads:
@@ -157,9 +157,9 @@ class Decoder(nn.Module):
         )
 
     def _select_queries(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Predictions]:
-        """The tokens with the best class score: content and reference, both detached, and the encoder's view.
+        """Return content, reference (both detached) and predictions of the highest-scoring tokens.
 
-        A token without a valid anchor counts as zeros, and so scores the bias of the head.
+        A token without a valid anchor is replaced by zeros, so its score is the bias of the head.
         """
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         sizes = tuple((level.shape[-2], level.shape[-1]) for level in maps)
@@ -214,7 +214,7 @@ class Decoder(nn.Module):
         return refined
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Read the authors' layout, which also holds tables for one image size and two tensors twice."""
+        """Accept the authors' layout, which also contains tables for one image size and two tensors twice."""
         for name in ("anchors", "valid_mask"):
             state_dict.pop(f"{prefix}{name}", None)
         for name in ("up", "reg_scale"):
@@ -225,7 +225,7 @@ class Decoder(nn.Module):
 
 
 class LayerStack(nn.Module):
-    """The layers, and what reads the quality of a box off its distributions."""
+    """Decoder layers and their location-quality heads."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -241,12 +241,12 @@ class LayerStack(nn.Module):
         self.reg_max = config.reg_max
 
     def bins(self) -> Tensor:
-        """The distances that the bins of an edge stand for, (R + 1,)."""
+        """Return the distances of an edge's bins, (R + 1,)."""
         return weighting_function(self.reg_max, self.up, self.reg_scale)
 
 
 class _Refined:
-    """What the layers gave, for denoising and other queries together."""
+    """Predictions of the layers, for denoising and selected queries together."""
 
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
@@ -271,7 +271,7 @@ def _init_score_heads(*heads: nn.Linear) -> None:
 
 
 def _init_box_heads(*heads: MLP) -> None:
-    """Heads that first leave their reference box as it is."""
+    """Initialise box heads so that they first return their reference box."""
     for head in heads:
         nn.init.zeros_(head.layers[-1].weight)
         nn.init.zeros_(head.layers[-1].bias)

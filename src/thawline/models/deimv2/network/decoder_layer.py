@@ -1,4 +1,4 @@
-"""One decoder layer, and the two small heads that belong to a layer.
+"""Decoder layer and location-quality head.
 
 Source: D-FINE (Peng et al., ICLR 2025) and DEIMv2, arXiv 2509.20787. Compared with deformable DETR the cross
 attention has no projection of its values or its output: heads read the encoder's channels as they are.
@@ -29,13 +29,13 @@ from thawline.ops.deformable import deformable_sample
 
 FLOAT16_MAX = 65504.0
 POSITION_LIMIT = 10.0
-"""Largest value of a query's position."""
+"""Limit of a query's position embedding."""
 OFFSET_SCALE = 0.5
 """An offset of ±1 with one point to a level reaches the edges of the reference box."""
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among queries, deformable attention to the maps, feed-forward part; post-norm."""
+    """Self-attention among queries, deformable attention to the maps, feed-forward block; post-norm."""
 
     def __init__(
         self, dim: int, num_heads: int, ffn_dim: int, num_points: Sequence[int], *, gateway: bool
@@ -52,9 +52,14 @@ class DecoderLayer(nn.Module):
         self.norm3 = RMSNorm(dim)
 
     def forward(
-        self, x: Tensor, position: Tensor, reference: Tensor, maps: Sequence[Tensor], blocked: Tensor | None
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        maps: Sequence[Tensor],
+        blocked: Tensor | None = None,
     ) -> Tensor:
-        """One step.
+        """Refine the queries.
 
         Args:
             x, position: (B, Q, D).        reference: (B, Q, 4), cxcywh.        maps: (B, D, h, w) per level.
@@ -69,7 +74,7 @@ class DecoderLayer(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Each head reads its channels at learned points around the reference box."""
+    """Deformable attention: each head samples its channels at learned points around the reference box."""
 
     num_points_scale: Tensor
 
@@ -95,7 +100,7 @@ class DeformableAttention(nn.Module):
         return deformable_sample(maps, locations, weights, self.num_points)
 
     def _init_weights(self) -> None:
-        """Head k looks in direction k of H, its points at growing distance, all weighted alike."""
+        """Point head k in direction k of H, with points at growing distance and equal weights."""
         angle = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
@@ -111,7 +116,7 @@ class DeformableAttention(nn.Module):
 
 
 class Gate(nn.Module):
-    """How much of the query and how much of what it saw goes on, channel by channel."""
+    """Gated sum of the query and its cross attention, channel by channel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -127,7 +132,7 @@ class Gate(nn.Module):
 
 
 class LocationQuality(nn.Module):
-    """How peaked the distributions of a box's edges are, as an addition to all its class logits."""
+    """Correction of a box's class logits, computed from how peaked the distributions of its edges are."""
 
     top = 4
 
@@ -145,5 +150,5 @@ class LocationQuality(nn.Module):
 
 
 def to_wide(x: Tensor) -> Tensor:
-    """At least float32: boxes and losses need it."""
+    """Convert to at least float32, which boxes and losses need."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -59,12 +59,12 @@ class HGNetV2Config:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of the maps it gives."""
+        """For each map of the output."""
         return tuple(4 * 2**stage for stage in self.out_stages)
 
     @property
     def out_channels(self) -> tuple[int, ...]:
-        """Of the maps it gives."""
+        """For each map of the output."""
         return tuple(self.stages[stage].out_channels for stage in self.out_stages)
 
 
@@ -89,7 +89,7 @@ class HGNetV2(nn.Module):
 
 
 class Stem(nn.Module):
-    """To stride 4, with a learned and a maximum branch of 2×2 windows, padded on the right and below."""
+    """Stem to stride 4 with a convolution and a max-pool branch of 2×2 windows, padded right and bottom."""
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Layers in a row; the input and every layer's output are concatenated and squeezed in two steps."""
+    """Layers in sequence; the input and every layer's output are concatenated and squeezed in two steps."""
 
     def __init__(self, config: StageConfig, in_channels: int, *, residual: bool) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class LearnableAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same."""
+        """Any shape, unchanged."""
         return self.scale * x + self.bias
 
 

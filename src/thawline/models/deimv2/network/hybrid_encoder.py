@@ -1,4 +1,4 @@
-"""The encoder of N to X: attention on the coarsest map, then down and up a feature pyramid.
+"""Encoder of N to X: attention on the coarsest map, then a feature pyramid top-down and bottom-up.
 
 Source: RT-DETR (Zhao et al., CVPR 2024), as D-FINE and DEIMv2 keep it, with sums where they concatenated.
 """
@@ -27,7 +27,7 @@ class HybridEncoderConfig:
 
     kind: Literal["hybrid"] = "hybrid"
     hidden_dim: int
-    """Channels of every map it gives."""
+    """Channels of every output map."""
     ffn_dim: int
     """Width inside the transformer layer."""
     expansion: float
@@ -43,7 +43,7 @@ class HybridEncoderConfig:
 
 
 class HybridEncoder(nn.Module):
-    """Maps of several strides to as many of one width, fine to coarse."""
+    """Encoder from maps of several strides to as many maps of one width, fine to coarse."""
 
     def __init__(self, config: HybridEncoderConfig, in_channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class HybridEncoder(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A post-norm transformer layer whose queries and keys know their place."""
+    """Post-norm transformer layer with positions added to queries and keys."""
 
     def __init__(self, config: HybridEncoderConfig) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def sine_position_embedding(
     device: torch.device | str = "cpu",
     temperature: float = 10000.0,
 ) -> Tensor:
-    """Sines and cosines of each token's row, then of its column.
+    """Return sines and cosines of each token's row, then of its column.
 
     The authors lay the grid out column by column while their tokens go row by row, so token t gets the place
     (t // H, t mod H). For a square that is its row and column; for other shapes it is a scramble, kept here

@@ -1,4 +1,4 @@
-"""The two-level encoder of Atto, Femto and Pico: one map in, strides 16 and 32 out.
+"""Two-level encoder of Atto, Femto and Pico: one map in, strides 16 and 32 out.
 
 Source: DEIMv2, arXiv 2509.20787, section 3.2.
 """
@@ -23,7 +23,7 @@ class LiteEncoderConfig:
 
     kind: Literal["lite"] = "lite"
     hidden_dim: int
-    """Channels of both maps it gives."""
+    """Channels of both output maps."""
     expansion: float = 0.34
     """Width of the chains inside an ELAN block, as a share of half of `hidden_dim`."""
     n_blocks: int = 2
@@ -31,7 +31,7 @@ class LiteEncoderConfig:
 
 
 class LiteEncoder(nn.Module):
-    """Down, a fusion with the global mean, up, down again."""
+    """Downsampling, fusion with the global mean, upsampling, downsampling."""
 
     def __init__(self, config: LiteEncoderConfig, in_channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class GlobalFusion(nn.Module):
 
 
 class DownSample(nn.Sequential):
-    """Halve the resolution by means, which at the border count the padding's zeros, as trained."""
+    """Halve the resolution by averaging; at the border the padding's zeros count, as trained."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(

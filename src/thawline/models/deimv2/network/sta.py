@@ -1,4 +1,4 @@
-"""The backbone of S to X: a vision transformer's maps, joined with details from a small convolutional branch.
+"""Backbone of S to X: a vision transformer's maps combined with a small convolutional branch.
 
 The Spatial Tuning Adapter gives four strides of plain convolutions; the transformer gives one stride at three
 depths, resized to the strides 8, 16 and 32. Each pair is concatenated and mixed.
@@ -30,7 +30,7 @@ class AdaptedViTConfig:
     detail_channels: int
     """Channels of the convolutional branch at stride 4; strides 8, 16, 32 have 2, 4, 4 times as many."""
     out_channels_each: int
-    """Channels of each map it gives."""
+    """Channels of each output map."""
 
     def __post_init__(self) -> None:
         if len(self.vit.out_blocks) not in (1, 3):
@@ -40,12 +40,12 @@ class AdaptedViTConfig:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of the maps it gives."""
+        """For each map of the output."""
         return (8, 16, 32)
 
     @property
     def out_channels(self) -> tuple[int, ...]:
-        """Of the maps it gives."""
+        """For each map of the output."""
         return (self.out_channels_each,) * 3
 
 
@@ -66,7 +66,7 @@ class AdaptedViT(nn.Module):
 
     @property
     def vit(self) -> VisionTransformer:
-        """The transformer, wherever it sits."""
+        """The transformer, at either of its two places."""
         return self.dinov3["_model"] if isinstance(self.dinov3, nn.ModuleDict) else self.dinov3
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:

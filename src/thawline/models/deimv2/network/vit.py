@@ -1,4 +1,4 @@
-"""The vision transformers of S to X: ViT-Tiny and Tiny+, distilled by DEIMv2's authors, and DINOv3 S and S+.
+"""Vision transformers of S to X: ViT-Tiny and Tiny+, distilled by DEIMv2's authors, and DINOv3 S and S+.
 
 One class for both families; they differ in what `ViTConfig` names. Parameter names are those of the published
 files: Meta's DINOv3 and the authors' distilled weights.
@@ -47,19 +47,19 @@ class ViTConfig:
     depth: int = 12
     patch_size: int = 16
     hidden_dim: int
-    """Width of the feed-forward part."""
+    """Width of the feed-forward block."""
     ffn: Literal["mlp", "swiglu"] = "mlp"
     out_blocks: tuple[int, ...]
     """Blocks whose output is taken, ascending."""
     n_storage_tokens: int = 0
-    """Register tokens beside the class token."""
+    """Number of register tokens."""
     norm_eps: float = 1e-6
     layer_scale: float | None = None
-    """First value of a learnable scale on each residual branch; None: no such scale."""
+    """Initial value of a learnable scale on each residual branch; None: no such scale."""
     mask_key_bias: bool = False
-    """The bias of keys is switched off by a buffer, as DINOv3 was trained."""
+    """Multiply the bias of keys by a buffer of zeros, as DINOv3 was trained."""
     final_norm: bool = False
-    """One shared norm on every output taken."""
+    """Apply one shared norm to every output."""
     rope_rescale: float | None = None
     """In training, stretch the rotary coordinates by a random factor in [1/x, x], drawn by every block for
     itself, as the authors' code does. None: never."""
@@ -83,7 +83,7 @@ class ViTConfig:
 
 
 class VisionTransformer(nn.Module):
-    """Image to the patch tokens of `config.out_blocks`, as maps."""
+    """Vision transformer from an image to the patch tokens of `config.out_blocks`, as maps."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class VisionTransformer(nn.Module):
         return maps
 
     def prefix(self) -> Tensor:
-        """Class and storage tokens, (1, n, C)."""
+        """Return class and storage tokens, (1, n, C)."""
         tokens = [self.cls_token]
         if self.config.family == "dinov3":
             # Zero, but it gives the mask token a gradient, which data-parallel training waits for.
@@ -143,7 +143,7 @@ class VisionTransformer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image to a map of patches, by one convolution."""
+    """Convolution from an image to a map of patches."""
 
     def __init__(self, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward part."""
+    """Pre-norm attention and feed-forward block."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose queries and keys are rotated by their place."""
+    """Multi-head attention with rotary position embedding."""
 
     def __init__(self, dim: int, num_heads: int, *, mask_key_bias: bool) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Attention(nn.Module):
 
 
 class MaskedBiasLinear(nn.Linear):
-    """A linear to queries, keys and values whose bias is multiplied by a buffer.
+    """Linear layer to queries, keys and values whose bias is multiplied by a buffer.
 
     The buffer is one for queries and values and zero for keys. (The authors' constructor leaves it NaN, so
     their L and X give NaN until a checkpoint fills it.) A state dict without it means this default.
@@ -259,7 +259,7 @@ class LayerScale(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles from the centre of each patch, row and column each scaled to -1 … 1 over its own length."""
+    """Rotary angles of each patch centre, row and column each scaled to -1 … 1 over its own length."""
 
     periods: Tensor
 
@@ -274,7 +274,7 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, size: tuple[int, int], dtype: torch.dtype, n_prefix: int, rescale: float | None = None
     ) -> Table:
-        """The table of a map.
+        """Return the table of a map.
 
         Args:
             size: (H, W) in patches.        n_prefix: tokens before the patches, which are not rotated.
@@ -293,7 +293,7 @@ class RotaryEmbedding(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def angles(self, size: tuple[int, int], n_prefix: int, stretch: Tensor | None = None) -> Tensor:
-        """Angle of each pair of channels, (T, head_dim / 2)."""
+        """Return the angle of each pair of channels, (T, head_dim / 2)."""
         # Coordinates in float32 also in a float64 model, as the authors' are; the periods widen the angles.
         rows, columns = (
             (torch.arange(n, device=self.periods.device, dtype=torch.float32) + 0.5) / n * 2 - 1 for n in size
