@@ -6,7 +6,7 @@ __all__ = ["BackboneConfig", "CriterionConfig", "DEIMv2Config", "EncoderConfig",
 
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from typing import Any, Literal, TypeAlias
@@ -205,7 +205,8 @@ def _decode(hint: Any, value: Any, name: str) -> Any:
         part = _part(hint, value, name)
         hints = typing.get_type_hints(part)
         for key in value:
-            _check_known(name, key, hints)
+            if key not in hints:
+                raise ConfigError(f"`{name}` has no setting '{key}'. {did_you_mean(key, hints)}")
         return part(**{key: _decode(hints[key], inner, f"{name}.{key}") for key, inner in value.items()})
     if isinstance(value, list | tuple):
         inner = next((arg for choice in _choices(hint) for arg in typing.get_args(choice)), Any)
@@ -257,8 +258,3 @@ def _part(hint: Any, value: Mapping[str, Any], name: str) -> Any:
 
 def _choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _check_known(name: str, key: str, known: Iterable[str]) -> None:
-    if key not in known:
-        raise ConfigError(f"`{name}` has no setting '{key}'. {did_you_mean(key, known)}")

@@ -1,6 +1,6 @@
 """Outputs of the network: detections, and the predictions of all stages that the losses read.
 
-Stages of one kind come stacked in one tensor, so that matching and losses can treat all of them at once.
+Stages of one kind are stacked in one tensor, so that matching and losses handle all of them at once.
 In the authors' names: `layers[:-1]` is `aux_outputs`, `pre` is `pre_outputs`, `encoder` is
 `enc_aux_outputs[0]`, `denoising.layers` is `dn_outputs`, `denoising.pre` is `dn_pre_outputs`, and
 `reference_boxes` is `ref_points`.

@@ -1,7 +1,7 @@
 """Postprocessing: from logits and boxes to the highest scores over queries and classes, boxes in pixels.
 
-As the authors have it: no suppression of overlaps, no threshold, no clipping. One difference: fewer than
-`max_detections` scores are no error (few classes, small models); all of them come back.
+Like the authors' code: no non-maximum suppression, no threshold, no clipping. One difference: with fewer than
+`max_detections` scores (few classes, small models) all of them are returned.
 """
 
 from __future__ import annotations

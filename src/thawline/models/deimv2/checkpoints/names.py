@@ -1,15 +1,15 @@
-"""The names that others give to the same weights, and the way between them.
+"""Names that other libraries give to the same weights, and translation in both directions.
 
-This network's names are the authors' own, so their files need no renaming. Everything else is a dialect: a
-function from our name to theirs. Reading runs it over the names a model has and looks each up, so both
-directions follow one table. One tensor of ours may be several of theirs, joined along the first axis.
+This network's names are the authors' own, so their files need no renaming. For every other library a table of
+rules translates our name to theirs. Reading translates the names of a model and looks each up, so one table
+serves both directions. One tensor of ours may be several of theirs, concatenated along the first axis.
 
     to_transformers, from_transformers      the whole detector, as `Deimv2ForObjectDetection` has it
     read_backbone                           a vision transformer alone: Meta's names (= ours), the authors'
                                             distilled ones (= ours), transformers', timm's; HGNetv2 (= ours)
 
-What transformers' port has and the network has not (a LayerNorm on the encoder's output, layer scales and
-a final norm in ViT-Tiny) is written so that it changes least, and refused where a file says it was trained.
+Layers that only transformers' port has (a LayerNorm on the encoder's output, layer scales and a final norm in
+ViT-Tiny) are written close to the identity, and files in which they were trained are rejected.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from thawline.errors import CheckpointError
 
 StateDict = dict[str, Tensor]
 Rules = tuple[tuple[str, str], ...]
+Splits = tuple[tuple[str, tuple[str, ...]], ...]
 
-# Replaced before the rules, which then see each part under its own name.
-_PARTS = (
+# Applied before the rules, which then see each part under its own name.
+_PORT_SPLITS: Splits = (
     ("attn.qkv.", ("attn.q_proj.", "attn.k_proj.", "attn.v_proj.")),
     ("self_attn.in_proj_", ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")),
     ("swish_ffn.w12.", ("mlp.gate_proj.", "mlp.up_proj.")),
@@ -47,6 +48,7 @@ _VIT_RULES: Rules = (
     (r"\.mlp\.w1\.", ".mlp.gate_proj."),
 )
 
+_TIMM_SPLITS: Splits = (("attn.qkv.bias", ("attn.q_bias", "attn.k_bias", "attn.v_bias")),)
 _TIMM_RULES: Rules = (
     (r"^storage_tokens$", "reg_token"),
     (r"\.ls([12])\.gamma$", r".gamma_\1"),
@@ -109,22 +111,22 @@ _DETECTOR_RULES: Rules = (
 _VIT = re.compile(r"backbone\.dinov3\.(?:_model\.)?(.*)")
 _PORT_VIT = "model.conv_encoder.backbone."
 _TWIN = re.compile(r"^((?:class|bbox)_embed\.)")
-"""The port holds these heads twice, here and under `model.decoder.`; its files hold either or both."""
+"""Heads that the port holds twice, here and under `model.decoder.`; its files hold either or both."""
 _OURS_ALONE = ("rope_embed.periods", "attn.qkv.bias_mask")
-"""Follows from the shape, or is folded into another tensor."""
+"""Tensors that others do not store: a table computed from shapes, and a mask folded into the bias."""
 
 
 def transformers_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each tensor of this network what transformers' port calls its parts: in order, or none."""
+    """Return for each tensor of this network the names of its parts in transformers' port, in order."""
     names = list(names)
     is_lite = any(name.startswith("encoder.bi_fusion.") for name in names)
     return {name: _port_names(name, is_lite=is_lite) for name in names}
 
 
 def to_transformers(state: StateDict) -> StateDict:
-    """The weights as `Deimv2ForObjectDetection` reads them.
+    """Return the weights as `Deimv2ForObjectDetection` reads them.
 
-    Only names are translated: the port computes other numbers from them, docs/models/detect.md says where.
+    Only names are translated: the port computes other numbers from them (docs/models/detect.md).
 
     Args:
         state: of a network in its training form.
@@ -148,51 +150,49 @@ def to_transformers(state: StateDict) -> StateDict:
 
 
 def from_transformers(state: StateDict, names: Iterable[str]) -> StateDict:
-    """The weights of a `Deimv2ForObjectDetection` under this network's names.
+    """Return the weights of a `Deimv2ForObjectDetection` under this network's names.
 
     Args:
-        state: as transformers saves it.
-        names: of the tensors of the network they are for.
-    Returns: those found; what has no place in the network keeps its name.
+        state: state dict saved by transformers.
+        names: tensor names of the network to load.
+    Returns: the tensors found; those without a place in the network keep their names.
     Raises: CheckpointError: the port has trained layers that the network does not have.
     """
     theirs = {_in_memory(_TWIN.sub(r"model.decoder.\1", name)): tensor for name, tensor in state.items()}
     neutral = _neutral(theirs)
     ours = _gather(theirs, transformers_names(names))
-    taught = []
-    for name, nothing in neutral.items():
-        tensor = theirs.pop(name, None)
-        if tensor is not None and not torch.equal(tensor.to(nothing), nothing):
-            taught.append(name)
-    if taught:
+    trained = [
+        name for name, value in neutral.items() if not torch.equal(theirs.pop(name, value).to(value), value)
+    ]
+    if trained:
         raise CheckpointError(
-            f"{len(taught)} tensors, such as '{taught[0]}', belong to layers that only transformers' port "
+            f"{len(trained)} tensors, such as '{trained[0]}', belong to layers that only transformers' port "
             "has, and they are trained. DEIMv2 has no such layers: keep using transformers for this file."
         )
     return ours | theirs
 
 
 def read_backbone(state: StateDict, names: Iterable[str]) -> StateDict:
-    """The weights of a backbone alone, under this network's names, whoever wrote the file.
+    """Return the weights of a backbone alone under this network's names, for every supported source.
 
     Args:
         state: Meta's DINOv3, the authors' ViT-Tiny, PaddleClas' HGNetv2 (all in our names), transformers'
             `dinov3_vit`, or timm's.
-        names: of the backbone's tensors, without the prefix they have in a detector.
-    Returns: those found; what has no place in the backbone keeps its name.
+        names: names of the backbone's tensors, without the prefix they have in a detector.
+    Returns: the tensors found; those without a place in the backbone keep their names.
     """
     names = list(names)
     if "embeddings.cls_token" in state:
         theirs = {_in_memory(name): tensor for name, tensor in state.items()}
-        table = {name: _port_vit_names(name) for name in names}
+        table = {name: _translate(name, _VIT_RULES) for name in names}
     elif "reg_token" in state or any(".gamma_" in name for name in state):
         theirs = dict(state)
-        table = {name: _timm_names(name) for name in names}
+        table = {name: _translate(name, _TIMM_RULES, _TIMM_SPLITS) for name in names}
     else:
         # A classifier on top of PaddleClas' files is no part of the backbone.
         return {name: tensor for name, tensor in state.items() if not name.startswith(("last_conv.", "fc."))}
     ours = _gather(theirs, table)
-    # Both leave out what is zero in the released weights: the key's bias, or all of it, and the mask token.
+    # Both omit what is zero in the released weights: the key's bias, or the whole bias, and the mask token.
     for name in names:
         if name.endswith("attn.qkv.bias") and name not in ours:
             weight = ours.get(name.replace(".bias", ".weight"))
@@ -205,56 +205,39 @@ def read_backbone(state: StateDict, names: Iterable[str]) -> StateDict:
 def _port_names(name: str, *, is_lite: bool) -> tuple[str, ...]:
     vit = _VIT.fullmatch(name)
     if vit:
-        return tuple(_PORT_VIT + part for part in _port_vit_names(vit[1]))
-    if name.endswith(_OURS_ALONE):
-        return ()
+        return tuple(_PORT_VIT + part for part in _translate(vit[1], _VIT_RULES))
     if is_lite and name.startswith("encoder.input_proj."):
         return (f"model.{name}",)
-    return tuple(_rename(part, _DETECTOR_RULES) for part in _split(name))
+    return _translate(name, _DETECTOR_RULES)
 
 
-def _port_vit_names(name: str) -> tuple[str, ...]:
-    return () if name.endswith(_OURS_ALONE) else tuple(_rename(part, _VIT_RULES) for part in _split(name))
+def _translate(name: str, rules: Rules, splits: Splits = _PORT_SPLITS) -> tuple[str, ...]:
+    """Return the other side's names for the parts of a tensor, in order."""
+    if name.endswith(_OURS_ALONE):
+        return ()
+    names = next(
+        ([name.replace(whole, part) for part in parts] for whole, parts in splits if whole in name), [name]
+    )
+    for pattern, replacement in rules:
+        names = [re.sub(pattern, replacement, part) for part in names]
+    return tuple(names)
 
 
 def _in_memory(name: str) -> str:
-    """transformers writes the layers of its DINOv3 to files without the `model.` they have in memory."""
+    """Add the `model.` that transformers drops from its DINOv3 layers when it saves them."""
     return re.sub(rf"^((?:{re.escape(_PORT_VIT)})?)layer\.", r"\1model.layer.", name)
 
 
-def _timm_names(name: str) -> tuple[str, ...]:
-    if name.endswith(_OURS_ALONE):
-        return ()
-    if name.endswith("attn.qkv.bias"):
-        return tuple(name.replace("qkv.bias", f"{part}_bias") for part in "qkv")
-    return (_rename(name, _TIMM_RULES),)
-
-
-def _split(name: str) -> tuple[str, ...]:
-    for whole, parts in _PARTS:
-        if whole in name:
-            return tuple(name.replace(whole, part) for part in parts)
-    return (name,)
-
-
-def _rename(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def _gather(theirs: StateDict, table: dict[str, tuple[str, ...]]) -> StateDict:
-    """Take out of `theirs` what the table asks for. Parts of a bias that are missing are zero."""
+    """Remove the tensors of the table from `theirs` and return them. Missing parts of a bias are zero."""
     ours = {}
     for name, parts in table.items():
         pieces = [theirs.pop(part, None) for part in parts]
         found = [piece for piece in pieces if piece is not None]
         if not found or (len(found) < len(parts) and not name.endswith("attn.qkv.bias")):
             continue
-        if len(parts) > 1:
-            tensor = torch.cat([torch.zeros_like(found[0]) if piece is None else piece for piece in pieces])
-        else:
-            tensor = found[0]
+        pieces = [torch.zeros_like(found[0]) if piece is None else piece for piece in pieces]
+        tensor = torch.cat(pieces) if len(parts) > 1 else found[0]
         ours[name] = tensor.flatten(0, 1) if name.endswith("mask_token") else tensor
     return ours
 
@@ -268,7 +251,7 @@ def _as_the_port_has_it(state: StateDict, name: str) -> Tensor:
 
 
 def _neutral(theirs: StateDict) -> StateDict:
-    """Layers that only the port has, as they change least: identities, ones, zeros."""
+    """Return layers that only the port has, close to the identity: identities, ones, zeros."""
     score_head = theirs.get("model.enc_score_head.weight")
     if score_head is None:
         return {}

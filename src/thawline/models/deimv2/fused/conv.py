@@ -1,9 +1,7 @@
 """Convolutions for inference, with norm, bias and activation folded into one call.
 
-A module with a leaner form has a method `fuse()` that returns it; `fuse_children` walks a tree and puts those
-forms in. The leaf they share is `FusedConv`, a convolution with bias and activation, which on a CPU in
-float32 is one oneDNN call whose weights were laid out beforehand. Folding is done in float64: it costs one
-rounding.
+In float32 on a CPU `FusedConv` is one oneDNN call with prepacked weights. Folding happens in float64 and
+costs one rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ __all__ = ["Clamp", "FusedConv", "concatenate", "fold_norm", "linear_of", "onedn
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,20 +30,6 @@ class Clamp:
 
 
 FusedActivation = Literal["none", "relu", "silu", "gelu"] | Clamp
-
-# Name, parameters and algorithm of each activation, as oneDNN's fused convolution takes them.
-_ONEDNN: dict[str, tuple[str, str | None]] = {
-    "none": ("none", None),
-    "relu": ("relu", None),
-    "silu": ("swish", None),
-    "gelu": ("gelu", "none"),
-}
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
 
 
 class FusedConv(nn.Module):
@@ -92,7 +76,7 @@ class FusedConv(nn.Module):
             x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
             if isinstance(self.activation, Clamp):
                 return x.clamp(self.activation.low, self.activation.high)
-            return _PLAIN[self.activation](x)
+            return x if self.activation == "none" else getattr(F, self.activation)(x)
         padding, stride = [self.padding] * 2, [self.stride] * 2
         shape = tuple(x.shape)
         packed = self._packed.get(
@@ -101,10 +85,12 @@ class FusedConv(nn.Module):
                 self.weight, padding, stride, [1, 1], self.groups, shape
             ),
         )
+        # oneDNN's own name, parameters and algorithm of the activation.
         if isinstance(self.activation, Clamp):
             name, limits, algorithm = "hardtanh", [self.activation.low, self.activation.high], None
         else:
-            (name, algorithm), limits = _ONEDNN[self.activation], []
+            name, limits = "swish" if self.activation == "silu" else self.activation, []
+            algorithm = "none" if name == "gelu" else None
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed, self.bias, padding, stride, [1, 1], self.groups, name, limits, algorithm
         )
@@ -145,8 +131,8 @@ _workspace = threading.local()
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate maps (B, C_i, H, W) along channels; the result is valid until the next call.
 
-    On a CPU they lie in one buffer of this thread, as large as its largest concatenation so far: fresh memory
-    from the system costs several times the copy.
+    On a CPU the result lies in a buffer of this thread, as large as its largest concatenation so far: fresh
+    memory from the system costs several times the copy.
     """
     first = parts[0]
     if not onednn_serves(first):

@@ -1,7 +1,7 @@
 """Training loss: every term of every stage, weighted, under the authors' names.
 
-The stages of the network come stacked, so each formula runs once for all of them and not once per stage.
-Nothing here asks the device for a value except the matcher's one copy of its costs to the host.
+The stages of the network come stacked, so each formula runs once for all of them. The only synchronisation
+with the device is the matcher's copy of its costs to the host.
 
 Which stage gets what (suffix in brackets): the final layer (none) class, bbox, giou, fgl; earlier layers
 (`_aux_i`) also ddf; the first layer's plain head (`_pre`) and the encoder (`_enc_0`) class, bbox, giou.
@@ -9,7 +9,7 @@ Denoising layers (`_dn_i`) and their plain head (`_dn_pre`) likewise. The names 
 never on the batch: a batch without boxes gives the same names, finite.
 
 Differences from the authors' code: denoising terms of a batch without boxes are zero instead of missing, ddf
-is zero instead of missing where a layer equals its teacher, and a loss that is not a number stays one.
+is zero instead of missing where a layer equals its teacher, and NaN losses stay NaN.
 
 Legend: S stages, L layers, B images, Q queries, N matched pairs.
 """
@@ -68,12 +68,12 @@ class Criterion:
             targets: labels and boxes of each image.
             epoch: from 0; decides which cost the matcher uses.
         Returns: scalars in float32 (float64 for a float64 network).
-        Raises: ConfigError: the output has nothing to train on. DataError: misshapen targets.
+        Raises: ConfigError: the output has no training part. DataError: misshapen targets.
         """
         training = output.training
         if training is None:
             raise ConfigError(
-                "The output holds detections only. The losses need that of `model(pixel_values, targets)`."
+                "The output holds detections only. Compute it with `model(pixel_values, targets)`."
             )
         packed = pack_targets(targets, output.logits.shape[-1], output.logits.device)
         overlap_only = epoch >= self.config.matcher_change_epoch
@@ -122,7 +122,7 @@ class Criterion:
         pairs = _pairs(matches, targets, stages.boxes, n_boxes * n_groups)
         losses = self._losses(stages, pairs, pairs, balance)
         if not targets.n_boxes:
-            # Padding teaches nothing, but leaves its trace in the graph: other processes may have boxes.
+            # Padding has no loss, but stays in the graph: other processes may have boxes.
             losses = {kind: loss * 0 for kind, loss in losses.items()}
         names = {layer: f"_dn_{layer}" for layer in range(stages.n_layers)}
         return _name(losses, names | {stages.n_layers: "_dn_pre"})

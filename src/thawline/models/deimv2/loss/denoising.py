@@ -4,8 +4,8 @@ A group contains every box of an image twice, G positives then G negatives. Posi
 must recover it; negatives move further away and must be classified as background. Groups repeat to about
 `num_denoising` positives, and no query sees a denoising query outside its own group.
 
-Source: Zhang et al., DINO (ICLR 2023), with the constants DEIMv2's code really uses. One difference: a batch
-without any box still makes one group of padding, so the network's graph is the same in every step and rank.
+Source: Zhang et al., DINO (ICLR 2023), with the constants that DEIMv2's code actually uses. One difference: a
+batch without boxes still makes one group of padding, so the graph is the same in every step on every rank.
 
 Legend: B images, G boxes of the fullest image, N denoising queries, Q other queries.
 """
@@ -58,8 +58,8 @@ def build_denoising_queries(
         targets: the batch.
         num_classes: C; also the label of padding.
         num_queries: Q, for the mask.
-        num_denoising: positives per image to aim at; there is one group at least, however full an image is.
-        label_noise: half of this share of the labels becomes a uniform class. 0: none.
+        num_denoising: positives per image to aim at; there is always at least one group.
+        label_noise: half of this share of the labels is replaced by a random class. 0: none.
         box_noise: how far an edge moves: positives up to this times half the size, negatives once to twice
             that. 0: boxes stay, negatives too.
     Returns: N = 2·G·max(1, num_denoising // G) queries an image.
@@ -80,11 +80,11 @@ def build_denoising_queries(
     sign = torch.randint_like(boxes, 2) * 2 - 1
     moved = cxcywh_to_xyxy(boxes) + sign * (torch.rand_like(boxes) + negative) * half_size * box_noise
     # Edges may have crossed: a size is read without its sign, as the authors do.
-    shaken = xyxy_to_cxcywh(moved.clamp(0, 1)).abs()
+    noised = xyxy_to_cxcywh(moved.clamp(0, 1)).abs()
 
     group = torch.cat([place // (2 * n_boxes), place.new_full((num_queries,), -1)])
     blocked = (group[None, :] != group[:, None]) & (group[None, :] >= 0)
-    return DenoisingQueries(labels, inverse_sigmoid(shaken), blocked, n_groups)
+    return DenoisingQueries(labels, inverse_sigmoid(noised), blocked, n_groups)
 
 
 def denoising_matches(counts: tuple[int, ...], n_boxes: int, n_groups: int) -> Matches:

@@ -4,7 +4,7 @@ Classification: MAL (Huang et al., DEIM, CVPR 2025) and what it replaced, VFL (Z
 focal (Lin et al., ICCV 2017). Localisation: L1, GIoU, and D-FINE's (Peng et al., ICLR 2025) two terms on the
 distributions of the edges: FGL pulls them to the box, DDF pulls earlier layers to the last one.
 
-All but DDF are sums; the caller divides. Overlaps and teachers are detached.
+All but DDF are sums, which the caller divides. IoUs and teachers are detached.
 
 Legend: S stages, B images, Q queries, C classes, N matched pairs, R + 1 bins.
 """

@@ -1,8 +1,8 @@
 """Bipartite matching of queries to boxes: one batched cost, one copy to the host, one assignment each.
 
 Source: the set matching of DETR (Carion et al., ECCV 2020) with the costs of D-FINE, and DEIMv2's second
-cost, which from `matcher_change_epoch` on asks for overlap only. Stages are the outputs that are matched each
-on their own: the final layer, the earlier ones, the first layer's plain head, the encoder's proposals.
+cost of score and overlap alone from `matcher_change_epoch` on. Stages are the outputs that are matched
+independently: the final layer, the earlier ones, the first layer's plain head, the encoder's proposals.
 
 Legend: S stages, B images, Q queries, G boxes of the fullest image, N matched pairs of the batch.
 """
@@ -74,8 +74,8 @@ def matching_cost(logits: Tensor, boxes: Tensor, targets: PackedTargets, *, over
 def match_queries(cost: Tensor, counts: tuple[int, ...]) -> Matches:
     """Solve every image of every stage: each box gets its own query while there are queries left.
 
-    The copy of `cost` to the host is the one synchronisation of a training step's loss. Threads were tried
-    and gave nothing: SciPy's solver holds the interpreter's lock (300 × 10 to 300 × 300, ratio 1.0).
+    The copy of `cost` to the host is the only synchronisation of the loss. Threads do not help:
+    SciPy's solver holds the interpreter's lock (300 × 10 to 300 × 300, ratio 1.0).
 
     Args:
         cost: (S, B, Q, G).        counts: boxes in each image.
@@ -110,14 +110,14 @@ def union_of_matches(matches: Matches, n_queries: int) -> Matches:
     (slot, target), votes = np.unique(np.stack([slot, matches.target.ravel()]), axis=1, return_counts=True)
     _, starts = np.unique(slot // n_queries, return_index=True)
     pairs_of_images = np.split(np.arange(len(votes)), starts[1:])
-    by_votes = np.concatenate([pairs[_most_first(votes[pairs])] for pairs in pairs_of_images])
+    by_votes = np.concatenate([pairs[_by_count(votes[pairs])] for pairs in pairs_of_images])
     slots, first = np.unique(slot[by_votes], return_index=True)
     return Matches(slots // n_queries, slots[None] % n_queries, target[by_votes][None, first])
 
 
-def _most_first(votes: Indices) -> Indices:
-    # Equal counts fall as torch's unstable sort lets them, which is not always the lower index. The published
-    # numbers are met only by asking the same sort.
+def _by_count(votes: Indices) -> Indices:
+    # Ties keep the order of torch's unstable sort, not always the lower index: the published numbers depend
+    # on it.
     return torch.from_numpy(votes).argsort(descending=True).numpy()
 
 

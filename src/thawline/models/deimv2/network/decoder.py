@@ -1,8 +1,8 @@
 """Decoder: select tokens as queries, refine them layer by layer, predict classes and boxes.
 
-Source: D-FINE (Peng et al., ICLR 2025) and DEIMv2, arXiv 2509.20787. Different from the authors' code in how,
-not in what: every token is scored without gradient and only the chosen ones again with it; anchors are made
-for the maps at hand, so any image size works; training outputs come stacked.
+Source: D-FINE (Peng et al., ICLR 2025) and DEIMv2, arXiv 2509.20787. It computes the same numbers as the
+authors' code in another way: every token is scored without gradient and only the selected ones again with
+gradient; anchors are made for the maps at hand, so any image size works; training outputs are stacked.
 
 Legend: B images, T tokens of all levels, Q queries, N denoising queries, D channels, C classes, L layers.
 """
@@ -63,8 +63,7 @@ class DecoderConfig:
     """One box head for all layers."""
     num_heads: int = 8
     eval_layer: int = -1
-    """Layer that answers in eval mode, from the end if negative; the layers after it are for training
-    only."""
+    """Layer that predicts in eval mode, from the end if negative; later layers are for training only."""
     reg_max: int = 32
     """Number of bins of an edge's distribution, minus one."""
     reg_scale: float = 4.0
@@ -121,8 +120,8 @@ class Decoder(nn.Module):
 
         Args:
             maps: (B, D, H_l, W_l) per level, fine to coarse.
-            denoising: queries to put before the chosen ones. Only with `for_training`.
-            for_training: give every layer's predictions, not only the answering one's.
+            denoising: queries prepended to the selected ones. Only with `for_training`.
+            for_training: return the predictions of every layer, not only of `eval_layer`.
         """
         content, reference_logits, encoder = self._select_queries(maps)
         if not for_training:
@@ -133,8 +132,8 @@ class Decoder(nn.Module):
         if denoising is not None:
             n_denoising, blocked = denoising.n_queries, denoising.blocked
             content = torch.cat([self.denoising_class_embed(denoising.labels), content], dim=1)
-            asked = denoising.reference_logits.to(reference_logits.dtype)
-            reference_logits = torch.cat([asked, reference_logits], dim=1)
+            noised = denoising.reference_logits.to(reference_logits.dtype)
+            reference_logits = torch.cat([noised, reference_logits], dim=1)
         refined = self._refine(content, reference_logits, maps, blocked, every_layer=True)
         training = TrainingOutput(
             layers=refined.layers(slice(n_denoising, None)),
