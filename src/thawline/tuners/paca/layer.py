@@ -8,9 +8,10 @@ When the columns are written into the weight:
    scaling and merging;
  · before a forward, if a backward or a switch of mode came since the last write (optimisers may write `.data`
    or step a copy), or if δ, its indices or its scale are visibly not those written.
-Writing is 0.6 % of a forward and backward (benchmark case `reference`, one CPU thread), once per batch. The
-plainer rule, before every forward, is not used: it is 70 % of decoding one token, and impossible under
-torch.compile and where FSDP2 shows the forward a gathered copy of the weight.
+The plainer rule, before every forward in training, is not used: it costs 1.4 % (fastest of 12 paired rounds)
+to 2.7 % (median) of a step of the benchmark case `reference` on one CPU thread, and is impossible under
+torch.compile and where FSDP2 shows the forward a gathered copy of the weight. In evaluation it would be 70 %
+of decoding one token.
 
 The weight is the original again, bit for bit, while adapters are disabled and in every state dict, copy and
 pickle.
@@ -58,23 +59,24 @@ class State:
 
 
 class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
-    """A frozen layer and the adapters that move some of its columns.
+    """A frozen layer and the adapters that train some of its columns.
 
     Args:
         base_layer: the layer, of the type the subclass is for.
         name: its name in the model, for messages.
-    Raises: ConfigError: weights that cannot be written in place: quantised, sharded, or owned by another PaCA
-        layer.
+    Raises: ConfigError: for weights that cannot be written in place: quantised, sharded, or owned by another
+        PaCA layer.
     """
 
     adapter_layer_names = ("thawline_paca_delta",)
     other_param_names = ("r", "scaling", "base_scaling", "thawline_paca_indices")
+    _tap: Callable[..., Tensor]  # gives δ its gradient; see `tap_columns`
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        self._view = column_view(base_layer)
+        self.columns_of = column_view(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
@@ -84,36 +86,22 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         _check_weight(base_layer, name)
-        self._state = State(Resident(name, self._view))
+        self._state = State(Resident(name, self.columns_of))
         watch(self)
         self.register_state_dict_post_hook(_put_original_weight)
         self.register_load_state_dict_post_hook(_after_load)
 
-    # What each type of layer defines.
-
-    @abstractmethod
-    def tap(
-        self,
-        y: Tensor,
-        x: Tensor,
-        delta: Tensor,
-        index: Tensor,
-        scale: float,
-        on_backward: Callable[[], None] | None,
-    ) -> Tensor:
-        """Give `delta` its gradient from the layer's output and input; returns y."""
-
     @abstractmethod
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
-        """The adapter as stock LoRA weights (A, B), exact, its scale within B.
+        """Return the adapter as the weights (A, B) of an equal stock LoRA, its scale within B.
 
-        Raises: ConfigError: if no LoRA can say the same.
+        Raises: ConfigError: if no LoRA is equal.
         """
 
     # Forward.
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output; its gradient reaches the active adapters' columns."""
+        """Return the base layer's output; its gradient reaches the active adapters' columns."""
         state, on_backward = self._state, None
         if torch.compiler.is_compiling():
             state.compiled = True
@@ -127,11 +115,13 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             deltas, indices = self._tensors()
             for name in state.trained:
                 if deltas[name].requires_grad:
-                    y = self.tap(y, x, deltas[name], indices[name], self.scaling[name], on_backward)
+                    y = self._tap(
+                        y, x, deltas[name], indices[name], scale=self.scaling[name], on_backward=on_backward
+                    )
         return y
 
     def _tensors(self) -> tuple[Any, Any]:
-        """δ and the column indices by adapter, past nn.Module's __getattr__, which costs most of a call."""
+        """Return δ and the column indices by adapter, bypassing nn.Module's slow __getattr__."""
         modules = self._modules
         return modules["thawline_paca_delta"]._parameters, modules["thawline_paca_indices"]._buffers
 
@@ -142,16 +132,12 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         deltas, indices = self._tensors()
         return [Change(deltas[name], indices[name], self.scaling[name]) for name in self._state.wanted]
 
-    def columns_of(self, weight: Tensor) -> Tensor:
-        """View a weight of this layer as (O, I, ...), its selectable inputs on axis 1."""
-        return self._view(weight)
-
     # Adapters: adding, choosing, removing.
 
     def update_layer(
         self, adapter_name: str, index: Tensor, scale: float, init_weights: bool, inference_mode: bool = False
     ) -> None:
-        """Add an adapter on the columns `index`, or put it in the place of one of the same name."""
+        """Add an adapter on the columns `index`, or replace the one of the same name."""
         weight = self.base_layer.weight
         if adapter_name in self.thawline_paca_delta:
             self.evict()
@@ -169,19 +155,19 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active, trainable ones, and bring their columns in."""
+        """Make these adapters the active, trainable ones, and write their columns."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._refresh()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Bring the columns in, or the original weight back."""
+        """Write the active adapters' columns, or restore the original weight."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
         self._refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take the adapter's columns out and forget it."""
+        """Take the adapter's columns out of the weight and delete it."""
         self.evict()
         super().delete_adapter(adapter_name)
         self._refresh()
@@ -200,25 +186,24 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.thawline_paca_delta]
         if not names:
             return
-        before = list(self.merged_adapters)
-        self.merged_adapters = before + names
+        self.merged_adapters = [*self.merged_adapters, *names]
         self._refresh()
         if safe_merge and not self._state.resident.is_finite():
-            self.merged_adapters = before
+            self.merged_adapters = self.merged_adapters[: -len(names)]
             self._refresh()
             raise ConfigError(
                 f"NaN or infinity in the merged columns of '{self.name}': adapter {names} seems broken."
             )
 
     def unmerge(self) -> None:
-        """Go back to the active adapters."""
+        """Return to the active adapters."""
         self.merged_adapters = []
         self._refresh()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer alone: with the columns for good, or as it was."""
+        """Return the base layer, with the columns written permanently or with its original weight."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             self._state.resident.forget()
@@ -228,13 +213,20 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         return self.base_layer
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's change of the whole weight, in the weight's shape and δ's dtype."""
+        """Return the adapter's change of the weight, in the weight's shape and δ's dtype."""
         delta = self.thawline_paca_delta[adapter].detach()
         change = torch.zeros(self.base_layer.weight.shape, dtype=delta.dtype, device=delta.device)
         self.columns_of(change).index_copy_(
             1, self.thawline_paca_indices[adapter], delta * self.scaling[adapter]
         )
         return change
+
+    def _scaled_delta(self, adapter_name: str, task: str | int | None) -> tuple[Tensor, Tensor]:
+        if task is not None:
+            raise ConfigError(f"task={task!r}: a PaCA adapter serves one task. Leave `task` out.")
+        delta = self.thawline_paca_delta[adapter_name].detach()
+        delta = delta.full_tensor() if is_sharded(delta) else delta
+        return delta * self.scaling[adapter_name], self.thawline_paca_indices[adapter_name]
 
     # Writing the columns into the weight, and taking them out.
 
@@ -319,21 +311,18 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
                 f"The weight of '{self.name}' is offloaded (meta device). PaCA writes columns in place: "
                 "load the model without CPU or disk offload."
             )
-        if weight.dim() != self._weight_dim or hasattr(weight, "ds_id"):
+        if weight.dim() == 1 or hasattr(weight, "ds_id"):
             raise ConfigError(
                 f"The weight of '{self.name}' was flattened or partitioned (FSDP1 or ZeRO-3). PaCA writes "
                 "columns in place: use FSDP2, ZeRO-1, ZeRO-2 or DDP."
             )
-        if is_sharded(weight) and not self._rows_are_outputs:
+        if is_sharded(weight) and self.columns_of is not _as_stored:
             raise ConfigError(
                 f"'{self.name}' ({type(self.base_layer).__name__}) keeps its inputs on the sharded axis. Use "
                 "DDP, or exclude the module."
             )
 
-    _rows_are_outputs = True
-    _weight_dim = 2
-
-    # Moving, saving, loading, copying: never a changed column.
+    # Moving, saving, loading and copying, all with the original weight.
 
     def train(self, mode: bool = True) -> PacaLayer:
         """Switch mode; an optimiser may have swapped parameters along with it."""
@@ -344,7 +333,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
-        """Move or cast the layer. δ follows to another device but stays fp32: steps are lost in 16 bits."""
+        """Move or cast the layer. δ moves along but stays in fp32: 16 bits lose small steps."""
         self.evict()
         masters = {id(delta) for delta in self.thawline_paca_delta.values()}
 
@@ -359,18 +348,12 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """As PEFT's, but δ keeps its dtype."""
+        """Move the adapter as PEFT does, but keep the dtype of δ."""
         device = self.base_layer.weight.device if device is None else device
-        if adapter_name not in self.thawline_paca_delta:
-            return
-        delta = self.thawline_paca_delta[adapter_name]
-        if device.type == "meta" or delta.is_meta:
-            return
-        if delta.device != device:
-            self.thawline_paca_delta[adapter_name] = nn.Parameter(
-                delta.detach().to(device), delta.requires_grad
-            )
-        self.thawline_paca_indices[adapter_name] = self.thawline_paca_indices[adapter_name].to(device)
+        delta = self.thawline_paca_delta.get(adapter_name)
+        if delta is not None and device.type != "meta" and not delta.is_meta:
+            delta.data = delta.data.to(device)
+            self.thawline_paca_indices[adapter_name] = self.thawline_paca_indices[adapter_name].to(device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.merged and self._brings_columns_back():
@@ -383,16 +366,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _brings_columns_back(self) -> bool:
-        """Whether the next forward will find evicted columns missing: eager ones look, and see the weight."""
+        """Whether the next forward writes evicted columns again. Compiled and sharded ones do not."""
         return not (self._state.compiled or is_sharded(self.base_layer.weight))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PacaLayer:
-        self.evict()
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
-        self.write()
-        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_state"}
@@ -406,7 +381,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._state = State(Resident(self.name, self._view))
+        self._state = State(Resident(self.name, self.columns_of))
         watch(self)
         self._refresh()
 
@@ -417,25 +392,11 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
 class PacaLinear(PacaLayer):
     """PaCA on `nn.Linear`, and on transformers' `Conv1D`, a Linear with its weight stored (I, O)."""
 
-    def __init__(self, base_layer: nn.Linear | Conv1D, name: str) -> None:
-        super().__init__(base_layer, name)
-        self._rows_are_outputs = not isinstance(base_layer, Conv1D)
-
-    def tap(
-        self,
-        y: Tensor,
-        x: Tensor,
-        delta: Tensor,
-        index: Tensor,
-        scale: float,
-        on_backward: Callable[[], None] | None,
-    ) -> Tensor:
-        """See `tap_columns`."""
-        return tap_columns(y, x, delta, index, scale, on_backward)
+    _tap = staticmethod(tap_columns)
 
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
-        """A picks the columns, (R, I); B is their scaled change, (O, R)."""
-        delta, index = _adapter(self, adapter_name, task)
+        """Return A, which picks the columns (R, I), and B, their scaled change (O, R)."""
+        delta, index = self._scaled_delta(adapter_name, task)
         n = self.columns_of(self.base_layer.weight).shape[1]
         return nn.functional.one_hot(index, n).to(delta.dtype), delta
 
@@ -447,51 +408,30 @@ class PacaLinear(PacaLayer):
 class PacaConv2d(PacaLayer):
     """PaCA on `nn.Conv2d`: columns are the filters that read a channel."""
 
-    _weight_dim = 4
-
     def __init__(self, base_layer: nn.Conv2d, name: str) -> None:
         super().__init__(base_layer, name)
-        self._geometry = ConvGeometry.of(base_layer)
-        self._rows_are_outputs = not self._geometry.depthwise
-
-    def tap(
-        self,
-        y: Tensor,
-        x: Tensor,
-        delta: Tensor,
-        index: Tensor,
-        scale: float,
-        on_backward: Callable[[], None] | None,
-    ) -> Tensor:
-        """See `tap_channels`."""
-        return tap_channels(y, x, delta, index, self._geometry, scale, on_backward)
+        self._tap = partial(tap_channels, geometry=ConvGeometry.of(base_layer))
 
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
-        """A picks one channel at one place of the kernel, (R·K·K, C, K, K); B is its change, (O, R·K·K, 1,
-        1).
+        """Return A, which picks one channel at one place of the kernel, and B, its change.
+
+        A is (R·K·K, C, K, K), B is (O, R·K·K, 1, 1).
 
         Raises: ConfigError: for groups, dilation and padding modes, which PEFT's LoRA of a convolution lacks.
         """
         conv = self.base_layer
-        wanting = {
-            "groups": conv.groups != 1,
-            "dilation": set(conv.dilation) != {1},
-            "padding_mode": conv.padding_mode != "zeros",
-        }
-        for field, is_wanting in wanting.items():
-            if is_wanting:
+        for field, plain in (("groups", 1), ("dilation", (1, 1)), ("padding_mode", "zeros")):
+            if getattr(conv, field) != plain:
                 raise ConfigError(
                     f"'{self.name}' has {field}={getattr(conv, field)}, which PEFT's LoRA of a convolution "
                     "cannot express. Use merge_and_unload, or train without this module."
                 )
-        delta, index = _adapter(self, adapter_name, task)
-        place = delta.shape[2] * delta.shape[3]
-        pick = (
-            nn.functional.one_hot(index, conv.in_channels)[:, None, :, None]
-            * torch.eye(place, device=index.device)[:, None, :]
-        )
-        a = pick.reshape(len(index) * place, conv.in_channels, *delta.shape[2:])
-        return a.to(delta.dtype), delta.flatten(1)[:, :, None, None]
+        delta, index = self._scaled_delta(adapter_name, task)
+        kernel = delta.shape[2:]
+        places = torch.eye(kernel.numel(), dtype=delta.dtype, device=index.device)
+        channels = nn.functional.one_hot(index, conv.in_channels).to(delta.dtype)
+        a = torch.einsum("rc,pk->rpck", channels, places).reshape(-1, conv.in_channels, *kernel)
+        return a, delta.flatten(1)[:, :, None, None]
 
 
 LAYERS: dict[type[nn.Module], Callable[[nn.Module, str], PacaLayer]] = {
@@ -502,25 +442,16 @@ LAYERS: dict[type[nn.Module], Callable[[nn.Module, str], PacaLayer]] = {
 
 
 def column_view(base_layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What views a weight of this layer as (O, I, ...), its selectable inputs on axis 1, sharing storage."""
+    """Return the function that views a weight of this layer as (O, I, ...), selectable inputs on axis 1."""
     if isinstance(base_layer, Conv1D):
         return torch.t
-    if isinstance(base_layer, nn.Conv2d):
-        return partial(conv_columns, geometry=ConvGeometry.of(base_layer))
-    return _as_it_is
+    if isinstance(base_layer, nn.Conv2d) and (geometry := ConvGeometry.of(base_layer)).depthwise:
+        return partial(conv_columns, geometry=geometry)
+    return _as_stored
 
 
-def _as_it_is(weight: Tensor) -> Tensor:
+def _as_stored(weight: Tensor) -> Tensor:
     return weight
-
-
-def _adapter(layer: PacaLayer, name: str, task: str | int | None) -> tuple[Tensor, Tensor]:
-    """An adapter's scaled change and its columns."""
-    if task is not None:
-        raise ConfigError(f"task={task!r}: a PaCA adapter serves one task. Leave `task` out.")
-    delta = layer.thawline_paca_delta[name].detach()
-    delta = delta.full_tensor() if is_sharded(delta) else delta
-    return delta * layer.scaling[name], layer.thawline_paca_indices[name]
 
 
 def _check_weight(base_layer: nn.Module, name: str) -> None:
@@ -547,7 +478,7 @@ def _check_weight(base_layer: nn.Module, name: str) -> None:
 def _put_original_weight(
     layer: PacaLayer, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
-    """In a state dict, a copy of the original weight where it could not simply be evicted."""
+    """Put a copy of the original weight into a state dict where the columns were not evicted."""
     key = f"{prefix}base_layer.weight"
     weight = layer.base_layer.weight
     if key in state_dict and not layer.merged and not layer._brings_columns_back():
