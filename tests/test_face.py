@@ -96,9 +96,9 @@ def test_errors_are_also_the_built_in_error_a_caller_expects() -> None:
     for name in ("ConfigError", "RoutingError", "CheckpointError", "DataError"):
         assert issubclass(getattr(thawline, name), (thawline.ThawlineError, ValueError))
         assert issubclass(getattr(thawline, name), ValueError)
-    missing = thawline.MissingExtraError("QPaCA", "bitsandbytes", "quant")
+    missing = thawline.MissingExtraError("Detection", "OpenCV", "detect")
     assert isinstance(missing, ImportError)
-    assert "pip install 'thawline[quant]'" in str(missing)
+    assert "pip install 'thawline[detect]'" in str(missing)
 
 
 def test_did_you_mean_names_the_nearest() -> None:

@@ -56,9 +56,9 @@ class MissingExtraError(ThawlineError, ImportError):
     """An optional dependency that is not installed.
 
     Args:
-        what: the feature that needs it, as the start of a sentence ("QPaCA").
-        package: the package as its users call it ("bitsandbytes").
-        extra: thawline's extra that installs it ("quant").
+        what: the feature that needs it, as the start of a sentence ("Detection").
+        package: the package as its users call it ("OpenCV").
+        extra: thawline's extra that installs it ("detect").
     """
 
     def __init__(self, what: str, package: str, extra: str) -> None:

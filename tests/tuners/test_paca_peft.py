@@ -427,7 +427,7 @@ def test_quantised_weights_are_refused_with_their_dtype():
 
 def test_a_layer_with_lora_on_it_is_refused(base):
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["first"])).base_model.model
-    with pytest.raises(ConfigError, match=r"'first' already carries an adapter of another method"):
+    with pytest.raises(ConfigError, match=r"'first' already has an adapter of another method"):
         get_peft_model(model, PacaConfig(r=2, target_modules=["first"]))
 
 

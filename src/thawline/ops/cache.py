@@ -1,4 +1,4 @@
-"""A few tensors that depend on nothing but shapes, kept between calls."""
+"""Cache of a few tensors that depend on shapes alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ T = TypeVar("T")
 
 
 class TensorCache:
-    """The last `size` results by key; put shape, dtype and device into the key.
+    """Cache of the `size` results used last, by key; put shape, dtype and device into the key.
 
-    Tensors are made outside inference mode, so that one made while evaluating serves training later. A tracer
-    (torch.compile, export) must not see the cache: there the tensors are part of the graph. Copies and
-    pickles of the owner start with an empty cache.
+    Tensors are built outside inference mode, so that one built in evaluation also serves training. Under
+    torch.compile nothing is cached: the tensors are part of the graph. Copies and pickles are empty.
     """
 
     def __init__(self, size: int = 8) -> None:
@@ -25,7 +24,7 @@ class TensorCache:
         self._kept: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build()` gave for this key, made now if it was never made or is long unused."""
+        """Return the cached `build()` of this key, or build it now."""
         if torch.compiler.is_compiling():
             return build()
         value = self._kept.pop(key, None)
@@ -38,7 +37,7 @@ class TensorCache:
         return value
 
     def clear(self) -> None:
-        """Forget all: what the tensors were made from has changed."""
+        """Empty the cache, if what the tensors were built from has changed."""
         self._kept.clear()
 
     def __len__(self) -> int:

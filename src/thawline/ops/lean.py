@@ -1,18 +1,18 @@
-"""Norms and gated MLPs that keep less for backward, bit-equal forward.
+"""RMSNorm and gated MLPs that keep less for backward; their outputs are bit-equal.
 
-Beside a frozen model the linear layers keep nothing, so a block's memory is what sits between them:
+In a frozen model linear layers keep nothing, so a block's memory is what lies between them:
 
-| kept per token          | stock                                       | lean                     |
-|-------------------------|---------------------------------------------|--------------------------|
-| RMSNorm, half precision | x in float32; a second copy if it is trained | x as it came, one scalar |
-| act(gate) · up          | gate, act(gate), up                         | gate, up                 |
+| kept per token          | stock                                        | lean                       |
+|-------------------------|----------------------------------------------|----------------------------|
+| RMSNorm, half precision | x in float32; a second copy if it is trained | x in its dtype, one scalar |
+| act(gate) · up          | gate, act(gate), up                          | gate, up                   |
 
-The backward recomputes the rest: a multiply for the norm, the activation for the MLP. `apply_lean` swaps the
-classes of a model's norms and MLPs in place: parameters, names, hooks and what PEFT put inside them stay.
-A module is swapped only if its own forward, run on a few numbers, gives the lean version's bits; so a new
-architecture needs no entry here, and one that computes anything else is left alone.
+The backward recomputes the rest: a multiplication for the norm, the activation for the MLP. `apply_lean`
+replaces the classes of a model's norms and MLPs in place: parameters, names, hooks and PEFT's layers inside
+them stay. A module is replaced only if its own forward, run on a few numbers, gives the bits of the lean
+version, so new architectures need no entry here and modules that compute anything else are left alone.
 
-Liger and Unsloth recompute act(gate) too, in fused kernels; this is plain torch, on any device.
+Liger and Unsloth recompute act(gate) too, in fused kernels; this is plain torch, for any device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 aten = torch.ops.aten
 
-# Each activation with its vector-Jacobian product, as autograd itself calls it, so gradients keep their bits.
+# Activation and its vector-Jacobian product, the one that autograd calls, so that gradients are bit-equal.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, aten.silu_backward),
     "gelu": (F.gelu, aten.gelu_backward),
@@ -45,23 +45,22 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 
 
 def apply_lean(model: nn.Module) -> nn.Module:
-    """Make every RMSNorm and gated MLP of `model` keep less for backward; the outputs keep their bits.
+    """Make every RMSNorm and gated MLP of `model` keep less for backward; its outputs stay bit-equal.
 
-    Meant for decoder blocks of the Llama, Qwen2, Qwen3, Mistral and Gemma kind. In place, reversible
-    (`undo_lean`), harmless to call twice. Works before or after `peft.get_peft_model`, with gradient
+    Made for the decoder blocks of Llama, Qwen2, Qwen3, Mistral and Gemma. Works in place, can be undone
+    (`undo_lean`) and called twice. Works before or after `peft.get_peft_model`, with gradient
     checkpointing, autocast, `torch.compile` and DDP; `state_dict` and `save_pretrained` are unchanged.
-    Second derivatives are not available.
+    Second derivatives are not supported.
 
     Args:
-        model: any module; other kinds of norm and MLP are left alone, with a warning that names them.
+        model: any module; a warning names norms and MLPs of other kinds, which are left alone.
     Returns: `model` itself.
     """
     left_alone: dict[str, str] = {}
     n_lean = 0
     for module in model.modules():
-        if isinstance(module, _Lean):
-            n_lean += 1
-        elif (lean := _lean_version(module)) is not None:
+        lean = type(module) if isinstance(module, _Lean) else _lean_version(module)
+        if lean is not None:
             module.__class__ = lean
             n_lean += 1
         elif (reason := _why_left_alone(module)) is not None:
@@ -69,15 +68,15 @@ def apply_lean(model: nn.Module) -> nn.Module:
     if left_alone or not n_lean:
         detail = "; ".join(f"{name} ({reason})" for name, reason in sorted(left_alone.items()))
         warnings.warn(
-            f"apply_lean made {n_lean} modules of {type(model).__name__} lean. Left alone, training as is: "
-            f"{detail or 'everything, there being no RMSNorm and no gated MLP'}.",
+            f"apply_lean replaced {n_lean} modules of {type(model).__name__}. Left alone: "
+            f"{detail or 'everything, since it has no RMSNorm and no gated MLP'}.",
             stacklevel=2,
         )
     return model
 
 
 def undo_lean(model: nn.Module) -> nn.Module:
-    """Give every module that `apply_lean` changed its own class back. In place; returns `model`."""
+    """Restore the class of every module that `apply_lean` replaced. In place; returns `model`."""
     for module in model.modules():
         if isinstance(module, _Lean):
             module.__class__ = module.lean_origin
@@ -95,28 +94,25 @@ def lean_rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = 
     Returns: (..., I).
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
-    out: Tensor = _RMSNorm.apply(x, weight, eps, unit_offset)
-    return out
+    return _RMSNorm.apply(x, weight, eps, unit_offset)
 
 
 def lean_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, keeping gate and up but not silu(gate). Both (..., F); so is the result.
+    """Compute silu(gate) · up, keeping gate and up but not silu(gate). All are (..., F).
 
     Source: Shazeer, GLU Variants Improve Transformer, 2020.
     """
-    out: Tensor = _GatedUnit.apply(gate, up, "silu")
-    return out
+    return _GatedUnit.apply(gate, up, "silu")
 
 
 def lean_geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
-    """gelu(gate) · up, keeping gate and up but not gelu(gate). Both (..., F); so is the result.
+    """Compute gelu(gate) · up, keeping gate and up but not gelu(gate). All are (..., F).
 
     Args:
         approximate: "tanh" (Gemma) or "none", as in `torch.nn.functional.gelu`.
     Source: Shazeer, GLU Variants Improve Transformer, 2020.
     """
-    out: Tensor = _GatedUnit.apply(gate, up, {"tanh": "gelu_tanh", "none": "gelu"}[approximate])
-    return out
+    return _GatedUnit.apply(gate, up, {"tanh": "gelu_tanh", "none": "gelu"}[approximate])
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -143,7 +139,7 @@ class _RMSNorm(torch.autograd.Function):
             grad_normed = (
                 grad.float() * (1.0 + weight.float()) if ctx.unit_offset else (grad * weight).float()
             )
-            # The scale depends on x: what of the gradient points along the normed x is taken out.
+            # The scale depends on x: remove the part of the gradient that is parallel to the normed x.
             along = (grad_normed * normed).mean(-1, keepdim=True)
             grad_x = (torch.addcmul(grad_normed, normed, along, value=-1) * scale).to(x.dtype)
         return grad_x, grad_weight, None, None
@@ -168,14 +164,14 @@ class _GatedUnit(torch.autograd.Function):
 
 
 class _Lean(nn.Module):
-    """What the swapped classes share; each also derives from the class it replaces, so `isinstance` holds."""
+    """Base of the replacement classes, which also derive from the replaced ones, so `isinstance` holds."""
 
     lean_origin: type[nn.Module]
     lean_kind: type[_Lean]
     lean_form: Any
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # An unpickler cannot import the swapped class by name; it makes it again from what it can.
+        # Pickle cannot import the replacement class by name; it rebuilds the class from its parts.
         return _empty, (self.lean_origin, self.lean_kind, self.lean_form), self.__dict__
 
 
@@ -187,9 +183,8 @@ class _LeanNorm(_Lean):
 
 class _LeanMLP(_Lean):
     def forward(self, x: Tensor) -> Tensor:
-        # The projections are called, whatever they are by now: nn.Linear, quantised, or a tuner's layer.
-        out: Tensor = self.down_proj(_GatedUnit.apply(self.gate_proj(x), self.up_proj(x), self.lean_form))
-        return out
+        # The projections may be nn.Linear, quantised, or a tuner's layers.
+        return self.down_proj(_GatedUnit.apply(self.gate_proj(x), self.up_proj(x), self.lean_form))
 
 
 @functools.cache
@@ -204,7 +199,7 @@ def _empty(origin: Any, kind: Any, form: Any) -> Any:
 
 
 def _lean_version(module: nn.Module) -> type[nn.Module] | None:
-    """The lean class that gives the bits of this module's own forward on a few numbers, if there is one."""
+    """Return the lean class that gives the bits of this module's own forward on a few numbers, if any."""
     origin: Any = type(module)
     for kind, form in _candidates(module):
         cls = _lean_class(origin, kind, form)
@@ -215,11 +210,11 @@ def _lean_version(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """What the module may be, going by its parts."""
+    """Yield the lean forms that the module's parts allow."""
     if "forward" in vars(module) or type(module).__module__.startswith("torch."):
-        return  # an instance's own forward would hide the lean one; torch's RMSNorm keeps no copy as it is
+        return  # an instance's own forward would hide the lean one; torch's RMSNorm keeps no copy
     if len(inspect.signature(type(module).forward).parameters) != 2:
-        return  # self and one tensor; a second argument would be lost
+        return  # the lean forward takes self and one tensor
     parameters, children = dict(module.named_parameters(recurse=False)), dict(module.named_children())
     if parameters.keys() == {"weight"} and parameters["weight"].dim() == 1 and not children:
         for eps in ("variance_epsilon", "eps"):
@@ -232,7 +227,7 @@ def _candidates(module: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 
 def _numbers() -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and norm weights that tell the forms apart: signs, zero, large values, mixed precision."""
+    """Yield inputs and norm weights that tell the forms apart: signs, zero, large values, mixed precision."""
     x = torch.linspace(-3, 3, 51, device="cpu", dtype=torch.float32).pow(3).view(3, 17)
     weight = torch.linspace(-0.5, 1.5, 17, device="cpu", dtype=torch.float32)
     yield x, weight
@@ -243,30 +238,24 @@ def _numbers() -> Iterator[tuple[Tensor, Tensor]]:
 def _same_bits(module: nn.Module, lean: type[nn.Module], x: Tensor, weight: Tensor) -> bool:
     """Whether the module's own forward and the lean one agree on `x`, with stand-ins for what both call."""
     stand_in = copy.copy(module)
-    stand_in.training = True  # a dropout in the forward must show itself
+    stand_in.training = True  # so that dropout in the forward shows
     if "act_fn" in stand_in._modules:
-        act = stand_in.act_fn
-        parts = {
-            "gate_proj": lambda t: t,
-            "up_proj": lambda t: t + 1,
-            "down_proj": lambda t: 2 * t,
-            "act_fn": act,
-        }
-        stand_in.__dict__["_modules"] = parts
+        projections = {"gate_proj": lambda t: t, "up_proj": lambda t: t + 1, "down_proj": lambda t: 2 * t}
+        stand_in.__dict__["_modules"] = {**projections, "act_fn": stand_in.act_fn}
     else:
         stand_in.__dict__["_parameters"] = {"weight": weight}
     twin = copy.copy(stand_in)
     twin.__class__ = lean
     try:
         expected = type(module).forward(stand_in, x)
-    except Exception:  # a forward that cannot take the stand-ins is of another kind
+    except Exception:  # a forward that cannot run with the stand-ins has another form
         return False
     got = twin.forward(x)
     return isinstance(expected, Tensor) and expected.dtype == got.dtype and torch.equal(expected, got)
 
 
 def _why_left_alone(module: nn.Module) -> str | None:
-    """The reason for the warning; None for modules that nobody would expect to be swapped."""
+    """Return the reason for the warning, or None for modules that nobody expects to be replaced."""
     name = type(module).__name__
     if not any(word in name for word in ("RMSNorm", "MLP", "GLU", "GatedAct")):
         return None

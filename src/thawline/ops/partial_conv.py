@@ -1,10 +1,10 @@
-"""Train a few input channels of a frozen 2-d convolution: the convolution's sibling of `partial_linear`.
+"""Train a few input channels of a frozen 2-d convolution; see `partial_linear`.
 
-Selecting input channel c of a convolution means training weight[:, c], the filters that read it. The gradient
-of those filters is a convolution weight gradient of x[:, c] and ∂y alone, so only the selected channels of x
-are kept. The paper (Woo et al., PaCA, ICLR 2025) reports convolutional networks; its code has none, so the
-rules below are ours: with groups, the same R of the C/groups local channels in every group; where every
-channel has a group of its own (depthwise), R channels with their own filters.
+Selecting input channel c of a convolution means training weight[:, c], the filters that read it. Their
+gradient is a convolution weight gradient of x[:, c] and ∂y alone, so only the selected channels of x are
+kept. The paper (Woo et al., PaCA, ICLR 2025) reports convolutional networks but its code has none, so these
+rules are ours: with groups, the same R of the C/groups local channels in every group; where every channel has
+its own group (depthwise), R channels with their own filters.
 
 Axes: B images, C in channels, O out channels, G groups, R selected channels (of one group), H W image,
 K kernel.
@@ -27,10 +27,10 @@ from thawline.ops.partial_linear import refuse_second_derivatives
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """What a convolution's weight gradient needs to know, as plain numbers.
+    """Geometry of a convolution, as plain numbers for its weight gradient.
 
-    `pad` is what must be added to x beforehand (left, right, top, bottom), for padding modes and 'same'
-    padding that a convolution cannot express; None where `padding` says it all.
+    `pad` (left, right, top, bottom) is applied to x first, for padding modes and 'same' padding that the
+    gradient's convolution cannot express; None if `padding` suffices.
     """
 
     stride: tuple[int, ...]
@@ -43,7 +43,7 @@ class ConvGeometry:
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> ConvGeometry:
-        """Read it off a module."""
+        """Read the geometry of a module."""
         padded = isinstance(conv.padding, str) or conv.padding_mode != "zeros"
         return cls(
             stride=tuple(conv.stride),
@@ -57,9 +57,9 @@ class ConvGeometry:
 
 
 def conv_columns(weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    """View a convolution's weight, (O, C/G, K, K), with the channels one may select on axis 1.
+    """View a convolution's weight (O, C/G, K, K) with the selectable channels on axis 1.
 
-    Returns: the weight itself; or for a depthwise one, whose axis 1 is 1, a view (O/C, C, K, K).
+    Returns: the weight itself, or for a depthwise one, whose axis 1 has size 1, a view (O/C, C, K, K).
     """
     if not geometry.depthwise:
         return weight
@@ -120,7 +120,7 @@ class _TapChannels(torch.autograd.Function):
 
 
 def _select_channels(x: Tensor, index: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The selected channels of every group: (..., C, H, W) to (..., G·R, H, W)."""
+    """Select channels in every group: (..., C, H, W) to (..., G·R, H, W)."""
     if geometry.groups == 1 or geometry.depthwise:
         return x.index_select(-3, index)
     return x.unflatten(-3, (geometry.groups, -1)).index_select(-3, index).flatten(-4, -3)

@@ -1,13 +1,12 @@
-"""Train a few input columns of a frozen linear layer without a matrix multiplication of one's own.
+"""Train a few input columns of a frozen linear layer without replacing its matrix multiplication.
 
-The columns live inside the weight, so the frozen layer's forward already uses them and its backward already
-sends the right gradient to its input. Two things are missing, and are here: the gradient of the columns
-(`tap_columns`, an identity on the layer's output) and the write that brings a changed column into the weight
-(`write_columns`).
+The columns live inside the weight, so the frozen layer's forward uses them and its backward gives the right
+gradient to its input. This file adds the two missing parts: the gradient of the columns (`tap_columns`, an
+identity on the layer's output) and writing a changed column into the weight (`write_columns`).
 
-The idea of training W[:, I] and saving only x[..., I] is PaCA's (Woo et al., ICLR 2025).
-The authors' code, and PEFT's tuner, replace the layer's matrix multiplication by their own; here the layer
-runs untouched, so its hooks, autocast and compiled kernels stay.
+Training W[:, I] while saving only x[..., I] is the idea of PaCA (Woo et al., ICLR 2025). The authors' code,
+and PEFT's tuner, replace the layer's matrix multiplication by their own; here the layer runs untouched, with
+its hooks, autocast and compiled kernels.
 
 Axes: O out features, I in features, R selected columns, T tokens.
 """
@@ -54,9 +53,9 @@ def tap_columns(
 def write_columns(weight: Tensor, index: Tensor, columns: Tensor) -> None:
     """Set weight[:, index] to `columns`, in place and unseen by autograd.
 
-    The version counter of `weight` stays: the same values are written again between a forward and its
-    backward whenever several forwards are in flight (pipelines, two losses), and that must not invalidate the
-    graph.
+    The version counter of `weight` does not change: if several forwards are in flight (pipelines, two
+    losses), the same values are written again between a forward and its backward, which must not invalidate
+    the graph.
 
     Args:
         weight: (O, I, ...), the frozen weight, or a view with its input features on axis 1.
@@ -77,8 +76,7 @@ class _TapColumns(torch.autograd.Function):
         scale: float,
         on_backward: Callable[[], None] | None,
     ) -> Tensor:
-        # In y's dtype: under autocast that is what the linear itself computed with, and half the bytes of an
-        # fp32 x.
+        # In y's dtype: under autocast the linear itself computed with it, and it has half the bytes of fp32.
         ctx.save_for_backward(x.index_select(-1, index).to(y.dtype))
         ctx.scale, ctx.on_backward, ctx.dtype = scale, on_backward, columns.dtype
         # detach(), unlike a view, may be changed in place by what follows (ReLU(inplace=True)).
@@ -101,17 +99,17 @@ class _TapColumns(torch.autograd.Function):
 def refuse_second_derivatives() -> None:
     """Raise in a backward that is itself recorded (create_graph=True): the kept input has no graph to x.
 
-    What `once_differentiable` does, at a fifth of its cost per layer.
+    Does what `once_differentiable` does, at a fifth of its cost per layer.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("PaCA has no second derivatives: call backward or grad without create_graph=True.")
 
 
 def _skinny_product(grad_TO: Tensor, x_TR: Tensor, dtype: torch.dtype) -> Tensor:
-    """∂yᵀ x as a contiguous (O, R).
+    """Return ∂yᵀ x as a contiguous (O, R).
 
-    On a CPU the product of the narrow operand from the left is faster, the copy included: 0.36 against 0.52
-    ms (fp32, T=1024, O=512, R=16, one thread) and 1.0 against 3.0 ms in bf16.
+    On a CPU it is faster with the narrow operand on the left, copy included: 0.36 against 0.52 ms (fp32,
+    T=1024, O=512, R=16, one thread) and 1.0 against 3.0 ms in bf16.
     """
     if grad_TO.device.type == "cpu":
         return (x_TR.t() @ grad_TO).t().to(dtype, memory_format=torch.contiguous_format, copy=True)

@@ -1,4 +1,4 @@
-"""Tuners that PEFT does not have. Importing this registers them with PEFT: the one import with an effect."""
+"""Tuners that PEFT does not have. Importing this package registers them with PEFT."""
 
 from thawline.tuners._peft import register_tuner
 from thawline.tuners.mhr.adapt import add_tasks, start_adaptation

@@ -1,4 +1,4 @@
-"""The line a saved adapter needs its reader to know: PEFT cannot load a tuner that nobody has imported."""
+"""Model card of a saved adapter: PEFT loads our tuners only after `import thawline.tuners`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 
 def add_import_line(folder: str | Path) -> None:
-    """Write the import line into the model card of `folder`, making the card if there is none."""
+    """Add the import line to the model card of `folder`, which is created if missing."""
     card = Path(folder) / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else "# PEFT adapter\n"
     if IMPORT_LINE not in text:

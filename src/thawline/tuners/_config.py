@@ -1,13 +1,14 @@
-"""What `PacaConfig` and `MHRConfig` have in common, as PEFT asks of a config."""
+"""Base of `PacaConfig` and `MHRConfig`: what PEFT expects of a config, and fields that only PEFT needs."""
 
 from __future__ import annotations
 
-__all__ = ["TunerConfig"]
+__all__ = ["TunerConfig", "pattern_value"]
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from thawline.errors import ConfigError
 from thawline.tuners._card import add_import_line
@@ -16,7 +17,7 @@ from thawline.tuners._peft import TunerType
 
 @dataclass(kw_only=True)
 class TunerConfig(PeftConfig):
-    """Base of our configs: the targets, the type, and advice for those who come from another method."""
+    """Config of a tuner: its targets, its type, and advice on fields of other methods."""
 
     tuner_type: ClassVar[TunerType]
     """Type of the tuner."""
@@ -51,3 +52,8 @@ class TunerConfig(PeftConfig):
         """Write adapter_config.json, and the import line into the folder's model card."""
         super().save_pretrained(save_directory, **kwargs)
         add_import_line(save_directory)
+
+
+def pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the module called `name`, or `default`."""
+    return (pattern or {}).get(get_pattern_key(pattern or {}, name), default)

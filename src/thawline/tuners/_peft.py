@@ -1,10 +1,9 @@
-"""The only file that touches PEFT's registries.
+"""Registration with PEFT; the only file that touches its registries.
 
-PEFT finds a tuner by its type in three dicts of `peft.mapping`. Its own `register_peft_method` fills them for
-members of its `PeftType` enum only and refuses every other name; there is no plug-in discovery. So the dicts
-are written here, with a string that also answers `.value` and `.name`, because PEFT and transformers ask an
-enum member for those. Tested with the oldest and the newest supported peft, and with a `PeftType` that has a
-PACA of its own (PEFT 0.22).
+PEFT looks a tuner up by its type in three dicts of `peft.mapping`. Its own `register_peft_method` fills them
+only for members of its `PeftType` enum, and there is no plug-in discovery. So this file writes the dicts,
+with a string that also has `.value` and `.name`, because PEFT and transformers ask an enum member for those.
+Tested with the oldest and the newest supported peft, and with a `PeftType` that has its own PACA (PEFT 0.22).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 
 class TunerType(str):
-    """A PEFT type that is no member of PEFT's enum but answers like one. Saved to JSON as plain text."""
+    """A PEFT type that behaves like a member of PEFT's enum. Saved to JSON as plain text."""
 
     __slots__ = ()
 
@@ -37,21 +36,20 @@ class TunerType(str):
 
     @property
     def prefix(self) -> str:
-        """What every adapter parameter's name begins with; transformers derives it in just this way."""
+        """Prefix of the names of adapter parameters; transformers derives it in the same way."""
         return f"{self.lower()}_"
 
     def __str__(self) -> str:
-        return f"PeftType.{self.value}"  # PEFT's status report cuts at the dot
+        return f"PeftType.{self.value}"  # PEFT's status report splits at the dot
 
 
 def register_tuner(tuner_type: TunerType, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Make a tuner known to PEFT: `get_peft_model`, `PeftModel.from_pretrained`, transformers'
-    `load_adapter`.
+    """Register a tuner for `get_peft_model`, `PeftModel.from_pretrained` and transformers' `load_adapter`.
 
-    Registering the same classes again changes nothing.
+    Registering the same classes again has no effect.
 
-    Raises: ValueError: if the name is taken by another tuner, or model_cls.prefix is not `tuner_type.prefix`.
-        A programmer's mistake, not a user's.
+    Raises: ValueError: if another tuner has the name, or model_cls.prefix is not `tuner_type.prefix`. A
+        programmer's mistake, not a user's.
     """
     if model_cls.prefix != tuner_type.prefix:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Hand an adapter of ours to the world: as a stock PEFT LoRA folder, which needs no thawline to load.
+"""Export an adapter of ours as a stock PEFT LoRA folder, which loads without thawline.
 
-vLLM, TGI and every merging tool read LoRA. A tuner's layer that can be said as one offers
+vLLM, TGI and merging tools read LoRA. A tuner's layer that equals a LoRA defines
 
     low_rank_factors(adapter_name: str, task: str | int | None) -> (A, B)
 
-the weights of an equal LoRA, scale included: (k, I) and (O, k), of a convolution as PEFT shapes them. It
-raises ConfigError where no stock LoRA can say the same, or `task` is not one of the adapter's.
+which returns the weights of that LoRA, scale included: (k, I) and (O, k), for a convolution in PEFT's shapes.
+It raises ConfigError if no stock LoRA is equal, or `task` is not one of the adapter's.
 """
 
 from __future__ import annotations
@@ -35,18 +35,17 @@ def to_lora(
     task: str | int | None = None,
     adapter_name: str | None = None,
 ) -> None:
-    """Write an adapter as a stock PEFT LoRA adapter that changes the base in exactly the same way.
+    """Write an adapter as a stock PEFT LoRA adapter that changes the base model in exactly the same way.
 
-    Modules trained whole (`modules_to_save`), trained tokens and biases come along. The model is not changed.
+    Modules trained in full (`modules_to_save`), trained tokens and biases are included. The model is not
+    changed.
 
     Args:
-        model: carries the adapter: a `PeftModel`, or any model adapters were injected into; within DDP or
-            torch.compile.
-        save_directory: folder to write adapter_config.json and adapter_model.safetensors to; made if missing.
-        task: of a tuner that serves several tasks, the one to write. None for tuners that serve one.
-        adapter_name: None: the only one, or else the active one.
-    Raises: ConfigError: an unknown adapter, one that is no tuner's of thawline, or a layer that no LoRA can
-        equal.
+        model: a `PeftModel`, or any model with injected adapters; may be wrapped by DDP or torch.compile.
+        save_directory: folder for adapter_config.json and adapter_model.safetensors; created if missing.
+        task: the task to write, for tuners that serve several. None for tuners that serve one.
+        adapter_name: None: the only adapter, or the active one.
+    Raises: ConfigError: for an unknown adapter, one of another tuner, or a layer that no LoRA equals.
     """
     model = _unwrapped(model)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
@@ -60,18 +59,17 @@ def to_lora(
     }
     if not factors:
         raise ConfigError(
-            f"Adapter {name!r} is of type {configs[name].peft_type.value}, which has no exact LoRA form of "
-            "thawline's. A LoRA adapter is one already: use save_pretrained."
+            f"Adapter {name!r} is of type {configs[name].peft_type.value}, which thawline cannot convert to "
+            "LoRA. If it is a LoRA adapter already, use save_pretrained."
         )
-    tensors = {}
+    tensors = _other_tensors(model, name)
     for path, (a, b) in factors.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b
-    tensors |= _besides(model, name)
 
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # Cloned: safetensors refuses two names for one storage, which a bias trained in a whole module has.
+    # Cloned: safetensors refuses two names for one storage, as of a bias in a module trained in full.
     save_file({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
     ranks = {path: len(a) for path, (a, _) in factors.items()}
     _lora_config(model, configs[name], ranks).save_pretrained(str(folder))
@@ -79,12 +77,9 @@ def to_lora(
 
 def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraConfig:
     (r, _), *_ = Counter(ranks.values()).most_common(1)
-    # PEFT takes the first pattern that ends a module's name: longer names first, lest "fc" answer for "a.fc".
-    others = (
-        {path: ranks[path] for path in sorted(ranks, key=len, reverse=True)}
-        if set(ranks.values()) != {r}
-        else {}
-    )
+    # PEFT takes the first pattern that ends a module's name, so longer names come first: "a.fc" before "fc".
+    others = {path: ranks[path] for path in sorted(ranks, key=len, reverse=True)}
+    others = others if set(ranks.values()) != {r} else {}
     bias = getattr(config, "bias", "none")
     return LoraConfig(
         task_type=config.task_type,
@@ -96,7 +91,7 @@ def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraCo
         rank_pattern=others,
         alpha_pattern=dict(others),
         target_modules=sorted(ranks),
-        # PEFT adapts every module whose name ends in a target's; those of another parent were not ours.
+        # PEFT adapts every module whose name ends in a target's, also those that we did not adapt.
         exclude_modules=_namesakes(model, set(ranks)) or None,
         bias="lora_only" if bias.endswith("_only") else bias,
         modules_to_save=config.modules_to_save,
@@ -104,8 +99,8 @@ def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraCo
     )
 
 
-def _besides(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What the adapter saves that is not of its layers: whole modules, tokens, biases."""
+def _other_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return what the adapter saves besides its layers: modules trained in full, tokens, biases."""
     ours = tuple(
         f"{path}.{attribute}" if path else attribute
         for path, layer in _layers(model).items()
@@ -133,23 +128,19 @@ def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model whose modules have the names that LoRA's readers know."""
-    while True:
-        inner = (
-            model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
-        )
-        if inner is model:
-            return model
-        model = inner
+    """Return the model without the wrappers of DDP and torch.compile, which prefix the modules' names."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def _plain(path: str) -> str:
-    """A module's name in the base model."""
+    """Return a module's name in the base model."""
     return path.removeprefix(PREFIX)
 
 
 def _active(model: nn.Module, configs: dict[str, Any]) -> str | None:
-    """The adapter meant where none is named: the active one, or the only one."""
+    """Return the only adapter's name, or the active one's."""
     if len(configs) == 1:
         return next(iter(configs))
     active = getattr(model, "active_adapter", None)  # of a PeftModel: its name

@@ -17,12 +17,12 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
-from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import ConfigError
+from thawline.tuners._config import pattern_value
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.layer import MHRLinear, linear_sizes
 from thawline.tuners.mhr.routing import ROUTERS, Router
@@ -109,11 +109,6 @@ class MHRModel(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         stop_following(model)
         return model
-
-
-def pattern_value(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the module called `name`."""
-    return (pattern or {}).get(get_pattern_key(pattern or {}, name), default)
 
 
 def heads_of(config: MHRConfig, name: str) -> int:

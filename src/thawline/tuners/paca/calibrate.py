@@ -1,4 +1,4 @@
-"""Choose columns by what data does to them, before the adapter exists."""
+"""Choose columns by their activations or gradients on a few batches, before the adapter is attached."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ __all__ = ["select_columns"]
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from thawline.errors import ConfigError, DataError
 from thawline.tuners.paca.config import PacaConfig
@@ -29,18 +31,17 @@ def select_columns(
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
 ) -> PacaConfig:
-    """Run `batches` through the base model and fill in `config.indices`, the columns of highest score.
+    """Run `batches` through the base model and set `config.indices` to the columns of highest score.
 
     `activation` scores an input feature by Σ x² over all tokens, padding included; `gradient` by Σ over
-    batches of ‖∂loss/∂W[:, j]‖², the decrease that a first step on that column promises. The gradient score
-    forms each layer's dense weight gradient once per batch, one layer at a time: it needs the activations of
-    full fine-tuning, not its gradients.
+    batches of ‖∂loss/∂W[:, j]‖², the first-order decrease of the loss by a step on that column. The gradient
+    score computes each layer's dense weight gradient once per batch, one layer at a time: it needs the memory
+    of full fine-tuning for activations, but not for gradients.
 
     Args:
-        model: the base model, before `get_peft_model`. Left as it was; runs in evaluation mode.
+        model: the base model, before `get_peft_model`. Runs in evaluation mode and is left unchanged.
         config: with selection="activation" or "gradient".
-        batches: mappings (keyword arguments), tuples (arguments) or tensors; a few of what will be trained
-            on.
+        batches: mappings (keyword arguments), tuples (arguments) or tensors; a few of the training data.
         loss_fn: (output, batch) → scalar, for `gradient`. None: the output's own `.loss`.
     Returns: a copy of `config` with explicit indices, ready for `get_peft_model` and for JSON.
     Raises:
@@ -49,10 +50,10 @@ def select_columns(
         DataError: if there is no batch.
     """
     if config.selection not in SCORERS:
-        raise ConfigError(f"selection={config.selection!r} needs no data. Calibrate {' or '.join(SCORERS)}.")
+        raise ConfigError(f"selection={config.selection!r} needs no data. Set it to {' or '.join(SCORERS)}.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ConfigError(
-            "The model carries adapters. Give select_columns the base model, before get_peft_model."
+            "The model has adapters already. Call select_columns on the base model, before get_peft_model."
         )
     owners = weight_owners(model)
     targets = {name: model.get_submodule(name) for name in target_names(model, config)}
@@ -62,16 +63,18 @@ def select_columns(
     scores: dict[str, Tensor] = {}
     n_batches = 0
     device = next(model.parameters()).device
-    with _as_found(model), SCORERS[config.selection](targets, scores) as needs_loss:
+    needs_loss = config.selection == "gradient"
+    with _unchanged(model), ExitStack() as hooks, torch.set_grad_enabled(needs_loss):
+        for name, module in targets.items():
+            hooks.callback(SCORERS[config.selection](module, partial(_add, scores, name)).remove)
         for batch in batches:
             n_batches += 1
-            batch = _to(batch, device)
-            with torch.set_grad_enabled(needs_loss):
-                output = _call(model, batch)
-                if needs_loss:
-                    _loss_of(output, batch, loss_fn).backward()
+            batch = send_to_device(batch, device)
+            output = _call(model, batch)
+            if needs_loss:
+                _loss_of(output, batch, loss_fn).backward()
     if n_batches == 0:
-        raise DataError("`batches` is empty: nothing to choose columns by.")
+        raise DataError("`batches` is empty. Pass a few batches of the training data.")
 
     indices = {}
     for name in targets:
@@ -86,54 +89,38 @@ def select_columns(
     return replace(copy.deepcopy(config), indices=indices)
 
 
-@contextmanager
-def _score_by_activation(targets: Mapping[str, nn.Module], scores: dict[str, Tensor]) -> Iterator[bool]:
-    def add(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach()
+def _add(scores: dict[str, Tensor], name: str, energy: Tensor) -> None:
+    scores[name] = scores[name] + energy if name in scores else energy
+
+
+def _score_by_activation(module: nn.Module, add: Callable[[Tensor], None]) -> RemovableHandle:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        energy = args[0].detach().double().square()
         if isinstance(module, nn.Conv2d):
-            energy = x.double().square().sum((-2, -1))
-            if (
-                column_view(module)(module.weight).shape[1] != module.in_channels
-            ):  # grouped: every group's c-th channel
+            energy = energy.sum((-2, -1))
+            n_columns = column_view(module)(module.weight).shape[1]
+            if n_columns != module.in_channels:  # grouped: column c reads the c-th channel of every group
                 energy = energy.unflatten(-1, (module.groups, -1)).sum(-2)
-        else:
-            energy = x.double().square()
-        energy = energy.reshape(-1, energy.shape[-1]).sum(0)
-        scores[name] = scores[name] + energy if name in scores else energy
+        add(energy.reshape(-1, energy.shape[-1]).sum(0))
 
-    handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in targets.items()]
-    try:
-        yield False
-    finally:
-        for handle in handles:
-            handle.remove()
+    return module.register_forward_pre_hook(hook)
 
 
-@contextmanager
-def _score_by_gradient(targets: Mapping[str, nn.Module], scores: dict[str, Tensor]) -> Iterator[bool]:
-    def add(name: str, module: nn.Module, weight: Tensor) -> None:
+def _score_by_gradient(module: nn.Module, add: Callable[[Tensor], None]) -> RemovableHandle:
+    def hook(weight: Tensor) -> None:
         assert weight.grad is not None
-        energy = column_energy(column_view(module)(weight.grad))
-        scores[name] = scores[name] + energy if name in scores else energy
+        add(column_energy(column_view(module)(weight.grad)))
         weight.grad = None
 
-    handles = []
-    for name, module in targets.items():
-        module.weight.requires_grad_(True)
-        handles.append(module.weight.register_post_accumulate_grad_hook(partial(add, name, module)))
-    try:
-        yield True
-    finally:
-        for handle in handles:
-            handle.remove()
+    return module.weight.requires_grad_(True).register_post_accumulate_grad_hook(hook)
 
 
 SCORERS = {"activation": _score_by_activation, "gradient": _score_by_gradient}
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, everything frozen, no gradients; then mode, flags and gradients as before."""
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode and freeze it; afterwards restore modes, flags and gradients."""
     modes = {module: module.training for module in model.modules()}
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     model.eval()
@@ -164,11 +151,3 @@ def _loss_of(output: Any, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | No
             "batches, or pass loss_fn=lambda output, batch: ..."
         )
     return loss
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_to(value, device) for value in batch)
-    return batch.to(device) if isinstance(batch, Tensor) else batch

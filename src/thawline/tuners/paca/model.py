@@ -1,10 +1,11 @@
-"""`PacaModel`: finds the layers and puts PaCA around them, as PEFT asks of a tuner."""
+"""`PacaModel`: finds the target layers and wraps them, as PEFT expects of a tuner."""
 
 from __future__ import annotations
 
 __all__ = ["PacaModel", "target_names"]
 
 import copy
+from collections import defaultdict
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -14,17 +15,17 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from thawline.errors import ConfigError
+from thawline.tuners._config import pattern_value
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.layer import LAYERS, PacaLayer
 from thawline.tuners.paca.selection import choose_columns
 
 
 class PacaModel(BaseTuner):
-    """The tuner that `get_peft_model(model, PacaConfig(...))` makes."""
+    """Tuner that `get_peft_model(model, PacaConfig(...))` builds."""
 
     prefix = PACA.prefix
     tuner_layer_cls = PacaLayer
@@ -61,9 +62,9 @@ class PacaModel(BaseTuner):
 
 
 def add_adapter(layer: PacaLayer, adapter_name: str, config: PacaConfig, name: str) -> None:
-    """Choose the columns that `config` says for the layer called `name`, and add the adapter."""
+    """Choose columns as `config` says for the layer called `name`, and add the adapter."""
     r = rank_of(config, name)
-    alpha = (config.alpha_pattern or {}).get(get_pattern_key(config.alpha_pattern or {}, name), config.alpha)
+    alpha = pattern_value(config.alpha_pattern, name, config.alpha)
     columns = layer.columns_of(layer.base_layer.weight)
     index = choose_columns(columns, r, name, config.selection, config.seed, indices_of(config, name))
     scale = 1.0 if alpha is None else alpha / r
@@ -71,29 +72,26 @@ def add_adapter(layer: PacaLayer, adapter_name: str, config: PacaConfig, name: s
 
 
 def rank_of(config: PacaConfig, name: str) -> int:
-    """r for the layer called `name`."""
-    patterns = config.rank_pattern or {}
-    return patterns.get(get_pattern_key(patterns, name), config.r)
+    """Return r of the layer called `name`."""
+    return pattern_value(config.rank_pattern, name, config.r)
 
 
 def indices_of(config: PacaConfig, name: str) -> list[int] | None:
-    """Explicit columns for the layer called `name`, or None where the selection chooses.
+    """Return the explicit columns of the layer called `name`, or None if the selection chooses.
 
     Raises: ConfigError: if there are indices, but none for this layer.
     """
-    if config.indices is None:
-        return None
-    key = get_pattern_key(config.indices, name)
-    if key not in config.indices:
+    columns = pattern_value(config.indices, name, None)
+    if columns is None and config.indices is not None:
         raise ConfigError(
-            f"`indices` name no columns for '{name}', which target_modules matches. Add them, or exclude the "
+            f"`indices` has no columns for '{name}', which target_modules matches. Add them, or exclude the "
             "module."
         )
-    return config.indices[key]
+    return columns
 
 
 def target_names(model: nn.Module, config: PacaConfig) -> list[str]:
-    """Names of the modules of an unwrapped `model` that `config` would adapt."""
+    """Return the names of the modules of an unwrapped `model` that `config` would adapt."""
     config = copy.deepcopy(config)
     if config.target_modules is None:
         config.target_modules = default_targets(BaseTuner.get_model_config(model))
@@ -102,7 +100,7 @@ def target_names(model: nn.Module, config: PacaConfig) -> list[str]:
 
 
 def default_targets(model_config: dict[str, Any]) -> set[str] | str:
-    """PEFT's choice for LoRA on this architecture.
+    """Return PEFT's choice for LoRA on this architecture.
 
     Raises: ConfigError: if PEFT has none.
     """
@@ -117,32 +115,31 @@ def default_targets(model_config: dict[str, Any]) -> set[str] | str:
 
 
 def weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Every name under which a parameter, by id, is part of the model."""
-    owners: dict[int, list[str]] = {}
+    """Map the id of each parameter to the names of all modules that own it."""
+    owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
+                owners[id(parameter)].append(name)
     return owners
 
 
 def check_target(
     target: nn.Module, parent: nn.Module, name: str, owners: dict[int, list[str]]
 ) -> type[nn.Module]:
-    """The key of LAYERS for `target`.
+    """Return the key of LAYERS for `target`.
 
     Raises: ConfigError: if it cannot be adapted, saying why and what to do.
     """
     if isinstance(target, BaseTunerLayer):
         raise ConfigError(
-            f"'{name}' already carries an adapter of another method ({type(target).__name__}). Unload it "
-            "first."
+            f"'{name}' already has an adapter of another method ({type(target).__name__}). Unload it first."
         )
     kind = next((kind for kind in LAYERS if isinstance(target, kind)), None)
     if kind is None:
         kinds = ", ".join(kind.__name__ for kind in LAYERS)
         raise ConfigError(
-            f"'{name}' is a {type(target).__name__}; PaCA adapts {kinds}. Narrow target_modules, or add it "
+            f"'{name}' is a {type(target).__name__}; PaCA adapts {kinds}. Change target_modules, or add it "
             "to exclude_modules."
         )
     if isinstance(parent, nn.MultiheadAttention):

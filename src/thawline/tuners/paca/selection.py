@@ -1,9 +1,9 @@
-"""Every way to choose the columns of one layer.
+"""Selections: the ways to choose the columns of one layer.
 
-A selection gives `r` of a layer's `n` input features, sorted. `random` is the paper's (Woo et al., PaCA, ICLR
-2025); the weight norm appears commented out in the authors' code, a gradient-based one was in it for a while.
-Scores from data come from `thawline.select_columns`, which runs batches through the model and hands the
-result on as explicit indices.
+A selection returns `r` of a layer's `n` input features, sorted. `random` is the paper's (Woo et al., PaCA,
+ICLR 2025); the authors' code has the weight norm commented out, and had a gradient-based one for a while.
+Scores from data come from `thawline.select_columns`, which runs batches through the model and returns
+explicit indices.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ class Selection(Protocol):
 
 
 def random_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
-    """`r` columns drawn without replacement, from the seed and the layer's name alone.
+    """Draw `r` columns without replacement, from the seed and the layer's name alone.
 
-    NumPy froze the stream of `RandomState` for good (NEP 19); torch's may change between versions and
-    devices.
+    NumPy guarantees the stream of `RandomState` (NEP 19); torch's may change between versions and devices.
     """
     mixed = (seed * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**32
     drawn = np.random.RandomState(mixed).permutation(weight.shape[1])[:r]
@@ -40,7 +39,7 @@ def random_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
 
 
 def weight_norm_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
-    """The `r` columns of largest L2 norm."""
+    """Return the `r` columns of largest L2 norm."""
     if weight.device.type == "meta":
         raise ConfigError(
             f"selection='weight_norm' needs the weights of '{name}', which are not loaded yet (meta device). "
@@ -50,12 +49,12 @@ def weight_norm_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
 
 
 def calibrated_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
-    """Nothing to choose without data.
+    """Refuse: without data there is nothing to choose by.
 
-    Raises: ConfigError: always; reached only where `indices` are missing.
+    Raises: ConfigError: always; called only if `indices` are missing.
     """
     raise ConfigError(
-        f"'{name}': selections 'activation' and 'gradient' look at data. Calibrate first: "
+        f"'{name}': selections 'activation' and 'gradient' need data. Choose the columns first: "
         "config = thawline.select_columns(model, config, batches)."
     )
 
@@ -72,18 +71,18 @@ SELECTIONS: dict[str, Selection] = {
 def choose_columns(
     weight: Tensor, r: int, name: str, selection: str, seed: int, indices: Sequence[int] | None
 ) -> Tensor:
-    """The columns to adapt: `indices` where given, else what `selection` says.
+    """Return the columns to adapt: `indices` if given, otherwise those that `selection` chooses.
 
     Args:
         weight: (O, n, ...), input features on axis 1.
-        r: how many.
-        name: the layer's, for messages and for mixing into the seed.
+        r: number of columns.
+        name: of the layer, for messages and for the seed.
         selection: a key of SELECTIONS.
         seed: of the random choice.
         indices: explicit columns, or None.
     Returns: (r,), int64, sorted, unique, on the CPU.
-    Raises: ConfigError: r above n; indices that repeat, leave [0, n), or are not r many; selection without
-        calibration.
+    Raises: ConfigError: for r above n; indices that repeat, leave [0, n) or are not r; a selection that needs
+        data.
     """
     n = weight.shape[1]
     if r > n:
@@ -101,7 +100,7 @@ def choose_columns(
         )
     repeated = sorted({i for i, j in pairwise(chosen) if i == j})
     if repeated:
-        raise ConfigError(f"The indices of '{name}' repeat {repeated}. Name every column once.")
+        raise ConfigError(f"The indices of '{name}' repeat {repeated}. List every column once.")
     outside = [i for i in chosen if not 0 <= i < n]
     if outside:
         raise ConfigError(f"The indices {outside} of '{name}' are outside its input features, 0 to {n - 1}.")
@@ -109,11 +108,11 @@ def choose_columns(
 
 
 def top_columns(scores: Tensor, r: int) -> Tensor:
-    """The `r` highest scores, ties to the lower index; sorted indices on the CPU."""
+    """Return the sorted indices of the `r` highest scores, on the CPU; ties go to the lower index."""
     order = torch.sort(scores.detach().double().cpu(), descending=True, stable=True).indices
     return order[:r].sort().values
 
 
 def column_energy(weight: Tensor) -> Tensor:
-    """Squared L2 norm of every column of (O, n, ...): (n,), double."""
+    """Return the squared L2 norm of every column of (O, n, ...): (n,), double."""
     return weight.detach().double().square().transpose(0, 1).flatten(1).sum(1)
