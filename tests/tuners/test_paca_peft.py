@@ -158,6 +158,21 @@ def test_merged_columns_show_in_the_state_dict_where_rollouts_read_them(base, x)
     assert torch.equal(model.state_dict()[key], plain)
 
 
+def test_a_merged_model_stays_merged_when_it_is_copied_or_pickled(base, x):
+    model = wrap(base, init_weights=False)
+    model.merge_adapter()
+    merged = weights(model)
+    assert same(weights(copy.deepcopy(model)), merged)
+    assert same(weights(model), merged)
+    assert same(weights(pickle.loads(pickle.dumps(model))), merged)
+    assert same(weights(model), merged)
+    pickle.dumps(model)
+    unloaded = weights(model.merge_and_unload())
+    for name in ("first", "second"):
+        expected = merged[f"base_model.model.{name}.base_layer.weight"]
+        assert torch.equal(unloaded[f"{name}.weight"], expected)
+
+
 def test_merge_and_unload_gives_the_adapted_output_without_layers_of_ours(base, x):
     model = wrap(base)
     train(model)

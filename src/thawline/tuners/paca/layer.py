@@ -206,6 +206,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         """Return the base layer, with the columns written permanently or with its original weight."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            self.write()  # pickling may have evicted the columns of merged adapters
             self._state.resident.forget()
         else:
             self.evict()
@@ -356,8 +357,10 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             self.thawline_paca_indices[adapter_name] = self.thawline_paca_indices[adapter_name].to(device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if not self.merged and self._brings_columns_back():
-            self.evict()  # else _put_original_weight puts a copy in
+        if self.merged:
+            self.write()
+        elif self._brings_columns_back():
+            self.evict()  # else _put_original_weight puts in a copy
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -368,6 +371,12 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def _brings_columns_back(self) -> bool:
         """Whether the next forward writes evicted columns again. Compiled and sharded ones do not."""
         return not (self._state.compiled or is_sharded(self.base_layer.weight))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PacaLayer:
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__setstate__({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        self.write()
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_state"}
