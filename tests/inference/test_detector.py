@@ -1,4 +1,4 @@
-"""The detector on pictures of every kind, whole folders, films; and its commands."""
+"""The detector on images of every kind, whole folders, videos; and its commands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def detector(folder: Path) -> Detector:
     return Detector.from_pretrained(folder, device="cpu", threshold=0.0)
 
 
-def picture(height: int = 40, width: int = 70) -> np.ndarray:
+def sample_image(height: int = 40, width: int = 70) -> np.ndarray:
     """A gradient with a disc and a square, so that turning or swapping channels shows."""
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = np.linspace(0, 250, width, dtype=np.uint8)
@@ -55,8 +55,8 @@ def same(a: supervision.Detections, b: supervision.Detections, atol: float = 1e-
     np.testing.assert_allclose(a.xyxy, b.xyxy, atol=atol)
 
 
-def test_one_picture_gives_named_detections_in_its_own_pixels(detector: Detector) -> None:
-    found = detector(picture())
+def test_one_image_gives_named_detections_in_its_own_pixels(detector: Detector) -> None:
+    found = detector(sample_image())
     assert isinstance(found, supervision.Detections)
     assert len(found) > 0
     assert (np.diff(found.confidence) <= 0).all()
@@ -66,24 +66,24 @@ def test_one_picture_gives_named_detections_in_its_own_pixels(detector: Detector
     assert (found.xyxy[:, [1, 3]] <= 40).all()
 
 
-def test_numbers_are_those_of_the_network_on_a_plainly_resized_picture(
+def test_numbers_are_those_of_the_network_on_a_plainly_resized_image(
     folder: Path, detector: Detector
 ) -> None:
     model = DEIMv2.from_pretrained(folder)
-    resized = np.asarray(Image.fromarray(picture()).resize((96, 64), Image.Resampling.BILINEAR))
+    resized = np.asarray(Image.fromarray(sample_image()).resize((96, 64), Image.Resampling.BILINEAR))
     assert_close(
-        _resize(picture(), (64, 96)).permute(1, 2, 0), torch.from_numpy(resized.copy()), rtol=0, atol=0
+        _resize(sample_image(), (64, 96)).permute(1, 2, 0), torch.from_numpy(resized.copy()), rtol=0, atol=0
     )
     with torch.no_grad():
         output = model(torch.from_numpy(resized.copy()).permute(2, 0, 1)[None] / 255)
     (expected,) = model.postprocess(output, [(40, 70)])
-    found = detector(picture())
+    found = detector(sample_image())
     kept = len(found)
     assert_close(torch.from_numpy(found.confidence), expected["scores"][:kept], rtol=1e-4, atol=1e-5)
 
 
-def test_kinds_of_pictures_in_memory_agree(detector: Detector, tmp_path: Path) -> None:
-    image = picture()
+def test_kinds_of_images_in_memory_agree(detector: Detector, tmp_path: Path) -> None:
+    image = sample_image()
     cv2.imwrite(str(tmp_path / "x.png"), image[..., ::-1])
     expected = detector(image)
     for other in (
@@ -101,7 +101,7 @@ def test_kinds_of_pictures_in_memory_agree(detector: Detector, tmp_path: Path) -
 
 
 def test_a_list_gives_what_each_gives_alone(detector: Detector) -> None:
-    images = [picture(), picture(30, 33), picture(90, 20)]
+    images = [sample_image(), sample_image(30, 33), sample_image(90, 20)]
     together = detector(images, batch_size=2)
     for found, image in zip(together, images, strict=True):
         same(found, detector(image), atol=1e-2)
@@ -117,18 +117,18 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def test_files_of_every_kind_are_read_right_side_up(tmp_path: Path) -> None:
-    image = Image.fromarray(picture())
+    image = Image.fromarray(sample_image())
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side
     grey = np.asarray(image.convert("L"))
     sixteen = cv2.imencode(".png", grey.astype(np.uint16) * 257)[1].tobytes()
     files = {
         "grey.png": (encoded(image.convert("L"), "PNG"), np.dstack([grey] * 3), 0),
-        "rgba.png": (encoded(image.convert("RGBA"), "PNG"), picture(), 0),
+        "rgba.png": (encoded(image.convert("RGBA"), "PNG"), sample_image(), 0),
         "sixteen.png": (sixteen, np.dstack([grey] * 3), 1),
-        "cmyk.jpg": (encoded(image.convert("CMYK"), "JPEG", quality=100), picture(), 12),
+        "cmyk.jpg": (encoded(image.convert("CMYK"), "JPEG", quality=100), sample_image(), 12),
         "turned.jpg": (
-            encoded(image.rotate(90, expand=True), "JPEG", quality=100, exif=exif), picture(), 12
+            encoded(image.rotate(90, expand=True), "JPEG", quality=100, exif=exif), sample_image(), 12
         ),
         "dot.png": (encoded(image.resize((1, 1)), "PNG"), np.asarray(image.resize((1, 1))), 0),
     }  # fmt: skip
@@ -144,7 +144,7 @@ def test_files_of_every_kind_are_read_right_side_up(tmp_path: Path) -> None:
     )
 
 
-def test_pictures_that_make_no_sense_are_refused(detector: Detector) -> None:
+def test_images_that_make_no_sense_are_refused(detector: Detector) -> None:
     for source, text in (
         (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
         (np.zeros((4, 4, 2), np.uint8), r"\(4, 4, 2\)"),
@@ -157,18 +157,18 @@ def test_pictures_that_make_no_sense_are_refused(detector: Detector) -> None:
             detector(source)
 
 
-def test_one_pixel_and_long_thin_pictures_are_pictures(detector: Detector) -> None:
+def test_one_pixel_and_long_thin_images_are_images(detector: Detector) -> None:
     for height, width in ((1, 1), (1, 900), (700, 2)):
         found = detector(np.full((height, width, 3), 90, np.uint8))
         assert (found.xyxy <= [width, height, width, height]).all()
 
 
 def test_broken_files_do_not_stop_the_rest(detector: Detector, tmp_path: Path) -> None:
-    cv2.imwrite(str(tmp_path / "a.jpg"), picture())
+    cv2.imwrite(str(tmp_path / "a.jpg"), sample_image())
     whole = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "b.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "c.png").write_text("not a picture")
-    (tmp_path / "notes.txt").write_text("no picture at all")
+    (tmp_path / "c.png").write_text("not a image")
+    (tmp_path / "notes.txt").write_text("no image at all")
     first, second, third = detector(tmp_path)
     assert len(first) > 0
     for found, name in ((second, "b.jpg"), (third, "c.png")):
@@ -184,36 +184,36 @@ def test_broken_files_do_not_stop_the_rest(detector: Detector, tmp_path: Path) -
 
 
 def test_threshold_classes_and_number_narrow_what_comes_back(detector: Detector) -> None:
-    everything = detector(picture())
+    everything = detector(sample_image())
     cut = float(np.median(everything.confidence))
-    assert (detector(picture(), threshold=cut).confidence >= cut).all()
-    assert set(detector(picture(), classes=["disc", 2]).class_id.tolist()) <= {0, 2}
-    best = detector(picture(), max_detections=3)
+    assert (detector(sample_image(), threshold=cut).confidence >= cut).all()
+    assert set(detector(sample_image(), classes=["disc", 2]).class_id.tolist()) <= {0, 2}
+    best = detector(sample_image(), max_detections=3)
     np.testing.assert_array_equal(best.confidence, everything.confidence[:3])
     with pytest.raises(ConfigError, match="Did you mean 'square'"):
-        detector(picture(), classes=["sqare"])
+        detector(sample_image(), classes=["sqare"])
     with pytest.raises(ConfigError, match="classes 0 to 2"):
-        detector(picture(), classes=[3])
+        detector(sample_image(), classes=[3])
 
 
-def test_tiles_cover_a_large_picture(detector: Detector) -> None:
-    image = np.tile(picture(60, 60), (2, 3, 1))
+def test_tiles_cover_a_large_image(detector: Detector) -> None:
+    image = np.tile(sample_image(60, 60), (2, 3, 1))
     found = detector(image, tile=60)
     assert found.xyxy[:, 2].max() > 120
     assert found.xyxy[:, 3].max() > 60
     assert set(found.data["class_name"]) <= set(NAMES)
 
 
-def film(path: Path, n: int = 5) -> Path:
+def sample_video(path: Path, n: int = 5) -> Path:
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
     for _ in range(n):
-        writer.write(picture(48, 64)[..., ::-1].copy())
+        writer.write(sample_image(48, 64)[..., ::-1].copy())
     writer.release()
     return path
 
 
-def test_a_film_gives_its_frames_one_by_one(detector: Detector, tmp_path: Path) -> None:
-    frames = detector(film(tmp_path / "x.mp4"))
+def test_a_video_gives_its_frames_one_by_one(detector: Detector, tmp_path: Path) -> None:
+    frames = detector(sample_video(tmp_path / "x.mp4"))
     assert next(frames).xyxy.shape[1] == 4
     assert len(list(frames)) == 4
     with pytest.raises(DataError, match=r"No video"):
@@ -237,8 +237,8 @@ def test_predict_draws_writes_and_names_what_it_could_not_read(
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     (source / "deep").mkdir(parents=True)
-    cv2.imwrite(str(source / "000012.png"), picture())
-    cv2.imwrite(str(source / "deep" / "b.jpg"), picture(50, 30))
+    cv2.imwrite(str(source / "000012.png"), sample_image())
+    cv2.imwrite(str(source / "deep" / "b.jpg"), sample_image(50, 30))
     (source / "bad.jpg").write_bytes(b"no")
     words = ["predict", "--model", str(folder), "--threshold", "0", "--device", "cpu"]
     assert main([*words, "--source", str(source), "--out", str(out), "--json"]) == 1
@@ -246,7 +246,7 @@ def test_predict_draws_writes_and_names_what_it_could_not_read(
     assert "bad.jpg" in text
     drawn = cv2.imread(str(out / "000012.png"))
     assert drawn.shape == (40, 70, 3)
-    assert (drawn[..., ::-1] != picture()).any()
+    assert (drawn[..., ::-1] != sample_image()).any()
     assert (out / "deep" / "b.jpg").is_file()
     results = json.loads((out / "predictions.json").read_text())
     assert {entry["image_id"]: Path(entry["file_name"]).name for entry in results} == {
@@ -254,7 +254,7 @@ def test_predict_draws_writes_and_names_what_it_could_not_read(
     }  # fmt: skip
     assert all(len(entry["bbox"]) == 4 and entry["category_name"] in NAMES for entry in results)
 
-    assert main([*words, "--source", str(film(tmp_path / "x.mp4")), "--out", str(out)]) == 0
+    assert main([*words, "--source", str(sample_video(tmp_path / "x.mp4")), "--out", str(out)]) == 0
     assert cv2.VideoCapture(str(out / "x.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
     capsys.readouterr()
     at_first = ["predict", str(folder), *words[3:]]  # the model, as in every other command
@@ -274,12 +274,12 @@ def test_convert_says_how_far_the_logits_moved(
 
 
 class FakeCamera:
-    """What `cv2.VideoCapture` is of a camera: three pictures in BGR, and a count that means nothing."""
+    """What `cv2.VideoCapture` is of a camera: three images in BGR, and a count that means nothing."""
 
     released = False
 
     def __init__(self, index: int) -> None:
-        self.index, self.pictures = index, [np.full((48, 64, 3), (255, 0, n), np.uint8) for n in range(3)]
+        self.index, self.images = index, [np.full((48, 64, 3), (255, 0, n), np.uint8) for n in range(3)]
 
     def isOpened(self) -> bool:
         return self.index == 0
@@ -288,13 +288,13 @@ class FakeCamera:
         return -1.0
 
     def read(self) -> tuple[bool, np.ndarray | None]:
-        return (True, self.pictures.pop(0)) if self.pictures else (False, None)
+        return (True, self.images.pop(0)) if self.images else (False, None)
 
     def release(self) -> None:
         FakeCamera.released = True
 
 
-def test_a_camera_gives_its_pictures_until_it_stops(
+def test_a_camera_gives_its_images_until_it_stops(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cv2.VideoCapture", FakeCamera)
@@ -305,7 +305,7 @@ def test_a_camera_gives_its_pictures_until_it_stops(
     assert FakeCamera.released
     assert sum(1 for _ in detector(0)) == 3
     with pytest.raises(DataError, match="Camera '1' cannot be opened"):
-        detector(1)  # at the call, not at the first picture
+        detector(1)  # at the call, not at the first image
 
 
 def test_predict_opens_a_camera_once(
@@ -327,12 +327,12 @@ def test_predict_opens_a_camera_once(
     assert written.get(cv2.CAP_PROP_FPS) == 25
 
 
-def test_a_film_that_cannot_be_written_is_no_success(detector: Detector, tmp_path: Path) -> None:
+def test_a_video_that_cannot_be_written_is_no_success(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Cannot write .*x\.wrong"):
-        predict_files(detector, film(tmp_path / "x.mp4"), tmp_path / "x.wrong")
+        predict_files(detector, sample_video(tmp_path / "x.mp4"), tmp_path / "x.wrong")
 
 
-def test_a_huge_picture_is_read_whole_or_in_tiles(detector: Detector, tmp_path: Path) -> None:
+def test_a_huge_image_is_read_whole_or_in_tiles(detector: Detector, tmp_path: Path) -> None:
     file = tmp_path / "huge.png"
     Image.new("L", (6_000, 4_000), 90).save(file)
     whole = detector(file, threshold=0.0, max_detections=3)
