@@ -80,7 +80,7 @@ def test_the_nodes_equal_the_slow_loop_with_its_gradients(fused: bool, rows: lis
     x = leaves[0]
     base = (weight, bias) if fused else torch.nn.functional.linear(x, weight, bias)
     mixed = mix_skills_of_many(weights[None], [A], [B], index, scale=0.25)
-    out = low_rank_linear(x, base, *mixed)
+    out = low_rank_linear(base, x, *mixed)
     slow = slow_routed_linear(x, weight, bias, A, B, weights, rows, 0.25)
     torch.testing.assert_close(out, slow)
     upstream = torch.randn_like(out)
@@ -132,7 +132,7 @@ def test_first_and_second_derivatives(fused: bool, index: Tensor | None) -> None
 
     def function(x, A, B, w):
         mixed = mix_skills_of_many(w[None], [A], [B], index, scale=0.7)
-        return low_rank_linear(x, (weight, None) if fused else x @ weight.T, *mixed)
+        return low_rank_linear((weight, None) if fused else x @ weight.T, x, *mixed)
 
     inputs = tuple(leaf.requires_grad_() for leaf in (x, A, B, weights))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
@@ -146,7 +146,7 @@ def test_low_precision_base_gets_cast_factors_and_full_precision_gradients() -> 
 
     def run(x, weight, A, B, weights):
         mixed = mix_skills_of_many(weights[None], [A], [B], None, x.dtype)
-        return low_rank_linear(x, (weight, None), *mixed)
+        return low_rank_linear((weight, None), x, *mixed)
 
     out = run(x, weight, A, B, weights)
     assert out.dtype is torch.bfloat16
@@ -170,7 +170,7 @@ def test_nothing_but_the_input_mixed_factors_and_xa_is_kept_for_backward() -> No
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         mixed = mix_skills_of_many(weights[None], [A], [B])
-        low_rank_linear(x, (weight, None), *mixed)
+        low_rank_linear((weight, None), x, *mixed)
     known = {t.untyped_storage().data_ptr() for t in (x, weight, A, B, weights)}
     extra = sum(t.nbytes for t in kept if t.untyped_storage().data_ptr() not in known)
     assert extra == 4 * (GROUPS * (I + O) * R + GROUPS * M * R)

@@ -1,4 +1,4 @@
-"""Mix an inventory of LoRA skills by routing weights, and add the mixture to a frozen linear.
+"""Mixing an inventory of LoRA skills by routing weights, and adding the mixture to a frozen linear.
 
 A skill s is a pair of factors A_s (I, R) and B_s (O, R). A routing row gives every head q, a contiguous block
 of A's input features and of B's output features, its own weights over the skills:
@@ -11,10 +11,10 @@ Poly (Ponti et al. 2022, arXiv 2202.13914), more are MHR (Caccia et al. 2023, ar
 B is stored (S, O, R), as LoRA stores it, and not (S, R, O) as the authors do: head blocks of both factors are
 then slices without a copy, and the inventory does not depend on the number of heads.
 
-`mix_skills` and `apply_low_rank` are plain differentiable torch. `low_rank_linear` is the same arithmetic as
-one autograd node: it mixes in the dtype of the masters and applies in that of the output, writes into the
-base's own output, and keeps for backward only the input itself, the mixed factors and x A. Both nodes can be
-differentiated twice.
+`mix_skills` and `apply_low_rank` are plain differentiable torch. `mix_skills_of_many` and `low_rank_linear`
+are the same arithmetic as one autograd node each: skills are mixed in their own dtype and applied in that of
+the output, the update is written into the base's own output, and only the input itself, the mixed factors and
+x A are kept for backward. Both nodes can be differentiated twice.
 
 Axes: G groups of rows that share a routing row, M tokens of a group, I/O in/out features, D either, R rank,
 S skills, H heads.
@@ -51,8 +51,8 @@ def mix_skills(
     Args:
         weights_GHS: one weight per row, head and skill; `None` averages the skills uniformly (G = 1).
         skills_SDR: one factor of every skill; H divides D.
-        dtype: of the result; `None` keeps that of the skills. The sum itself runs in the skills' dtype.
-        scale: of the result: what the update is scaled by goes into B, once.
+        dtype: dtype of the result; `None` keeps that of the skills, in which the sum itself runs.
+        scale: factor of the result. The scale of an update goes into B.
     Returns: (G, D, R), contiguous.
     """
     n_skills, *factor_shape = skills_SDR.shape
@@ -69,35 +69,35 @@ def mix_skills(
 
 
 def apply_low_rank(base: Tensor | FrozenLinear, x: Tensor, A_GIR: Tensor, B_GOR: Tensor) -> Tensor:
-    """base(x) + (x A) Bᵀ, where consecutive rows of `x` in G equal groups share their factors.
+    """Return base(x) + (x A) Bᵀ, where consecutive rows of `x` in G equal groups share their factors.
 
     Args:
-        base: its output, (..., O), which is left alone, or (weight, bias) to run; its output is nobody
-            else's, and written in place where no gradient is asked for.
+        base: the base's output, (..., O), which stays unchanged; or its (weight, bias), which run here and
+            whose output is then changed in place if gradients are disabled.
         x: (..., I), cast to the output's dtype if it has another.
         A_GIR, B_GOR: mixed factors, in the output's dtype.
     Returns: (..., O).
     """
     y = F.linear(x, *base) if isinstance(base, tuple) else base
-    x_GMI = _grouped(x, A_GIR.shape[0])
-    xA = torch.bmm(x_GMI if x.dtype is y.dtype else x_GMI.to(y.dtype), A_GIR)
-    y_GMO = y.view(*xA.shape[:2], -1) if isinstance(base, tuple) else y.reshape(*xA.shape[:2], -1)
+    groups = A_GIR.shape[0]
+    xA_GMR = torch.bmm(_cast(_grouped(x, groups), y.dtype), A_GIR)
+    y_GMO = _grouped(y, groups)
     if isinstance(base, tuple) and not torch.is_grad_enabled():
-        y_GMO.baddbmm_(xA, B_GOR.mT)
+        y_GMO.baddbmm_(xA_GMR, B_GOR.mT)
         return y
-    return torch.baddbmm(y_GMO, xA, B_GOR.mT).view(y.shape)
+    return torch.baddbmm(y_GMO, xA_GMR, B_GOR.mT).view(y.shape)
 
 
 def apply_low_rank_by_token(
     base: Tensor | FrozenLinear, x: Tensor, A_UIR: Tensor, B_UOR: Tensor, index: Tensor
 ) -> Tensor:
-    """`apply_low_rank` where every token has its own row: packed sequences of several tasks.
+    """Apply low-rank updates token by token (see `apply_low_rank`): packed sequences of several tasks.
 
-    All U updates' x A are computed and those of other tasks put to zero, so that tokens are neither sorted
+    All U updates' x A are computed and those of other tasks set to zero, so that tokens are neither sorted
     nor copied. It costs U times the small products, which pays as long as U · R is well below I and O.
 
     Args:
-        index: (tokens,), which of the U rows each token uses, tokens in the order of x's leading axes.
+        index: (tokens,), the one of the U rows that each token uses, in the order of x's leading axes.
     """
     y = F.linear(x, *base) if isinstance(base, tuple) else base
     n_rows, in_features, r = A_UIR.shape
@@ -116,62 +116,60 @@ def mix_skills_of_many(
     dtype: torch.dtype | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """`mix_skills` for both factors of N layers of one shape, as one autograd node whose launches do not grow
-    with N.
+    """Mix both factors of N layers of one shape by one autograd node, whose launches do not grow with N.
 
     Keeps no copy of the skills: the stack that they are mixed from is made again in the backward.
 
     Args:
         weights_NUHS: for each of N layers, the weights of the U distinct rows.
         A_SIR: N factors (S, I, R).     B_SOR: N factors (S, O, R).
-        index: (G,), which row each group uses; `None` where group g uses row g.
-        dtype: of the results; `None` keeps that of the skills.
-        scale: of every B.
+        index: (G,), the row that each group uses; `None` if group g uses row g.
+        dtype: dtype of the results; `None` keeps that of the skills.
+        scale: factor of every mixed B.
     Returns: N mixed A (G, I, R), then N mixed B (G, O, R).
     """
     return _MixSkills.apply(weights_NUHS, index, dtype or A_SIR[0].dtype, scale, *A_SIR, *B_SOR)
 
 
-def low_rank_linear(x: Tensor, base: Tensor | FrozenLinear, A_GIR: Tensor, B_GOR: Tensor) -> Tensor:
-    """`apply_low_rank` as one autograd node that keeps nothing for backward but its inputs and x A.
+def low_rank_linear(base: Tensor | FrozenLinear, x: Tensor, A_GIR: Tensor, B_GOR: Tensor) -> Tensor:
+    """Do what `apply_low_rank` does as one autograd node that keeps only its inputs and x A for backward.
 
-    Given (weight, bias), the base runs in here: its output is written in place, and its input gradient, ∂y W,
-    is accumulated in place.
+    Given (weight, bias), the base runs here: its output is changed in place, and its input gradient, ∂y W, is
+    accumulated in place.
     """
     y, weight, bias = (None, *base) if isinstance(base, tuple) else (base, None, None)
     return _LowRankLinear.apply(x, y, weight, bias, A_GIR, B_GOR)
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """`low_rank_linear`. ∂(xA) = ∂y B,  ∂A = xᵀ ∂(xA),  ∂B = ∂yᵀ (xA),  ∂x = ∂y W + ∂(xA) Aᵀ."""
+    """Node of `low_rank_linear`. ∂(xA) = ∂y B,  ∂A = xᵀ ∂(xA),  ∂B = ∂yᵀ (xA),  ∂x = ∂y W + ∂(xA) Aᵀ."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        base_output: Tensor | None,
+        y: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
     ) -> Tensor:
-        y = F.linear(x, weight, bias) if base_output is None else base_output
-        groups = A.shape[0]
-        xA_GRM = _small_product(x, A, y.dtype)
-        y_GMO = _grouped(y, groups)
-        if base_output is None:
-            y_GMO.baddbmm_(xA_GRM.mT, B.mT)
+        out = F.linear(x, weight, bias) if y is None else y
+        xA_GRM = _small_product(x, A, out.dtype)
+        out_GMO = _grouped(out, A.shape[0])
+        if y is None:
+            out_GMO.baddbmm_(xA_GRM.mT, B.mT)
         else:
-            y = torch.baddbmm(y_GMO, xA_GRM.mT, B.mT).view(y.shape)
+            out = torch.baddbmm(out_GMO, xA_GRM.mT, B.mT).view(y.shape)
         ctx.save_for_backward(x, weight, A, B, xA_GRM)
-        return y
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # Not once_differentiable: its context costs a small model 2 % of its step. What differentiating twice
-        # would get wrong is x A, which has no graph, and for that is made again with one.
+        # Not once_differentiable: its context costs a small model 2 % of its step. Differentiated twice, x A
+        # needs a graph, so it is made again with one.
         x, weight, A, B, xA_GRM = ctx.saved_tensors
-        needs_x, needs_output, _, _, needs_A, needs_B = ctx.needs_input_grad
+        needs_x, needs_y, _, _, needs_A, needs_B = ctx.needs_input_grad
         groups, dtype = A.shape[0], dy.dtype
         if torch.is_grad_enabled():
             xA_GRM = _small_product(x, A, dtype)
@@ -182,31 +180,29 @@ class _LowRankLinear(torch.autograd.Function):
             if weight is None:
                 dx = torch.bmm(d_xA_GRM.mT, A.mT).view(x.shape)
             else:
-                dx = dy @ (weight if weight.dtype is dtype else weight.to(dtype))
+                dx = dy @ _cast(weight, dtype)
                 _grouped(dx, groups).baddbmm_(d_xA_GRM.mT, A.mT)
-            dx = dx if dx.dtype is x.dtype else dx.to(x.dtype)
+            dx = _cast(dx, x.dtype)
         if needs_A:
-            x_GMI = _grouped(x, groups)
-            dA = torch.bmm(d_xA_GRM, x_GMI if x.dtype is dtype else x_GMI.to(dtype)).mT
+            dA = torch.bmm(d_xA_GRM, _cast(_grouped(x, groups), dtype)).mT
         if needs_B:
             dB = torch.bmm(xA_GRM, dy_GMO).mT
-        return dx, dy if needs_output else None, None, None, dA, dB
+        return dx, dy if needs_y else None, None, None, dA, dB
 
 
 def _small_product(x: Tensor, A_GIR: Tensor, dtype: torch.dtype) -> Tensor:
-    """x A, (G, R, M): transposed, as all small products are here.
+    """Return (x A)ᵀ, (G, R, M).
 
-    On a processor a product R columns wide takes four times one R rows high.
+    All small products are transposed here: on a CPU one R columns wide takes four times one R rows high.
     """
-    x_GMI = _grouped(x, A_GIR.shape[0])
-    return torch.bmm(A_GIR.mT, (x_GMI if x.dtype is dtype else x_GMI.to(dtype)).mT)
+    return torch.bmm(A_GIR.mT, _cast(_grouped(x, A_GIR.shape[0]), dtype).mT)
 
 
 class _MixSkills(torch.autograd.Function):
-    """`mix_skills_of_many`. Head by head, ∂skill_s = Σ_u w_us ∂mixed_u and ∂w_us = <skill_s, ∂mixed_u>.
+    """Node of `mix_skills_of_many`. Per head, ∂skill_s = Σ_u w_us ∂mixed_u and ∂w_us = <skill_s, ∂mixed_u>.
 
-    Factors of several layers lie side by side, (S, N·D, R): a copy of whole runs, in which the heads of all
-    layers are one axis X.
+    Factors of several layers are put side by side, (S, N·D, R), in which the heads of all layers are one axis
+    X.
     """
 
     @staticmethod
@@ -264,7 +260,7 @@ class _MixSkills(torch.autograd.Function):
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast would mix in 16 bits what is kept in 32."""
+    """Switch autocast off, which would mix skills in 16 bits that are kept in 32."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -273,20 +269,24 @@ def _times(weights: Tensor, c: float) -> Tensor:
     return weights if c == 1 else weights * c
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def _grouped(rows: Tensor, groups: int) -> Tensor:
-    """(..., D) as (groups, M, D); what has that shape costs nothing."""
+    """Reshape (..., D) to (groups, M, D), at no cost if it has that shape."""
     if rows.dim() == 3 and rows.shape[0] == groups:
         return rows
     return rows.reshape(groups, -1, rows.shape[-1])
 
 
 def _by_head(weights_NUHS: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N·H, U, S): what multiplies `_side_by_side` skills."""
+    """Return the weights as (N·H, U, S), to multiply skills put `_side_by_side`."""
     n, rows, n_heads, n_skills = weights_NUHS.shape
     return weights_NUHS.transpose(1, 2).reshape(n * n_heads, rows, n_skills).to(dtype)
 
 
 def _side_by_side(factors_KDR: Sequence[Tensor], n_heads: int) -> Tensor:
-    """N tensors (K, D, R) as (N·H, K, F), F a head's features times the rank. One alone is not copied."""
+    """Join N tensors (K, D, R) to (N·H, K, F), F = features of a head · R; a single one is not copied."""
     stacked = factors_KDR[0] if len(factors_KDR) == 1 else torch.cat(list(factors_KDR), 1)
     return stacked.reshape(stacked.shape[0], len(factors_KDR) * n_heads, -1).transpose(0, 1)

@@ -208,10 +208,7 @@ def parameter_groups(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if (p in routing) is is_routing], "lr": rate, "weight_decay": decay}
-        for is_routing, rate, decay in (
-            (False, lr, weight_decay),
-            (True, routing_lr, routing_weight_decay),
-        )
+        for is_routing, rate, decay in ((False, lr, weight_decay), (True, routing_lr, routing_weight_decay))
     ]
     return [group for group in groups if group["params"]]
 

@@ -1,11 +1,10 @@
-"""Other people's checkpoints as MHR: PEFT's Poly, the authors' mttl, and single LoRAs as an inventory of
-skills.
+"""Checkpoints of other libraries as MHR: PEFT's Poly, the authors' mttl, and LoRAs as an inventory of skills.
 
-| source         | A                     | B                     | routing               | scale      |
-|----------------|-----------------------|-----------------------|-----------------------|------------|
-| here           | (S, I, r)             | (S, O, r)             | (K, H, S)             | alpha / r  |
+| source          | A                    | B                     | routing               | scale            |
+|-----------------|----------------------|-----------------------|-----------------------|------------------|
+| here            | (S, I, r)            | (S, O, r)             | (K, H, S)             | alpha / r        |
 | PEFT Poly, mttl | (H, S, I/H, r)       | (H, S, r, O/H)        | (K, H·S), head-major  | 1 / r, alpha / r |
-| LoRA           | (r, I)                | (O, r)                | –                     | alpha / r  |
+| LoRA            | (r, I)               | (O, r)                | –                     | alpha / r        |
 """
 
 from __future__ import annotations
@@ -27,41 +26,30 @@ from thawline.errors import CheckpointError, ConfigError
 from thawline.tuners.mhr.config import MHRConfig
 
 PREFIX = "base_model.model."
-POLY_KEYS = {
-    "poly_lora_A": "mhr_A",
-    "poly_lora_B": "mhr_B",
-    "poly_router.module_logits": "mhr_router.logits",
-}
+POLY_KEYS = {"poly_lora_A": "mhr_A", "poly_lora_B": "mhr_B", "poly_router.module_logits": "mhr_router.logits"}
 MTTL_KEYS = {"lora_a": "mhr_A", "lora_b": "mhr_B", "selector.module_logits": "mhr_router.logits"}
+SHARED_WITH_POLY = (
+    "r", "n_tasks", "n_skills", "target_modules", "exclude_modules", "modules_to_save", "task_type",
+    "base_model_name_or_path",
+)  # fmt: skip
+SET_BY_LORAS = ("r", "alpha", "n_skills", "target_modules", "peft_type", "peft_version", "auto_mapping")
 
 
 def from_poly(base_model: nn.Module, directory: str | Path) -> PeftModel:
-    """A PEFT Poly adapter, with any number of splits, as MHR on `base_model`: equal in evaluation.
+    """Load a PEFT Poly adapter, with any number of splits, as MHR on `base_model`: equal in evaluation.
 
-    Training goes on as PEFT's does, with noise per example; set `noise="none"` in the config for the authors'
-    way.
+    Training continues as PEFT's does, with noise per example; set `noise="none"` in the config to train as
+    the authors do.
 
-    Raises: CheckpointError: if the folder holds no adapter, or another kind.
+    Raises: CheckpointError: if the folder has no adapter, or one of another type.
     """
     poly = _read_config(directory)
     if not isinstance(poly, PolyConfig):
         raise CheckpointError(f"'{directory}' holds a {poly.peft_type} adapter; expected POLY.")
-    config = MHRConfig(
-        r=poly.r,
-        alpha=1.0,
-        n_tasks=poly.n_tasks,
-        n_skills=poly.n_skills,
-        n_heads=poly.n_splits,
-        target_modules=poly.target_modules,
-        exclude_modules=poly.exclude_modules,
-        modules_to_save=poly.modules_to_save,
-        noise="example",
-        a_init="peft",
-        task_type=poly.task_type,
-        base_model_name_or_path=poly.base_model_name_or_path,
-    )
+    fields = {name: getattr(poly, name) for name in SHARED_WITH_POLY}
+    config = MHRConfig(**fields, alpha=1.0, n_heads=poly.n_splits, noise="example", a_init="peft")
     weights = load_peft_weights(str(directory), device="cpu")
-    return _load(base_model, config, convert_keys(weights, POLY_KEYS), str(directory))
+    return _load(base_model, config, _convert(weights, POLY_KEYS), str(directory))
 
 
 def from_mttl(
@@ -71,40 +59,36 @@ def from_mttl(
     prefix: str = "model.",
     task_names: Sequence[str] | None = None,
 ) -> PeftModel:
-    """A Poly or MHR checkpoint of the authors' library, microsoft/mttl, as MHR on `base_model`.
+    """Load a Poly or MHR checkpoint of the authors' library, microsoft/mttl, as MHR on `base_model`.
 
     Args:
-        checkpoint: a state dict, or a file of one (.safetensors, or what torch.save wrote; of a Lightning
-            checkpoint its "state_dict"). Its fine-grained layout is read: a `selector` in every adapted
-            linear.
+        checkpoint: a state dict, or a file with one (.safetensors, or written by torch.save; of a Lightning
+            checkpoint its "state_dict"), in the fine-grained layout: a `selector` in every adapted linear.
         alpha: their `lora_alpha`.
-        prefix: what their keys have before the base model's own names.
-        task_names: in the order of their task ids.
-    Raises: CheckpointError: if there is nothing of MHR in it, or modules differ in rank, skills or heads.
+        prefix: prefix of their keys before the base model's own names.
+        task_names: names of the tasks in the order of their ids.
+    Raises: CheckpointError: if it has nothing of MHR, or modules differ in rank, skills or heads.
     """
-    weights = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    weights = checkpoint if isinstance(checkpoint, Mapping) else _read_weights(Path(checkpoint))
     weights = {PREFIX + key.removeprefix(prefix): tensor for key, tensor in weights.items()}
-    converted = convert_keys(weights, MTTL_KEYS)
-    converted = {key: tensor for key, tensor in converted.items() if ".mhr_" in key}
+    converted = {key: tensor for key, tensor in _convert(weights, MTTL_KEYS).items() if ".mhr_" in key}
     shapes = {weights[key].shape[:2] + weights[key].shape[-1:] for key in weights if key.endswith(".lora_a")}
     tables = {tensor.shape[0] for key, tensor in converted.items() if key.endswith(".logits")}
     if len(shapes) != 1 or len(tables) != 1:
         raise CheckpointError(
             f"Expected one shape (heads, skills, rank) for all modules, found {sorted(map(tuple, shapes))},"
-            " and one"
-            f" number of tasks, found {sorted(tables)}. Is this a fine-grained Poly or MHR checkpoint of"
-            " mttl?"
+            f" and one number of tasks, found {sorted(tables)}. Is this a fine-grained Poly or MHR checkpoint"
+            " of mttl?"
         )
     n_heads, n_skills, r = shapes.pop()
-    modules = {key.removeprefix(PREFIX).removesuffix(".mhr_A") for key in converted if key.endswith(".mhr_A")}
     config = MHRConfig(
         r=r,
         alpha=alpha,
         n_tasks=tables.pop(),
-        task_names=list(task_names) if task_names is not None else None,
+        task_names=None if task_names is None else list(task_names),
         n_skills=n_skills,
         n_heads=n_heads,
-        target_modules=modules,
+        target_modules={_module(key, ".mhr_A") for key in converted if key.endswith(".mhr_A")},
         a_init="mttl",
     )
     return _load(base_model, config, converted, "the checkpoint")
@@ -113,13 +97,13 @@ def from_mttl(
 def from_loras(
     base_model: nn.Module, directories: Sequence[str | Path], config: MHRConfig | None = None
 ) -> PeftModel:
-    """S existing LoRA adapters as the skills of an inventory: route among them, or train the routing alone.
+    """Load LoRA adapters as the skills of an inventory: route among them, or train the routing alone.
 
     With z and one head this is LoraHub (Huang et al. 2023, arXiv 2307.13269) by gradient. Smaller ranks are
-    filled with zeros; each LoRA's own scale goes into its B, so that a skill alone is that LoRA exactly.
+    padded with zeros; each LoRA's own scale goes into its B, so that a skill alone is exactly that LoRA.
 
     Args:
-        directories: as written by `PeftModel.save_pretrained` with a `LoraConfig`.
+        directories: folders written by `PeftModel.save_pretrained` with a `LoraConfig`.
         config: tasks, heads and routing; its r, alpha, n_skills and targets are set here. `None`: one task,
             one head.
     Raises: CheckpointError: if an adapter is no plain LoRA of linears, or of other modules than the first.
@@ -133,46 +117,45 @@ def from_loras(
             odd = sorted(set(lora) ^ modules)[:3]
             raise CheckpointError(f"'{directory}' adapts other modules than '{directories[0]}', e.g. {odd}.")
     r = max(A.shape[0] for lora in loras for A, _ in lora.values())
-    fields = {} if config is None else {key: value for key, value in vars(config).items() if key not in TAKEN}
+    given = {} if config is None else vars(config)
+    fields = {name: value for name, value in given.items() if name not in SET_BY_LORAS}
     config = MHRConfig(**fields, r=r, alpha=float(r), n_skills=len(loras), target_modules=modules)
     weights: dict[str, Tensor] = {}
     for module in modules:
-        A = torch.stack([_pad(lora[module][0].T, r) for lora in loras])
-        B = torch.stack([_pad(lora[module][1], r) for lora in loras])
-        weights |= {f"{PREFIX}{module}.mhr_A": A, f"{PREFIX}{module}.mhr_B": B}
-    return _load(base_model, config, weights, "the LoRAs", routing=False)
+        weights[f"{PREFIX}{module}.mhr_A"] = torch.stack([_pad(lora[module][0].T, r) for lora in loras])
+        weights[f"{PREFIX}{module}.mhr_B"] = torch.stack([_pad(lora[module][1], r) for lora in loras])
+    return _load(base_model, config, weights, "the LoRAs", has_routing=False)
 
 
-TAKEN = ("r", "alpha", "n_skills", "target_modules", "peft_type", "peft_version", "auto_mapping")
-
-
-def convert_keys(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors under our names and in our layout; others stay as they are."""
+def _convert(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Rename tensors with known names (theirs → ours) and bring them into our layout; keep all others."""
     converted = {}
     n_heads = next((tensor.shape[0] for key, tensor in weights.items() if key.endswith(next(iter(names)))), 1)
     for key, tensor in weights.items():
-        theirs = next((name for name in names if key.endswith(f".{name}")), None)
-        if theirs is None:
-            converted[key] = tensor
-            continue
-        ours = names[theirs]
+        theirs = next((name for name in names if key.endswith(f".{name}")), "")
+        ours = names.get(theirs, "")
         if ours == "mhr_A":  # (H, S, I/H, r)
-            tensor = tensor.transpose(0, 1).flatten(1, 2)
+            tensor = tensor.transpose(0, 1).flatten(1, 2).contiguous()
         elif ours == "mhr_B":  # (H, S, r, O/H)
-            tensor = tensor.permute(1, 0, 3, 2).flatten(1, 2)
-        else:  # (K, H·S)
-            tensor = tensor.unflatten(1, (n_heads, -1))
-        converted[f"{key.removesuffix(theirs)}{ours}"] = tensor.contiguous()
+            tensor = tensor.permute(1, 0, 3, 2).flatten(1, 2).contiguous()
+        elif ours:  # (K, H·S)
+            tensor = tensor.unflatten(1, (n_heads, -1)).contiguous()
+        converted[key.removesuffix(theirs) + ours] = tensor
     return converted
 
 
 def _load(
-    base_model: nn.Module, config: MHRConfig, weights: dict[str, Tensor], source: str, routing: bool = True
+    base_model: nn.Module,
+    config: MHRConfig,
+    weights: dict[str, Tensor],
+    source: str,
+    has_routing: bool = True,
 ) -> PeftModel:
-    """Wrap the model and fill the adapter in, all of it."""
+    """Wrap the model and load all weights of the adapter."""
     model = get_peft_model(base_model, config)
     result = set_peft_model_state_dict(model, weights)
-    missing = [key for key in result.missing_keys if ".mhr_" in key and (routing or "mhr_router" not in key)]
+    expected = (".mhr_",) if has_routing else (".mhr_A", ".mhr_B")
+    missing = [key for key in result.missing_keys if any(part in key for part in expected)]
     if missing or result.unexpected_keys:
         raise CheckpointError(
             f"{source} does not fit {type(base_model).__name__}: missing {missing[:3]}, unexpected"
@@ -181,7 +164,7 @@ def _load(
     return model
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
     loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -195,7 +178,7 @@ def _read_config(directory: str | Path) -> PeftConfig:
 
 
 def _read_lora(directory: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors (r, I) and (O, r), scale within the second, by module name."""
+    """Return factors (r, I) and (O, r) by module name, the second including the scale."""
     config = _read_config(directory)
     if not isinstance(config, LoraConfig) or config.use_dora:
         raise CheckpointError(
@@ -204,9 +187,9 @@ def _read_lora(directory: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     weights = load_peft_weights(str(directory), device="cpu")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        module = _module(key, ".lora_A.weight")
         A, B = weights.pop(key), weights.pop(key.replace(".lora_A.", ".lora_B."))
-        factors[module] = A.float(), B.float() * lora_scale(config, module)
+        factors[module] = A.float(), B.float() * _lora_scale(config, module)
     odd = [*weights, *(module for module, (A, _) in factors.items() if A.dim() != 2)]
     if odd or not factors:
         raise CheckpointError(
@@ -216,11 +199,15 @@ def _read_lora(directory: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     return factors
 
 
-def lora_scale(config: LoraConfig, module: str) -> float:
-    """What PEFT multiplies the product of a LoRA's factors with."""
+def _lora_scale(config: LoraConfig, module: str) -> float:
+    """Return the number by which PEFT multiplies the product of a LoRA's factors."""
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
     return alpha / (r**0.5 if config.use_rslora else r)
+
+
+def _module(key: str, suffix: str) -> str:
+    return key.removeprefix(PREFIX).removesuffix(suffix)
 
 
 def _pad(factor: Tensor, r: int) -> Tensor:

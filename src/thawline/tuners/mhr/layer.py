@@ -135,23 +135,18 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
         base = self.frozen_base()
         if base is None or mixture.A.dtype is not output_dtype(base, x):
             return None
-        if forward.grad_enabled:
-            return low_rank_linear(x, base, mixture.A, mixture.B)
-        return apply_low_rank(base, x, mixture.A, mixture.B)
+        apply = low_rank_linear if forward.grad_enabled else apply_low_rank
+        return apply(base, x, mixture.A, mixture.B)
 
     def _add(self, name: str, x: Tensor, base: Tensor | FrozenLinear) -> Tensor:
         """Run the base, if that is still to do, and add the update of one adapter."""
         config = self.configs[name]
         groups = AVERAGE if config.router == "uniform" else self.state.groups(x, config, self.training)
         dropout = config.dropout if self.training else 0.0
-        if torch.compiler.is_compiling():
-            A, B = self.mix(name, groups, output_dtype(base, x))
-        else:
-            _, A, B = self._mixture(name, groups, output_dtype(base, x))
-            if not (groups.by_token or dropout):
-                if torch.is_grad_enabled():
-                    return low_rank_linear(x, base, A, B)
-                return apply_low_rank(base, x, A, B)
+        is_compiling = torch.compiler.is_compiling()
+        _, A, B = (self.mix if is_compiling else self._mixture)(name, groups, output_dtype(base, x))
+        if not (groups.by_token or dropout or is_compiling):
+            return (low_rank_linear if torch.is_grad_enabled() else apply_low_rank)(base, x, A, B)
         y = F.linear(x, *base) if isinstance(base, tuple) else base
         x = F.dropout(x, dropout) if dropout else x
         if groups.by_token:
@@ -202,12 +197,12 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
         forward = state.forward
         is_kept = forward.keeps and state.running and not self.training
         if not is_kept or torch.is_grad_enabled() is not forward.grad_enabled:
-            return Mixture(groups, *self.mix(name, groups, dtype))
+            return self.mix(name, groups, dtype)
         with torch.inference_mode(False), torch.no_grad():  # a forward with gradients may use it too
-            found = forward.mixtures[place] = Mixture(groups, *self.mix(name, groups, dtype))
+            found = forward.mixtures[place] = self.mix(name, groups, dtype)
         return found
 
-    def mix(self, name: str, groups: Groups, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def mix(self, name: str, groups: Groups, dtype: torch.dtype) -> Mixture:
         """Mix the skills per group, or per distinct row where groups are tokens; B includes the scale."""
         A, B, router, scale = self.mhr_A[name], self.mhr_B[name], self.routers[name], self.scaling[name]
         weights = None
@@ -217,10 +212,12 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
             weights = router(rows, self._noise(name, rows) if is_noisy else None)
         index = None if groups.index is None or groups.by_token else groups.index.to(A.device)
         if weights is None or torch.compiler.is_compiling():
-            A, B = mix_skills(weights, A, dtype), mix_skills(weights, B, dtype, scale)
-            return (A, B) if index is None else (A.index_select(0, index), B.index_select(0, index))
-        mixed_A, mixed_B = mix_skills_of_many(weights[None], [A], [B], index, dtype, scale)
-        return mixed_A, mixed_B
+            mixed = mix_skills(weights, A, dtype), mix_skills(weights, B, dtype, scale)
+            if index is not None:
+                mixed = mixed[0].index_select(0, index), mixed[1].index_select(0, index)
+        else:
+            mixed = mix_skills_of_many(weights[None], [A], [B], index, dtype, scale)
+        return Mixture(groups, *mixed)
 
     def _noise(self, name: str, rows: Tensor) -> Tensor:
         """Return the forward's noise; draw and keep it only where a layer runs outside a forward."""

@@ -46,6 +46,8 @@ class Router(nn.Module):
 
     needs_ids = True
     """True if tasks differ in their weights."""
+    table_name = ""
+    """Name of the parameter or buffer (K, H, S) that holds the rows, if any does."""
 
     def __init__(self, n_tasks: int, n_heads: int, n_skills: int, spread: float = 1e-3) -> None:
         super().__init__()
@@ -65,14 +67,31 @@ class Router(nn.Module):
             keep: keep the old rows, bit-identical, and number the new ones after them.
         """
         self.n_tasks = n_tasks + (self.n_tasks if keep else 0)
+        if self.table_name:
+            old = getattr(self, self.table_name).detach()
+            new = (self._fresh(n_tasks) if like is None else like.expand(n_tasks, -1, -1)).to(old)
+            self._replace_table(torch.cat([old, new]) if keep else new.clone())
 
     def split_heads(self, n_heads: int) -> None:
         """Split every head into `n_heads` / H heads with its weights, which leaves the mixtures unchanged."""
+        repeats = n_heads // self.n_heads
         self.n_heads = n_heads
+        if self.table_name:
+            self._replace_table(getattr(self, self.table_name).detach().repeat_interleave(repeats, 1))
+
+    def _fresh(self, n_tasks: int) -> Tensor:
+        raise NotImplementedError
+
+    def _replace_table(self, table: Tensor) -> None:
+        old = getattr(self, self.table_name)
+        is_parameter = isinstance(old, nn.Parameter)
+        setattr(self, self.table_name, nn.Parameter(table, old.requires_grad) if is_parameter else table)
 
 
 class LearnedRouter(Router):
     """Logits (K, H, S); weights are their sigmoids, normalised over the skills of a head."""
+
+    table_name = "logits"
 
     def __init__(self, n_tasks: int, n_heads: int, n_skills: int, spread: float = 1e-3) -> None:
         super().__init__(n_tasks, n_heads, n_skills, spread)
@@ -82,21 +101,6 @@ class LearnedRouter(Router):
         """Return the `skill_weights` of the rows' logits."""
         logits = self.logits.index_select(0, rows)
         return skill_weights(logits, noise, self.temperature, self.uniform_mix)
-
-    def set_rows(self, n_tasks: int, like: Tensor | None = None, keep: bool = False) -> None:  # noqa: D102
-        super().set_rows(n_tasks, like, keep)
-        old = self.logits.detach()
-        new = self._fresh(n_tasks) if like is None else like.expand(n_tasks, -1, -1)
-        new = new.to(old)
-        self._replace(torch.cat([old, new]) if keep else new.clone())
-
-    def split_heads(self, n_heads: int) -> None:  # noqa: D102
-        repeats = n_heads // self.n_heads
-        super().split_heads(n_heads)
-        self._replace(self.logits.detach().repeat_interleave(repeats, 1))
-
-    def _replace(self, logits: Tensor) -> None:
-        self.logits = nn.Parameter(logits, requires_grad=self.logits.requires_grad)
 
     def _fresh(self, n_tasks: int) -> Tensor:
         return torch.empty(n_tasks, self.n_heads, self.n_skills).uniform_(-self.spread, self.spread)
@@ -129,6 +133,8 @@ class PrivateRouter(Router):
 class RandomRouter(Router):
     """A fixed table (K, H, S): each head of each task averages a random non-empty subset of the skills."""
 
+    table_name = "table"
+
     def __init__(self, n_tasks: int, n_heads: int, n_skills: int, spread: float = 1e-3) -> None:
         super().__init__(n_tasks, n_heads, n_skills, spread)
         self.table: Tensor
@@ -137,16 +143,6 @@ class RandomRouter(Router):
     def forward(self, rows: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the rows of the table."""
         return self.table.index_select(0, rows)
-
-    def set_rows(self, n_tasks: int, like: Tensor | None = None, keep: bool = False) -> None:  # noqa: D102
-        super().set_rows(n_tasks, like, keep)
-        new = self._fresh(n_tasks).to(self.table)
-        self.table = torch.cat([self.table, new]) if keep else new
-
-    def split_heads(self, n_heads: int) -> None:  # noqa: D102
-        repeats = n_heads // self.n_heads
-        super().split_heads(n_heads)
-        self.table = self.table.repeat_interleave(repeats, 1)
 
     def _fresh(self, n_tasks: int) -> Tensor:
         shape = (n_tasks, self.n_heads, self.n_skills)
