@@ -1,9 +1,9 @@
 """Mixtures of all layers, prepared where the model's forward begins.
 
-With gradients, layers whose skills have the same shapes are mixed in one go, noise included, and share a
-graph; so the launches do not grow with the number of layers. Without gradients in evaluation, mixtures are
-kept from one forward to the next until anything they were made from changes; so a decoded token pays two
-small products per layer. A layer that finds no mixture makes its own: a layer inside a reentrant checkpoint,
+In training, layers whose skills have the same shapes are mixed in one go, noise included, and share a graph;
+so the launches do not grow with the number of layers. In evaluation without gradients, mixtures are kept from
+one forward to the next until anything they were made from changes; so a decoded token pays two small products
+per layer. A layer that finds no mixture makes its own: a layer inside a reentrant checkpoint,
 whose first nested backward would free the shared graph; a large, sharded (FSDP2) or packed one; one with a
 fixed routing table; and one that is called outside the model's forward, as T5's `generate` calls the encoder.
 """
@@ -56,21 +56,21 @@ class Preparer:
         drops = model.training and any(config.dropout for config in configs)
         if inputs is not None and not drops and (forward.ids is None or forward.ids.tokens is None):
             forward.rows = inputs.shape[0]
-        if model.training:
-            for block in self._blocks:
-                CheckpointWithIds.wrap(block, state)
-        elif not forward.grad_enabled or not any(p.requires_grad for p in self._parameters):
-            self._recall(forward)
+        if not model.training:
+            if not (forward.grad_enabled and any(p.requires_grad for p in self._parameters)):
+                self._recall(forward)
             return
+        for block in self._blocks:
+            CheckpointWithIds.wrap(block, state)
         if inputs is None:
             return
         for name, config in state.routed().items():
             places = [place for place in self._places if place[1] == name]
             if places and config.router == "learned":
-                groups = state.groups(inputs, config, model.training)
-                if model.training and config.noise != "none":
+                groups = state.groups(inputs, config, training=True)
+                if config.noise != "none":
                     _draw_noise(forward, places, groups)
-                for mixer in self._mixers[name]:
+                for mixer in self._mixers[name] if forward.grad_enabled and forward.rows is not None else ():
                     mixer.mix(forward, groups)
 
     def _plan(self, model: nn.Module) -> None:
@@ -167,7 +167,7 @@ class SameShape:
 
     def mix(self, forward: Forward, groups: Groups, weights_NUHS: Tensor) -> None:
         """Leave the mixtures in `forward`."""
-        index = None if groups.index is None or groups.by_token else groups.index.to(weights_NUHS.device)
+        index = None if groups.index is None else groups.index.to(weights_NUHS.device)
         mixed = mix_skills_of_many(weights_NUHS, self.A, self.B, index, self.dtype, self.scale)
         n = len(self.places)
         for place, A, B in zip(self.places, mixed[:n], mixed[n:], strict=True):
