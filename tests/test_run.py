@@ -12,8 +12,8 @@ import pytest
 from tests.support.text_runs import LORA, TextRecipes, logged, write_first_letters
 from thawline.errors import CheckpointError, ConfigError, DataError
 from thawline.run import evaluate, predict, run
+from thawline.tables import labelled
 from thawline.training.objective import build_objective
-from thawline.training.plan import plan_rows
 
 FILES = {
     "config.yaml", "env.json", "metrics.jsonl", "model", "objective.json", "plan.json", "predictions.jsonl",
@@ -56,13 +56,12 @@ def test_a_plan_says_in_at_most_twelve_lines_what_will_happen(recipe, caplog) ->
         assert not caplog.text
         result = run(recipe("planned"))
     plan = json.loads((result.folder / "plan.json").read_text())
-    rows = plan_rows(plan)
-    assert len(rows) <= 12
-    words = dict(rows)
+    words = plan["overview"]
+    assert len(words) <= 12
     assert words["run"] == str(result.folder)
     assert "LlamaForCausalLM" in words["base"]
     assert words["tuner"].startswith(f"lora: {result.trainable:,} trainable")
-    assert words["data"].endswith("12 rows to train on, 4 held out")
+    assert words["data"].endswith("12 for training, 4 held out")
     assert words["steps"] == "12 of 4 rows; fp32 on cpu"
     assert words["rate"].startswith("0.01, linear")
     assert (words["evaluation"], words["checkpoints"]) == (
@@ -70,8 +69,7 @@ def test_a_plan_says_in_at_most_twelve_lines_what_will_happen(recipe, caplog) ->
         "every 4 steps; the newest 2 kept",
     )
     assert words["sample"] == "<s>ab ⟦a</s>⟧  (⟦learned⟧)"
-    told = caplog.text.splitlines()
-    assert all(any(heading in line and text in line for line in told) for heading, text in rows)
+    assert labelled(words.items()) in caplog.text
 
 
 def test_an_existing_run_is_never_overwritten(recipe) -> None:

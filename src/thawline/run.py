@@ -29,6 +29,7 @@ from thawline.errors import CheckpointError, ConfigError
 from thawline.files import write_jsonl
 from thawline.recipe import RunConfig
 from thawline.run_folder import NO_DATA, RunFolder, RunResult
+from thawline.tables import labelled
 from thawline.training.callbacks import StopOnSignal
 from thawline.training.checkpoints import (
     checkpoint_step,
@@ -38,7 +39,7 @@ from thawline.training.checkpoints import (
 )
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, build_objective
-from thawline.training.plan import build_plan, plan_rows
+from thawline.training.plan import build_plan
 from thawline.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
     result = RunResult(folder=folder.path, status="planned", trainable=plan["trainable_parameters"])
     if dry_run:
         return result
-    for heading, words in plan_rows(plan):
-        logger.info("%-11s %s", heading, words)
+    logger.info(labelled(plan["overview"].items()))
     if is_first_process:
         folder.open(objective)
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["build_plan", "n_base_parameters", "n_parameters", "plan_rows"]
+__all__ = ["build_plan", "n_base_parameters", "n_parameters"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,10 @@ SAMPLE_ENDS = 60
 
 
 def build_plan(objective: Objective, trainer: Trainer) -> dict[str, Any]:
-    """Return what plan.json holds: `overview` in words, then model, rows, steps, groups, first batch."""
+    """Return what plan.json holds: the overview, model, rows, steps, parameter groups, the first batch.
+
+    `overview` is the plan in words: at most twelve texts by label, of which the trainer gives up to four.
+    """
     trainable, total = n_parameters(trainer.model)
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     plan: dict[str, Any] = {
@@ -36,11 +39,6 @@ def build_plan(objective: Objective, trainer: Trainer) -> dict[str, Any]:
         steps = trainer.overview(plan)
         steps["steps"] += f"; {plan['precision']} on {plan['device']}"
     return {"overview": _overview(objective.config, plan, steps, objective.preview()), **plan}
-
-
-def plan_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return a plan's headings and words, at most twelve, for a table."""
-    return list(plan["overview"].items())
 
 
 def n_parameters(model: nn.Module) -> tuple[int, int]:
@@ -69,9 +67,9 @@ def _overview(
         "base": f"{config.base.label}: {plan['model']}, {plan['base_parameters']:,} parameters",
         "tuner": f"{config.tuner.method}: {trainable:,} trainable ({trainable / plan['parameters']:.2%})",
         "objective": config.objective.kind,
-        "data": f"{config.data.path}: {rows['train']:,} rows to train on, {rows['held_out']:,} held out",
+        "data": f"{config.data.path}: {rows['train']:,} for training, {rows['held_out']:,} held out",
         **steps,
-        "evaluation": _every(training.eval_every) if rows["held_out"] else "none, as no row is held out",
+        "evaluation": _every(training.eval_every) if rows["held_out"] else "none: nothing is held out",
     }
     if trainable:
         best = f", best {training.best_metric} wins" if training.best_metric else ""
@@ -85,8 +83,5 @@ def _overview(
 
 
 def _every(every: int | str) -> str:
-    return (
-        f"every {every} steps"
-        if isinstance(every, int)
-        else {"end": "at the end"}.get(every, f"every {every}")
-    )
+    texts = {"epoch": "every epoch", "end": "at the end"}
+    return f"every {every} steps" if isinstance(every, int) else texts[every]
