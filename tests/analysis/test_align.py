@@ -15,7 +15,7 @@ from tests.support.small_net import batches, mhr, mse, net
 from thawline import MissingExtraError
 from thawline.analysis import plots
 from thawline.analysis.align import align
-from thawline.analysis.plots import _spread, _most_different_heads, draw_routes, order_tasks
+from thawline.analysis.plots import _most_different_heads, _spread, draw_routes, order_tasks
 from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
 from thawline.analysis.routing import RoutingTable, read_routing, routing_statistics
 from thawline.cli import main
