@@ -16,21 +16,20 @@ from thawline.tuners._peft import TunerType
 
 MODES = ("train", "full", "z", "mu")
 RESERVED = ("mean", "usage", "fresh", "uniform")
-"""What `to_lora` and `start_adaptation` take in the place of a task's name."""
+"""Words that `to_lora` and `start_adaptation` accept instead of a task's name."""
 
 
 class RoutedType(TunerType):
-    """MHR's PEFT type. It answers yes to `== PeftType.POLY`, and to nothing else that "MHR" would not.
+    """MHR's PEFT type, a string "MHR" that also compares equal to `PeftType.POLY`.
 
-    Six forwards of PEFT name `task_ids` among their arguments and drop it unless the type, asked in just
-    this way, is Poly. Ids given to a model that still holds those of another batch would then be lost without
-    a word; passed on, they reach MHR's hook, which uses them or raises. The way around it would be to replace
-    PEFT's own forwards.
+    Six forwards of PEFT have an argument `task_ids` and drop it unless the type equals Poly's. Ids given to a
+    model that still has those of another batch would then be lost silently; passed on, they reach MHR's hook,
+    which uses them or raises. The alternative would be to replace PEFT's own forwards.
 
-    Nothing else hangs on the answer: in PEFT 0.21 the only other places that ask for Poly are two that pass
-    `task_ids` on to a step of `generate`. Its tables look a type up by hash, which is that of "MHR"; files
-    hold "MHR"; `!=`, by which PEFT refuses adapters of two kinds in one model, says that it is not Poly.
-    tests/tuners/test_mhr_peft.py holds all of this.
+    Nothing else depends on it: in PEFT 0.21 the only other comparisons with Poly are two that pass `task_ids`
+    on to a step of `generate`. PEFT's tables look a type up by hash, which is that of "MHR"; files contain
+    "MHR"; `!=`, by which PEFT refuses adapters of two types in one model, says that it is not Poly.
+    tests/tuners/test_mhr_peft.py tests all of this.
     """
 
     __slots__ = ()
@@ -68,7 +67,7 @@ class MHRConfig(MhrFields, TunerConfig):
     n_tasks: int | None = None
     """Rows of the routing table. None: as many as `task_names`, or one."""
     task_names: list[str] | None = None
-    """Names of the tasks, in the order of their ids. None: tasks go by number."""
+    """Names of the tasks, in the order of their ids. None: tasks have numbers only."""
     n_heads: int = 1
     """Blocks of features, each with weights of its own, H. It must divide every adapted size."""
     bias: Literal["none"] = "none"
@@ -104,8 +103,7 @@ class MHRConfig(MhrFields, TunerConfig):
             )
         if names is not None and len(names) != self.n_tasks:
             raise ConfigError(
-                f"n_tasks={self.n_tasks} but {len(names)} task_names. Give one of them, or as many names as"
-                " tasks."
+                f"n_tasks={self.n_tasks} but {len(names)} task_names. Give one of them, or one name per task."
             )
         if names is not None and len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -118,6 +116,5 @@ class MHRConfig(MhrFields, TunerConfig):
         if self.router == "private" and self.n_skills != self.n_tasks:
             raise ConfigError(
                 f"router='private' is one skill per task, but n_skills={self.n_skills} and"
-                f" n_tasks={self.n_tasks}."
-                " Make them equal."
+                f" n_tasks={self.n_tasks}. Make them equal."
             )
