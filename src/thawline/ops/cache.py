@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class TensorCache:
-    """Cache of the `size` results used last, by key; put shape, dtype and device into the key.
+    """Cache of the last `size` results, by key; put shape, dtype and device into the key.
 
     Tensors are built outside inference mode, so that one built in evaluation also serves training. Under
     torch.compile nothing is cached: the tensors are part of the graph. Copies and pickles are empty.

@@ -236,7 +236,7 @@ def _numbers() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _same_bits(module: nn.Module, lean: type[nn.Module], x: Tensor, weight: Tensor) -> bool:
-    """Whether the module's own forward and the lean one agree on `x`, with stand-ins for what both call."""
+    """Return whether the module's own forward and the lean one agree on `x`, with stand-ins for both."""
     stand_in = copy.copy(module)
     stand_in.training = True  # so that dropout in the forward shows
     if "act_fn" in stand_in._modules:

@@ -26,12 +26,12 @@ class TunerType(str):
 
     @property
     def value(self) -> str:
-        """The plain string, as an enum member's value."""
+        """Plain string, as the value of an enum member."""
         return str.__str__(self)
 
     @property
     def name(self) -> str:
-        """The plain string, as an enum member's name."""
+        """Plain string, as the name of an enum member."""
         return str.__str__(self)
 
     @property

@@ -44,8 +44,8 @@ HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
 
 
-class State:
-    """What a layer knows of its weight. Not kept on the layer: setting a module's attribute is slow."""
+class WriteState:
+    """Write state of a layer's weight. A separate object, because setting a module's attribute is slow."""
 
     def __init__(self, resident: Resident) -> None:
         self.resident = resident
@@ -86,7 +86,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         _check_weight(base_layer, name)
-        self._state = State(Resident(name, self.columns_of))
+        self._state = WriteState(Resident(name, self.columns_of))
         watch(self)
         self.register_state_dict_post_hook(_put_original_weight)
         self.register_load_state_dict_post_hook(_after_load)
@@ -176,7 +176,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         super()._rescale(adapter_names, scale_of)
         self.write()
 
-    # Merging: the columns are in the weight already, so it is a change of flag.
+    # Merging: the columns are in the weight already, so only a flag changes.
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Leave the adapters' columns in the weight and stop training them.
@@ -276,7 +276,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.write()
 
     def _before_backward(self, inside: tuple[str, ...]) -> None:
-        """Before the base layer's own backward, restore the columns that its forward used.
+        """Restore the columns that the forward used, before the base layer's own backward.
 
         A reference pass with adapters disabled, or another adapter's forward, may lie between the two.
         """
@@ -288,9 +288,9 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         state.stale = True
 
     def _is_gathered(self, weight: Tensor) -> bool:
-        """Whether FSDP2 shows a gathered copy of the weight, which is freed after this forward.
+        """Return whether FSDP2 shows a gathered copy of the weight, which is freed after this forward.
 
-        Then nothing is written: `after_step` writes the shards, from which the copy was made.
+        Such a copy is not written: `after_step` writes the shards, from which it was made.
         """
         state = self._state
         if is_sharded(weight):
@@ -301,8 +301,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def _check_not_gathered(self) -> None:
         if self._is_gathered(self.base_layer.weight):
             raise ConfigError(
-                f"FSDP2 holds a gathered copy of the weight of '{self.name}', which cannot be kept in step "
-                "with its shards. Call `reshard()` on the FSDP modules before switching, merging or saving "
+                f"FSDP2 holds a gathered copy of the weight of '{self.name}', which cannot be kept equal to "
+                "its shards. Call `reshard()` on the FSDP modules before switching, merging or saving "
                 "adapters."
             )
 
@@ -359,7 +359,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.merged:
             self.write()
-        elif self._brings_columns_back():
+        elif self._next_forward_writes():
             self.evict()  # else _put_original_weight puts in a copy
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -368,8 +368,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             self.evict()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _brings_columns_back(self) -> bool:
-        """Whether the next forward writes evicted columns again. Compiled and sharded ones do not."""
+    def _next_forward_writes(self) -> bool:
+        """Return whether the next forward writes evicted columns again; compiled and sharded ones do not."""
         return not (self._state.compiled or is_sharded(self.base_layer.weight))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PacaLayer:
@@ -380,7 +380,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key != "_state"}
-        if self._brings_columns_back():
+        if self._next_forward_writes():
             self.evict()
         else:
             base_layer = copy.deepcopy(self.base_layer)
@@ -390,7 +390,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._state = State(Resident(self.name, self.columns_of))
+        self._state = WriteState(Resident(self.name, self.columns_of))
         watch(self)
         self._refresh()
 
@@ -410,7 +410,7 @@ class PacaLinear(PacaLayer):
         return nn.functional.one_hot(index, n).to(delta.dtype), delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's convert_to_lora works; `thawline.to_lora` is exact."""
+        """Return True: PEFT's convert_to_lora works; `thawline.to_lora` is exact."""
         return True
 
 
@@ -464,7 +464,7 @@ def _as_stored(weight: Tensor) -> Tensor:
 
 
 def _check_weight(base_layer: nn.Module, name: str) -> None:
-    """Raises: ConfigError: if columns of this weight cannot be written, or another layer writes them."""
+    """Check that columns can be written. Raises: ConfigError: if not, or if another layer writes them."""
     weight = base_layer.weight
     if is_sharded(weight) or hasattr(weight, "ds_id"):
         raise ConfigError(
@@ -490,7 +490,7 @@ def _put_original_weight(
     """Put a copy of the original weight into a state dict where the columns were not evicted."""
     key = f"{prefix}base_layer.weight"
     weight = layer.base_layer.weight
-    if key in state_dict and not layer.merged and not layer._brings_columns_back():
+    if key in state_dict and not layer.merged and not layer._next_forward_writes():
         state_dict[key] = layer._state.resident.original(weight)
 
 

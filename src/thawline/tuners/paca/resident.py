@@ -1,4 +1,4 @@
-"""The adapted columns inside one frozen weight, and the original values they replaced.
+"""Adapted columns inside one frozen weight, and the original values they replaced.
 
 The weight holds W₀ + Σ s·δ at the selected columns, so the base layer runs as it is. `Resident` keeps the
 original values, which restore W₀ bit for bit, and marks by which it recognises changes it has written. It
@@ -66,15 +66,15 @@ class Resident:
         self._address = 0
 
     def is_in(self, weight: Tensor) -> bool:
-        """Whether `weight` is the tensor, at the address, that was written last."""
+        """Return whether `weight` is the tensor, at the address, that was written last."""
         return weight is self._weight and weight.data_ptr() == self._address
 
     def is_elsewhere(self, weight: Tensor) -> bool:
-        """Whether another tensor than `weight` holds columns."""
+        """Return whether another tensor than `weight` holds columns."""
         return self._original is not None and not self.is_in(weight)
 
     def holds(self, weight: Tensor, changes: list[Change]) -> bool:
-        """Whether `weight` holds these changes, as far as can be told without reading it."""
+        """Return whether `weight` holds these changes, as far as can be known without reading it."""
         marks = [change.mark() for change in changes]
         return marks == self._marks and (not marks or self.is_in(weight))
 
@@ -115,7 +115,7 @@ class Resident:
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether the columns inside the weight are free of NaN and infinity."""
+        """Return whether the columns inside the weight are free of NaN and infinity."""
         return self._original is None or bool(torch.isfinite(self._changed(self._original)).all())
 
     def _changed(self, original: Columns) -> Tensor:
@@ -155,7 +155,7 @@ class Resident:
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether a weight is one rank's shard of a larger one."""
+    """Return whether a weight is one rank's shard of a larger one."""
     return isinstance(weight, DTensor)
 
 
