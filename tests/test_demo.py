@@ -20,8 +20,10 @@ def next_commands(text: str) -> list[list[str]]:
 
 
 def test_skills_compares_on_seen_and_unseen_tasks_and_says_what_to_type_next(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name, value in (("N_TRAIN", 40), ("N_TEST", 4)):
+        monkeypatch.setattr(skills, name, value)
     text = skills.run(tmp_path / "skills", pretraining_steps=5, steps=2, adaptation_steps=1)
     lines = text.splitlines()
     assert lines[0].split() == ["six", "tasks", "at", "once", *skills.UNSEEN, "trained", "for", "these"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from thawline.cli import main
-from thawline.demo import shapes
+from thawline.demo import columns, shapes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +37,9 @@ def test_every_command_and_python_block_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     told: set[str] = set()
+    # Half the words and few measurements: enough for PaCA to pass the frozen base by far.
+    monkeypatch.setattr(columns, "N_TRAIN", 200)
+    monkeypatch.setattr(columns, "run", partial(columns.run, pretraining_steps=150, rounds=2))
     for command in commands():
         if command == "make test":
             continue

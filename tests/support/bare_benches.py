@@ -13,7 +13,7 @@ from typing import Any
 
 # What thawline's other parts use, and no bench of gpu.sh may.
 ABSENT = {
-    "bitsandbytes", "cv2", "datasets", "faster_coco_eval", "hypothesis", "matplotlib", "onnx",
+    "bitsandbytes", "cv2", "datasets", "faster_coco_eval", "matplotlib", "onnx",
     "onnxruntime", "pandas", "pyarrow", "pycocotools", "rouge_score", "supervision", "timm",
     "torchvision", "trl",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`thawline demo`: the main jobs, offline, in minutes, one part after the other."""
+"""Demo of the main jobs, offline, in minutes: `thawline demo`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thawline.errors import ConfigError, did_you_mean
+from thawline.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -18,33 +19,33 @@ PARTS = {
     "skills": "six tasks share skills, two unseen ones recombine them: LoRA, Poly, MHR, MHR-z",
     "shapes": "a detector learns circles, squares and triangles from random weights",
 }
-"""Module of thawline.demo, whose `run(folder)` returns what to print → what it shows."""
+"""Module of thawline.demo, whose `run(folder)` returns the text to print → its description."""
 
 
 def run_demo(folder: Path, parts: Sequence[str] = ()) -> str:
-    """Run the parts, each in a folder of its own below `folder`.
+    """Run the parts, each in its own folder below `folder`.
 
     Args:
-        folder: made; where it is taken, the next free "folder-2", "folder-3", … is.
-        parts: names among `PARTS`; none: all of them.
-    Returns: what they found and what to type next, also in demo.txt there.
+        folder: created; if it exists, the next free "folder-2", "folder-3", … instead.
+        parts: names among `PARTS`. None: all.
+    Returns: results and the commands to try next; also written to demo.txt.
     Raises: ConfigError: for an unknown part.
     """
     for part in parts:
         if part not in PARTS:
             raise ConfigError(f"The demo has no part '{part}'. {did_you_mean(part, PARTS)}")
-    folder = _free(folder)
-    found = []
+    folder = _free_folder(folder)
+    texts = []
     for part in parts or PARTS:
         logger.info("%s: %s", part, PARTS[part])
-        found.append(importlib.import_module(f"thawline.demo.{part}").run(folder / part))
-    text = "\n\n\n".join(found)
-    (folder / "demo.txt").write_text(f"{text}\n", encoding="utf-8")
+        texts.append(importlib.import_module(f"thawline.demo.{part}").run(folder / part))
+    text = "\n\n\n".join(texts)
+    write_text(folder / "demo.txt", f"{text}\n")
     return text
 
 
-def _free(folder: Path) -> Path:
-    """`folder`, or the next name that is not taken: nothing is overwritten."""
+def _free_folder(folder: Path) -> Path:
+    """Return `folder`, or the next free name, so that nothing is overwritten."""
     candidate, n = folder, 2
     while candidate.exists():
         candidate, n = folder.with_name(f"{folder.name}-{n}"), n + 1

@@ -1,4 +1,4 @@
-"""Three questions about words, taught to a frozen base, and what a step of learning them costs."""
+"""PaCA demo: a frozen base learns three questions about words; the cost of a training step is measured."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thawline.bench.methods import Adapt, attach
 from thawline.demo.toy_tasks import TASKS, make_rows, save_rows
-from thawline.demo.words import save_base
+from thawline.demo.words import save_base, train
 from thawline.measure import median_ratio, paired_rounds, saved_bytes
-from thawline.recipe import RunConfig
 from thawline.run import RunResult
-from thawline.run import run as run_recipe
 from thawline.tables import aligned
 
 logger = logging.getLogger(__name__)
 
-TUNERS: dict[str, dict[str, Any]] = {
-    "frozen": {"tuner": "frozen"},
-    "lora": {"tuner": {"method": "lora", "r": 8}, "lr": 1e-2},
-    "paca": {"tuner": {"method": "paca", "r": 16}, "lr": 1e-2},
+TUNERS: dict[str, tuple[dict[str, Any], float | None]] = {
+    "frozen": ({"method": "frozen"}, None),
+    "lora": ({"method": "lora", "r": 8}, 1e-2),
+    "paca": ({"method": "paca", "r": 16}, 1e-2),
 }
-"""Each with the better of 3e-3 and 1e-2; at 3e-2 both are worse."""
-VARIANTS = {"frozen": "floor", "lora": "lora", "paca": "paca"}
+"""Tuner and learning rate of each run, the better of 3e-3 and 1e-2; at 3e-2 both tuners are worse."""
+METHODS = {"frozen": "floor", "lora": "lora", "paca": "paca"}
+"""Tuner → method of `thawline.bench.methods` that measures its step."""
 N_TRAIN, N_TEST = 400, 100
 
 
 def run(folder: Path, *, pretraining_steps: int = 250, rounds: int = 15) -> str:
-    """Make base and tasks in `folder`, train, measure.
+    """Create the base and the tasks in `folder`, train, and measure.
 
     Args:
-        pretraining_steps: of the base.
+        pretraining_steps: training steps of the base.
         rounds: paired measurements of a training step.
-    Returns: a table, what it shows, and what to type next.
+    Returns: a table, its explanation, and the commands to try next.
     """
     logger.info("1/3  A base: a tiny Llama reads made-up words")
     base, tokenizer = save_base(folder / "base", pretraining_steps)
     rows = write_tasks(folder / "tasks")
 
     logger.info("2/3  Three questions it was never asked: %s", ", ".join(TASKS))
-    results = {name: _train(name, folder) for name in TUNERS}
+    results = {
+        name: train(name, folder, tuner, epochs=4, batch_size=32, lr=lr, eval_batch_size=64)
+        for name, (tuner, lr) in TUNERS.items()
+    }
 
     logger.info("3/3  What a training step costs, in paired rounds")
     costs = measure(base, tokenizer, rows[:32], rounds)
@@ -57,31 +59,31 @@ def run(folder: Path, *, pretraining_steps: int = 250, rounds: int = 15) -> str:
 
 
 def write_tasks(folder: Path) -> list[dict[str, Any]]:
-    """A file of rows for every task; returns all training rows, shuffled."""
+    """Write a file of rows for every task; return all training rows, shuffled."""
     rng = random.Random(1)
-    train = []
+    train_rows = []
     for task in TASKS:
         rows = make_rows(task, N_TRAIN, N_TEST, rng)
         save_rows(folder, rows)
-        train += rows[:N_TRAIN]
-    rng.shuffle(train)
-    return train
+        train_rows += rows[:N_TRAIN]
+    rng.shuffle(train_rows)
+    return train_rows
 
 
 def measure(
     base: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], rounds: int
 ) -> dict[str, tuple[float, int]]:
-    """Step time over the frozen floor's, and bytes kept for backward, on one batch: tuner → both.
+    """Measure a step on one batch: tuner → time relative to the frozen floor, bytes kept for backward.
 
-    The floor runs backward through the whole network too, and trains nothing.
+    The floor also runs backward through the whole network, and trains nothing.
     """
     texts = [f"{row['input']}\n{row['output']}" for row in rows]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     adapt = Adapt(entry="model.embed_tokens", targets="all-linear")
     steps: dict[str, Callable[[], object]] = {}
     kept = {}
-    for name, variant in VARIANTS.items():
-        model = attach(variant, copy.deepcopy(base), adapt)
+    for name, method in METHODS.items():
+        model = attach(method, copy.deepcopy(base), adapt)
 
         def forward(model: torch.nn.Module = model) -> Tensor:
             loss: Tensor = model(**batch, labels=batch.input_ids).loss
@@ -103,27 +105,6 @@ def _step(forward: Callable[[], Tensor], trainable: list[torch.nn.Parameter]) ->
             optimizer.zero_grad()
 
     return step
-
-
-def _train(name: str, folder: Path) -> RunResult:
-    """Through the same call as `thawline train`."""
-    settings = TUNERS[name]
-    recipe = {
-        "name": name,
-        "folder": str(folder),
-        "base": str(folder / "base"),
-        "data": {"path": str(folder / "tasks"), "max_length": 32},
-        "tuner": settings["tuner"],
-        "training": {
-            "epochs": 4,
-            "batch_size": 32,
-            "lr": settings.get("lr"),
-            "eval_batch_size": 64,
-            "eval_every": "end",
-            "save_every": "end",
-        },
-    }
-    return run_recipe(RunConfig.from_mapping(recipe))
 
 
 def _table(results: dict[str, RunResult], costs: dict[str, tuple[float, int]]) -> str:

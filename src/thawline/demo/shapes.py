@@ -1,4 +1,4 @@
-"""A detector learns circles, squares and triangles, from random weights, in about two minutes."""
+"""Detection demo: a detector learns circles, squares and triangles from random weights in two minutes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 SIZE = 128
 """Side of the network's input: a sixth of Atto's pixels."""
 BATCH = 8
-"""In the same minute and a half batches of 16 (12 epochs) reach half the AP: 0.09 instead of 0.21."""
+"""In the same minute and a half, batches of 16 (12 epochs) reach half the AP: 0.09 instead of 0.21."""
 N_TRAIN, N_VAL = 256, 64
 SHOWN = 4
 
 
 def run(folder: Path, *, epochs: int = 10) -> str:
-    """Paint a set in `folder`, train Atto on it, evaluate, draw what it finds.
+    """Draw a dataset in `folder`, train Atto on it, evaluate, and draw its detections.
 
-    Returns: what it reaches, where the pictures and the report are, and what to type next.
+    Returns: the scores, the paths of the images and the report, and the commands to try next.
     """
-    logger.info("1/3  A set: %d pictures to learn from, %d held out", N_TRAIN, N_VAL)
+    logger.info("1/3  A dataset: %d images to train on, %d held out", N_TRAIN, N_VAL)
     data = write_shapes(folder / "set", N_TRAIN, N_VAL)
 
     logger.info("2/3  DEIMv2 Atto, half a million weights, all random")
@@ -56,7 +56,7 @@ def run(folder: Path, *, epochs: int = 10) -> str:
             "workers": 0,
         },
     }
-    # One thread, best for the other parts' tiny models, takes half as long again here.
+    # One thread is best for the other parts' tiny models, but takes half as long again here.
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, min(2, _processors())))
     try:
@@ -64,7 +64,7 @@ def run(folder: Path, *, epochs: int = 10) -> str:
     finally:
         torch.set_num_threads(threads)
 
-    logger.info("3/3  What it finds")
+    logger.info("3/3  Its detections")
     metrics = DetectionMetrics.from_dict(
         json.loads((result.folder / DETECTION_METRICS).read_text(encoding="utf-8"))
     )
@@ -85,12 +85,12 @@ def run(folder: Path, *, epochs: int = 10) -> str:
 
 
 def _processors() -> int:
-    """Those this process may use: a second thread that waits for the first one's processor takes its time."""
+    """Count the CPUs that this process may use: a second thread on the same CPU only takes time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw(run_folder: Path, data: Path, threshold: float) -> Path:
-    """The first held-out pictures with what is found in them."""
+    """Draw the detections of the first held-out images."""
     records = load_detection(data).records("val")[:SHOWN]
     images = [read_image(record.path) for record in records]
     detector = Detector.from_pretrained(run_folder / "model", threshold=threshold)

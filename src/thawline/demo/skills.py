@@ -1,4 +1,4 @@
-"""Six ways to write a word anew, and then two unseen ones made of the same halves: what skills bring."""
+"""MHR demo: six tasks that rewrite words share skills, and two new tasks recombine them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from thawline.demo.toy_tasks import REWRITES, make_rewrites, save_rows
-from thawline.demo.words import save_base
-from thawline.recipe import RunConfig
+from thawline.demo.words import save_base, train
 from thawline.run import RunResult
-from thawline.run import run as run_recipe
 from thawline.tables import aligned
 
 logger = logging.getLogger(__name__)
@@ -31,14 +29,14 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
     "mhr": ("mhr", {"adapt": "full"}),
     "mhr-z": ("mhr", {"adapt": "z"}),
 }
-"""Row of the table → whose skills it starts from, and what of them moves."""
+"""Row of the table → the run whose skills it starts from, and the tuner's settings."""
 N_TRAIN, N_TEST, SHOTS = 400, 100, 8
 
 
 def run(folder: Path, *, pretraining_steps: int = 250, steps: int = 250, adaptation_steps: int = 80) -> str:
-    """Make base and tasks in `folder`, train on six tasks, adapt to two.
+    """Create the base and the tasks in `folder`, train on six tasks, adapt to two.
 
-    Returns: a table, what it shows, and what to type next.
+    Returns: a table, its explanation, and the commands to try next.
     """
     logger.info("1/3  A base: a tiny Llama reads made-up words")
     save_base(folder / "base", pretraining_steps)
@@ -50,7 +48,8 @@ def run(folder: Path, *, pretraining_steps: int = 250, steps: int = 250, adaptat
     seen = {}
     for name, tuner in TUNERS.items():
         training = {"max_steps": steps, "batch_size": 32, "lr": 1e-2}
-        seen[name] = _train(name, folder, tuner, {"tasks": list(SEEN), "sampling": "equal"}, training)
+        data = {"tasks": list(SEEN), "sampling": "equal"}
+        seen[name] = train(name, folder, tuner, data=data, eval_batch_size=128, **training)
 
     logger.info("3/3  %d examples of each of two unseen ones: %s", SHOTS, ", ".join(UNSEEN))
     unseen = {}
@@ -58,25 +57,17 @@ def run(folder: Path, *, pretraining_steps: int = 250, steps: int = 250, adaptat
         tuner = {"method": TUNERS[source]["method"], "start_from": str(seen[source].folder), **how}
         training = {"max_steps": adaptation_steps, "batch_size": SHOTS, "lr": 3e-3}
         unseen[name] = [
-            _train(f"{name}-{task}", folder, tuner, {"tasks": [task], "shots": SHOTS}, training)
+            train(
+                f"{name}-{task}",
+                folder,
+                tuner,
+                data={"tasks": [task], "shots": SHOTS},
+                eval_batch_size=128,
+                **training,
+            )
             for task in UNSEEN
         ]
     return f"{_table(seen, unseen)}\n\n{_next(folder)}"
-
-
-def _train(
-    name: str, folder: Path, tuner: dict[str, Any], data: dict[str, Any], training: dict[str, Any]
-) -> RunResult:
-    """Through the same call as `thawline train`."""
-    recipe = {
-        "name": name,
-        "folder": str(folder),
-        "base": str(folder / "base"),
-        "data": {"path": str(folder / "tasks"), "max_length": 32, **data},
-        "tuner": tuner,
-        "training": {"eval_batch_size": 128, "eval_every": "end", "save_every": "end", **training},
-    }
-    return run_recipe(RunConfig.from_mapping(recipe))
 
 
 def _table(seen: dict[str, RunResult], unseen: dict[str, list[RunResult]]) -> str:
@@ -89,11 +80,12 @@ def _table(seen: dict[str, RunResult], unseen: dict[str, list[RunResult]]) -> st
         rows.append([name, of_six, *map(score, results), f"{results[0].trainable:,}"])
     return (
         f"{aligned(rows)}\n\n"
-        f"Share of {N_TEST} held-out words a task that are written right. banodi is bonodos in round-plural\n"
-        "and tatotis in hard-plural: each half is known from other tasks, the two together are not.\n"
+        f"Share of {N_TEST} held-out words per task that are written correctly. banodi is bonodos in\n"
+        "round-plural and tatotis in hard-plural: each half is known from other tasks, the two together\n"
+        "are not.\n"
         f"The unseen ones are learned from {SHOTS} examples each. A word does not say which task is meant:\n"
-        "LoRA, one adapter for all six, can but guess there; on a new task it has that one alone to learn.\n"
-        "z moves the mixing of the skills and nothing else."
+        "LoRA, one adapter for all six, can only guess there; on a new task it has only that one to learn.\n"
+        "z trains the mixing of the skills and nothing else."
     )
 
 

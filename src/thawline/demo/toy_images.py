@@ -1,4 +1,4 @@
-"""Pictures of circles, squares and triangles: something to detect where there is neither data nor network."""
+"""Generated images of circles, squares and triangles: a detection dataset that needs no download."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from thawline.data.detection.images import opencv
 
 CLASSES = ("circle", "square", "triangle")
 SIDE = 192
-"""Of a picture, pixels."""
+"""Side of an image, pixels."""
 SIZES = (36, 80)
 """Sides of the boxes, pixels."""
-MOST = 4
-"""Shapes in a picture."""
+MAX_SHAPES = 4
+"""Maximum shapes per image."""
 
 
 def write_shapes(folder: Path, n_train: int, n_val: int, *, seed: int = 0) -> Path:
-    """A COCO set of `n_train` and `n_val` pictures. Returns: its folder."""
+    """Write a COCO dataset of `n_train` and `n_val` images; return its folder."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    for split, n_pictures in (("train", n_train), ("val", n_val)):
+    for split, n_images in (("train", n_train), ("val", n_val)):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        for index in range(n_pictures):
-            picture, boxes, labels = draw_shapes(rng)
+        for index in range(n_images):
+            image, boxes, labels = draw_shapes(rng)
             name = f"{split}_{index:04d}.png"
-            opencv().imwrite(str(folder / "images" / name), picture)
+            opencv().imwrite(str(folder / "images" / name), image)
             images.append({"id": index, "file_name": name, "width": SIDE, "height": SIDE})
             annotations += [
                 {
@@ -51,15 +51,15 @@ def write_shapes(folder: Path, n_train: int, n_val: int, *, seed: int = 0) -> Pa
 
 
 def draw_shapes(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One to `MOST` shapes of any colour, clear of each other, on a ground of soft spots and noise.
+    """Draw one to `MAX_SHAPES` separate shapes of any colour on a background of soft spots and noise.
 
-    Returns: the picture, (SIDE, SIDE, 3) uint8; boxes (N, 4) xyxy, int; labels (N,).
+    Returns: the image, (SIDE, SIDE, 3) uint8; boxes (N, 4) xyxy, int; labels (N,).
     """
     spots = opencv().resize(rng.uniform(60, 190, (4, 4, 3)), (SIDE, SIDE), interpolation=opencv().INTER_CUBIC)
-    picture = np.clip(spots + rng.normal(0, 8, spots.shape), 0, 255).astype(np.uint8)
+    image = np.clip(spots + rng.normal(0, 8, spots.shape), 0, 255).astype(np.uint8)
     boxes: list[tuple[int, int, int, int]] = []
-    for _ in range(rng.integers(1, MOST + 1)):
-        for _ in range(20):  # tries to find room
+    for _ in range(rng.integers(1, MAX_SHAPES + 1)):
+        for _ in range(20):  # attempts to find free space
             side = int(rng.integers(*SIZES))
             x, y = (int(v) for v in rng.integers(0, SIDE - side, 2))
             box = (x, y, x + side, y + side)
@@ -68,27 +68,27 @@ def draw_shapes(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.nd
                 break
     labels = rng.integers(0, len(CLASSES), len(boxes))
     for (x0, y0, x1, y1), label in zip(boxes, labels, strict=True):
-        ground = picture[y0:y1, x0:x1].mean((0, 1))
-        # Far from the ground in every channel, so that no shape is invisible.
+        ground = image[y0:y1, x0:x1].mean((0, 1))
+        # Far from the background in every channel, so that every shape is visible.
         share = rng.random(3)
         colour = np.where(ground > 127, share * (ground - 60), 255 - share * (195 - ground))
-        _draw(picture, CLASSES[label], (x0, y0, x1 - 1, y1 - 1), tuple(colour.tolist()))
-    return picture, np.array(boxes), labels
+        _draw(image, CLASSES[label], (x0, y0, x1 - 1, y1 - 1), tuple(colour.tolist()))
+    return image, np.array(boxes), labels
 
 
 def _draw(
-    picture: np.ndarray, name: str, box: tuple[int, int, int, int], colour: tuple[float, float, float]
+    image: np.ndarray, name: str, box: tuple[int, int, int, int], colour: tuple[float, float, float]
 ) -> None:
     cv2 = opencv()
     x0, y0, x1, y1 = box
     if name == "circle":
         centre, radius = ((x0 + x1) // 2, (y0 + y1) // 2), (x1 - x0) // 2
-        cv2.circle(picture, centre, radius, colour, -1, cv2.LINE_AA)
+        cv2.circle(image, centre, radius, colour, -1, cv2.LINE_AA)
     elif name == "square":
-        cv2.rectangle(picture, (x0, y0), (x1, y1), colour, -1)
+        cv2.rectangle(image, (x0, y0), (x1, y1), colour, -1)
     else:
         corners = np.array([[(x0 + x1) // 2, y0], [x0, y1], [x1, y1]])
-        cv2.fillPoly(picture, [corners], colour, cv2.LINE_AA)
+        cv2.fillPoly(image, [corners], colour, cv2.LINE_AA)
 
 
 def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int], gap: int = 4) -> bool:

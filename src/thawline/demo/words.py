@@ -1,11 +1,12 @@
-"""A base to adapt: a tiny Llama that has learned to spell made-up words, a token a character."""
+"""Base model of the demos: a tiny Llama that has learned to spell made-up words, one token per character."""
 
 from __future__ import annotations
 
-__all__ = ["build_tokenizer", "pretrain", "save_base"]
+__all__ = ["build_tokenizer", "pretrain", "save_base", "train"]
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,11 +14,13 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thawline.demo.toy_tasks import ALPHABET, make_word
+from thawline.recipe import RunConfig
+from thawline.run import RunResult, run
 
 
 def save_base(folder: Path, steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Make the base and its tokenizer, and write both to `folder`."""
-    torch.set_num_threads(1)  # networks this small are several times faster so
+    """Create the base and its tokenizer, and write both to `folder`."""
+    torch.set_num_threads(1)  # networks this small are several times faster on one
     tokenizer = build_tokenizer()
     base = pretrain(tokenizer, steps)
     base.save_pretrained(folder)
@@ -26,7 +29,7 @@ def save_base(folder: Path, steps: int) -> tuple[LlamaForCausalLM, PreTrainedTok
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """Build a tokenizer of one token per character."""
     vocabulary = {token: i for i, token in enumerate(("</s>", "<unk>", *ALPHABET))}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -37,7 +40,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM:
-    """A Llama of some 250,000 parameters that has read words, each twice."""
+    """Train a Llama of about 250,000 parameters on words, each repeated once."""
     torch.manual_seed(0)
     rng = random.Random(0)
     config = LlamaConfig(
@@ -65,3 +68,18 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.2f}")
     return model
+
+
+def train(
+    name: str, folder: Path, tuner: dict[str, Any], *, data: dict[str, Any] | None = None, **training: Any
+) -> RunResult:
+    """Train the base in `folder` on the tasks there, by the same call as `thawline train`."""
+    recipe = {
+        "name": name,
+        "folder": str(folder),
+        "base": str(folder / "base"),
+        "data": {"path": str(folder / "tasks"), "max_length": 32, **(data or {})},
+        "tuner": tuner,
+        "training": {"eval_every": "end", "save_every": "end", **training},
+    }
+    return run(RunConfig.from_mapping(recipe))
