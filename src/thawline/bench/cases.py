@@ -145,10 +145,28 @@ _EIGHT_TASKS = tuple(range(8))  # mixed in every batch
 _STOCK_BLOCKS = ("floor", "full", "lora", "lora_dropout", "paca")  # no lean version of these networks' blocks
 _CONVS = r".*encoder.*\.convolution"
 
+_REFERENCE = {"hidden": 512, "mlp": 1408, "layers": 8, "heads": 8, "kv_heads": 8, "vocab": 4096}
+_SMALL = {"hidden": 64, "mlp": 160, "layers": 8, "heads": 4, "kv_heads": 4, "vocab": 256}
+
+
+def _skills_case(what: str, sizes: dict[str, int], length: int, *, new_tokens: int = 0) -> Case:
+    """A Llama with eight rows of eight tasks, or of one where it generates text."""
+    return Case(
+        what=what,
+        build=_llama(**sizes, cache=bool(new_tokens)),
+        batch=_tokens(vocab=sizes["vocab"], batch=8, length=length),
+        loss=_next_token_loss,
+        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
+        methods=_SKILLS,
+        tasks=(3,) * 8 if new_tokens else _EIGHT_TASKS,
+        new_tokens=new_tokens,
+    )
+
+
 CASES: dict[str, Case] = {
     "reference": Case(
         what="Llama, hidden 512, 8 layers, MLP 1408, 8 heads, vocabulary 4096; 4 × 256 tokens",
-        build=_llama(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=8, vocab=4096),
+        build=_llama(**_REFERENCE),
         batch=_tokens(vocab=4096, batch=4, length=256),
         loss=_next_token_loss,
         adapt=Adapt(entry="model.embed_tokens", targets="all-linear"),
@@ -243,42 +261,16 @@ CASES: dict[str, Case] = {
         dtype=torch.bfloat16,
         tasks=_EIGHT_TASKS,
     ),
-    "skills-small": Case(
-        what="Llama so small that launches decide: hidden 64, 8 layers, MLP 160; 8 × 16 tokens of 8 tasks",
-        build=_llama(hidden=64, mlp=160, layers=8, heads=4, kv_heads=4, vocab=256),
-        batch=_tokens(vocab=256, batch=8, length=16),
-        loss=_next_token_loss,
-        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
-        methods=_SKILLS,
-        tasks=_EIGHT_TASKS,
+    "skills-small": _skills_case(
+        "Llama so small that launches decide: hidden 64, 8 layers, MLP 160; 8 × 16 tokens of 8 tasks",
+        _SMALL,
+        16,
     ),
-    "skills-reference": Case(
-        what="the reference Llama; 8 × 128 tokens of 8 tasks",
-        build=_llama(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=8, vocab=4096),
-        batch=_tokens(vocab=4096, batch=8, length=128),
-        loss=_next_token_loss,
-        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
-        methods=_SKILLS,
-        tasks=_EIGHT_TASKS,
+    "skills-reference": _skills_case("the reference Llama; 8 × 128 tokens of 8 tasks", _REFERENCE, 128),
+    "skills-decoding": _skills_case(
+        "the reference Llama writes 32 tokens after 8 × 16, all of one task", _REFERENCE, 16, new_tokens=32
     ),
-    "skills-decoding": Case(
-        what="the reference Llama writes 32 tokens after 8 × 16, all of one task",
-        build=_llama(hidden=512, mlp=1408, layers=8, heads=8, kv_heads=8, vocab=4096, cache=True),
-        batch=_tokens(vocab=4096, batch=8, length=16),
-        loss=_next_token_loss,
-        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
-        methods=_SKILLS,
-        tasks=(3,) * 8,
-        new_tokens=32,
-    ),
-    "skills-decoding-small": Case(
-        what="the small Llama writes 32 tokens after 8 × 16, all of one task",
-        build=_llama(hidden=64, mlp=160, layers=8, heads=4, kv_heads=4, vocab=256, cache=True),
-        batch=_tokens(vocab=256, batch=8, length=16),
-        loss=_next_token_loss,
-        adapt=Adapt(entry="model.embed_tokens", targets="all-linear", task_type="CAUSAL_LM"),
-        methods=_SKILLS,
-        tasks=(3,) * 8,
-        new_tokens=32,
+    "skills-decoding-small": _skills_case(
+        "the small Llama writes 32 tokens after 8 × 16, all of one task", _SMALL, 16, new_tokens=32
     ),
 }  # fmt: skip
