@@ -40,6 +40,20 @@ def test_a_folder_replaces_file_by_file_with_its_subfolders(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_a_killed_process_left_behind_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.partial").write_text("half")
+    (tmp_path / ".best.partial").mkdir()
+    (tmp_path / ".best.partial" / "old").write_text("half")
+    write_text(tmp_path / "a.txt", "new")
+    with atomic_folder(tmp_path / "best") as temporary:
+        (temporary / "weights").write_text("1")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "a.txt",
+        "best",
+        "best/weights",
+    ]
+
+
 def test_json_comes_back(tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "a.json", {"ä": [1, None], "path": Path("x")})
     assert read_json(tmp_path / "new" / "a.json") == {"ä": [1, None], "path": "x"}

@@ -44,6 +44,7 @@ def test_a_finished_run_leaves_every_documented_file(recipe) -> None:
     assert lines[-1]["eval_loss"] == result.metrics["loss"]
     assert (folder / "sample.txt").read_text() == "<s>ab\n⟦a</s>⟧\n"
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert all(row["input"] and row["answer"] for row in predictions)
     assert {row["answer"] for row in predictions} == set("abcd")
     assert json.loads((folder / "env.json").read_text())[0]["versions"]["torch"] == version("torch")
     assert evaluate(folder).metrics == result.metrics

@@ -12,7 +12,7 @@ import importlib
 _NAMES = {
     "thawline.analysis.gradients": ["gradient_alignment"],
     "thawline.analysis.recorder": ["AlignmentRecorder"],
-    "thawline.analysis.routing": ["read_routing", "routing_statistics"],
+    "thawline.analysis.routing": ["read_routing", "routing_statistics", "task_similarity"],
     "thawline.data.detection.dataset": ["DetectionDataset", "load_detection"],
     "thawline.errors": [
         "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "RoutingError", "ThawlineError",

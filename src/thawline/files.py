@@ -1,11 +1,14 @@
-"""Atomic writes: a file or folder appears whole or not at all, and a killed process leaves the old one."""
+"""Atomic writes: a file or folder appears whole or not at all, and a killed process leaves the old one.
+
+The temporary has a fixed name, so that the next write replaces what a killed process left behind; two
+processes must not write the same path at once.
+"""
 
 from __future__ import annotations
 
 __all__ = ["atomic_file", "atomic_folder", "read_json", "write_json", "write_jsonl", "write_text"]
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +24,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         yield temporary
         temporary.replace(path)
@@ -37,7 +40,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     the old folder that the new one lacks stay.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

@@ -41,7 +41,7 @@ import thawline
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.files import read_json, write_json, write_jsonl, write_text
 from thawline.recipe import Frozen, RunConfig, load_recipe
-from thawline.report.pictures import save_worst_images
+from thawline.report.gallery import save_gallery, save_worst_images
 from thawline.report.run_report import PICTURES
 from thawline.training.checkpoints import newest_checkpoint
 from thawline.training.evaluation import Evaluation
@@ -154,10 +154,11 @@ class RunFolder:
             temporary.rename(folder)
 
     def save_evaluation(self, evaluation: Evaluation) -> None:
-        """Write predictions and, for a detector, detection_metrics.json and pictures/worst.png."""
+        """Write predictions and, for a detector, detection_metrics.json and images in pictures/."""
         write_jsonl(self.path / "predictions.jsonl", evaluation.rows)
         if evaluation.detections is not None:
             save_worst_images(self.path / PICTURES / "worst.png", *evaluation.detections)
+            save_gallery(self.path / PICTURES, *evaluation.detections)
         for name, values in evaluation.files.items():
             self.write(name, values)
 

@@ -91,9 +91,11 @@ def test_tasks_adapted_side_by_side_are_those_adapted_one_by_one(method, mode):
         if method != "lora_rS" and mode != "mu":
             for name in ("first", "second"):
                 router = one.get_submodule(f"base_model.model.{name}").routers["default"]
-                rows_of_one = router.state()[0][[place]].clone()
+                [table] = router.state_dict().values()
+                row = table[[place]].clone()
                 router.set_rows(1)
-                router.state()[0].data.copy_(rows_of_one)
+                [table] = router.state_dict().values()
+                table.copy_(row)
             one.peft_config["default"] = replace(one.peft_config["default"], n_tasks=1)
         alone += skills._adapt(one, world, range(task, task + 1), mode, 0.05, effort)
     assert together == pytest.approx(alone, rel=2e-3)

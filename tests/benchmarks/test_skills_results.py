@@ -43,8 +43,8 @@ def test_the_tables_of_the_worlds_are_those_recorded(family: str) -> None:
     [
         ("mhr", "skills-small", "small Llama, launches decide"),
         ("mhr-reference", "skills-reference", "reference Llama, 8 × 128 tokens"),
-        ("mhr", "skills-decoding-small", "small Llama, writing (ops of a token)"),
-        ("mhr-reference", "skills-decoding", "reference Llama, writing"),
+        ("mhr", "skills-decoding-small", "small Llama, generating (ops per token)"),
+        ("mhr-reference", "skills-decoding", "reference Llama, generating"),
     ],
 )
 def test_a_case_of_mhr_is_shown_as_recorded(file: str, case: str, label: str) -> None:

@@ -471,3 +471,18 @@ def test_a_chat_template_that_does_not_work_is_said_to(template: str) -> None:
     chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"})
     with pytest.raises(DataError, match="chats:7: the chat template does not accept this chat: "):
         encode(Example(messages=chat, format="messages", where="chats:7"))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "./test.jsonl", "sub/valid.json"])
+def test_a_file_named_after_a_split_takes_its_folders_name_as_task(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its path does not name the folder: `--data train.jsonl`."""
+    monkeypatch.chdir(tmp_path)
+    file = Path(name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(
+        json.dumps([{"input": "a", "output": "b"}]) if file.suffix == ".json" else '{"text": "a"}\n'
+    )
+    (example,) = load_examples(name)
+    assert example.task == file.absolute().parent.name

@@ -145,11 +145,18 @@ _EIGHT_TASKS = tuple(range(8))  # mixed in every batch
 _STOCK_BLOCKS = ("floor", "full", "lora", "lora_dropout", "paca")  # no lean version of these networks' blocks
 _CONVS = r".*encoder.*\.convolution"
 
-_REFERENCE = {"hidden": 512, "mlp": 1408, "layers": 8, "heads": 8, "kv_heads": 8, "vocab": 4096}
-_SMALL = {"hidden": 64, "mlp": 160, "layers": 8, "heads": 4, "kv_heads": 4, "vocab": 256}
+_REFERENCE: dict[str, Any] = {
+    "hidden": 512,
+    "mlp": 1408,
+    "layers": 8,
+    "heads": 8,
+    "kv_heads": 8,
+    "vocab": 4096,
+}
+_SMALL: dict[str, Any] = {"hidden": 64, "mlp": 160, "layers": 8, "heads": 4, "kv_heads": 4, "vocab": 256}
 
 
-def _skills_case(what: str, sizes: dict[str, int], length: int, *, new_tokens: int = 0) -> Case:
+def _skills_case(what: str, sizes: dict[str, Any], length: int, *, new_tokens: int = 0) -> Case:
     """A Llama with eight rows of eight tasks, or of one where it generates text."""
     return Case(
         what=what,

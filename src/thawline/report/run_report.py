@@ -1,13 +1,13 @@
 """The report of a run, made of the files in its folder; sections whose files are missing are left out.
 
-config.yaml, result.json, plan.json  base, tuner, data, score, time      → headline
-result.json                          metrics over all rows and by part   → Result
-metrics.jsonl                        every logged value                  → Training, More curves
-detection_metrics.json               `DetectionMetrics.to_dict()`        → Detection
-predictions.jsonl                    rows of text with their predictions → Predictions
-pictures/                            gallery of images, training images  → Images
-align/*.png                          output of `thawline align`          → Routing and alignment
-plan.json, config.yaml, env.json     schedule, recipe, versions          → Plan, Recipe, Environment
+result.json, plan.json            score, time, base, tuner, data      → headline
+result.json                       metrics over all rows and by part   → Result
+metrics.jsonl                     every logged value                  → Training, More curves
+detection_metrics.json            `DetectionMetrics.to_dict()`        → Detection
+predictions.jsonl                 rows of text with their predictions → Predictions
+pictures/                         gallery of images, training images  → Images
+align/*.png                       output of `thawline align`          → Routing and alignment
+plan.json, config.yaml, env.json  schedule, recipe, versions          → Plan, Recipe, Environment
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from thawline.errors import DataError
 from thawline.files import read_json
@@ -53,6 +52,8 @@ ALIGN = "align"
 NOT_CURVES = ("step", "epoch", "seconds")
 SCORES = ("AP", "choice_accuracy", "accuracy", "exact_match", "rouge_l")
 """Metrics in which a run is summed up: the first one it has."""
+HEADLINE = ("base", "tuner", "data", "steps")
+"""Rows of the plan's overview that the headline repeats."""
 MOST_BARS = 40
 """Of more tasks or classes, the first and the last ones are shown."""
 N_SAMPLES = 12
@@ -81,7 +82,7 @@ def build_report(folder: str | Path) -> Path:
     try:
         sections = [section for maker in makers for section in maker(folder)]
         headline = _headline(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"A file in '{folder}' is damaged: {type(error).__name__}: {error}.") from error
     if not sections:
         raise DataError(
@@ -91,30 +92,19 @@ def build_report(folder: str | Path) -> Path:
 
 
 def _headline(folder: Path) -> Headline | None:
-    recipe, result, plan = _recipe(folder), read_json(folder / "result.json"), read_json(folder / "plan.json")
+    result, plan = read_json(folder / "result.json"), read_json(folder / "plan.json")
     metrics = result.get("metrics") or read_json(folder / DETECTION_METRICS).get("statistics") or {}
-    name = _main_metric(metrics)
-    if name is None and not recipe:
+    overview = plan.get("overview", {})
+    name = next((name for name in (*SCORES, "loss") if _is_finite(metrics.get(name))), None)
+    if name is None and not overview:
         return None
-    base, tuner, data = (_section(recipe, key) for key in ("base", "tuner", "data"))
-    trained = result.get("trainable") or plan.get("trainable_parameters")
-    rows = plan.get("rows", {})
-    facts = {
-        "Base": _base_name(base),
-        "Tuner": _tuner_name(tuner, trained),
-        "Data": _join(
-            Path(str(data.get("path", ""))).name, f"{rows['train']:,} rows to learn from" if rows else ""
-        ),
-        "Held out": f"{rows['held_out']:,} rows" if rows else "",
-        "Training": _join(
-            f"{result['steps']:,} steps" if "steps" in result else "", _duration(result.get("seconds"))
-        ),
-        "Status": result.get("status", "not finished"),
-    }
+    status = result.get("status", "not finished")
+    seconds = f", {timedelta(seconds=round(result['seconds']))} of training" if result.get("seconds") else ""
     return Headline(
         score="–" if name is None else f"{metrics[name]:.3f}",
         label="not evaluated yet" if name is None else f"{name} on the held-out rows",
-        facts=[(fact, value) for fact, value in facts.items() if value],
+        facts=[(key.capitalize(), overview[key]) for key in HEADLINE if key in overview]
+        + [("Status", status + seconds)],
     )
 
 
@@ -332,49 +322,6 @@ def _settings(folder: Path) -> Iterator[Section]:
         note = f"Started {len(starts)} times; this is the last one." if len(starts) > 1 else ""
         table = Table(header=("", ""), rows=list(_flat(starts[-1])))
         yield Section(title="Environment", parts=[table], note=note, is_folded=True)
-
-
-def _recipe(folder: Path) -> dict[str, Any]:
-    file = folder / "config.yaml"
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
-
-
-def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = recipe.get(name)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _base_name(base: Mapping[str, Any]) -> str:
-    if "variant" not in base:
-        return Path(str(base.get("model", ""))).name
-    size = f", {base['size']} px" if base.get("size") else ""
-    weights = f"from {Path(base['weights']).name}" if base.get("weights") else "from random weights"
-    return f"DEIMv2 {str(base['variant']).capitalize()}{size}, {weights}"
-
-
-def _tuner_name(tuner: Mapping[str, Any], trained: int | None) -> str:
-    method = str(tuner.get("method", ""))
-    names = {"none": "all weights", "frozen": "frozen base"}
-    rank = f"r = {tuner['r']}" if tuner.get("r") else ""
-    return _join(names.get(method, method), rank, f"{trained:,} parameters trained" if trained else "")
-
-
-def _main_metric(metrics: Mapping[str, float]) -> str | None:
-    return next((name for name in (*SCORES, "loss") if _is_finite(metrics.get(name))), None)
-
-
-def _duration(seconds: float | None) -> str:
-    if not seconds:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-    )
-
-
-def _join(*texts: str) -> str:
-    return ", ".join(text for text in texts if text)
 
 
 def _spread(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:

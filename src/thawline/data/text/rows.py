@@ -71,6 +71,11 @@ class Example:
     """File and line, for messages."""
 
     @property
+    def question(self) -> str:
+        """The text before the answer: the prompt, or the next to last turn of a chat."""
+        return (self.messages[-2]["content"] or "") if len(self.messages) > 1 else self.prompt
+
+    @property
     def answer(self) -> str:
         """The text a model should answer: the completion, or the last turn of a chat."""
         return (self.messages[-1]["content"] or "") if self.messages else self.completion
@@ -212,7 +217,11 @@ def _sources(root: str | Path, answers: Collection[str]) -> Iterator[tuple[str, 
         first = next(rows, None)
         if first is None:
             raise DataError(f"{file}: no rows.")
-        yield file.parent.name if is_split else stem, stem if is_split else "", chain([first], rows)
+        yield (
+            file.absolute().parent.name if is_split else stem,
+            stem if is_split else "",
+            chain([first], rows),
+        )
 
 
 def _files(root: Path) -> list[Path]:

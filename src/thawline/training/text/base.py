@@ -313,6 +313,7 @@ def judged_row(row: Row, log_likelihood: float, n_tokens: int = 1, **more: Any) 
     return {
         "task": example.task,
         "where": example.where,
+        "input": example.question,
         "answer": example.answer,
         "log_likelihood": log_likelihood,
         "n_tokens": n_tokens,
