@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def split_recipe_options(argv: Sequence[str], own: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Part a command line into the command's own options and values of recipe fields, by dotted key.
+    """Split a command line into the command's own options and values of recipe fields, by dotted key.
 
     Args:
         own: names of the command's options.

@@ -1,15 +1,8 @@
-"""What the values of a recipe are held to, in one wording."""
+"""Checks of a recipe's values, with one wording for all sections."""
 
 from __future__ import annotations
 
-__all__ = [
-    "all_at_least",
-    "at_least",
-    "check_args",
-    "fraction",
-    "one_of",
-    "require",
-]
+__all__ = ["all_at_least", "at_least", "check_args", "fraction", "one_of", "require"]
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import fields
@@ -19,13 +12,13 @@ from thawline.errors import ConfigError, did_you_mean
 
 
 def require(value: object, message: str) -> None:
-    """`message` unless there is a value. Raises: ConfigError."""
+    """Raise ConfigError with `message` if there is no value."""
     if not value:
         raise ConfigError(message)
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """A number of at least `least`; True is none. Raises: ConfigError."""
+    """Check that a value is a number, not a bool, of at least `least`. Raises: ConfigError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
         raise ConfigError(f"`{name}` must be a number of at least {least}, got {value!r}.")
 
@@ -43,13 +36,13 @@ def all_at_least(section: Any, prefix: str, least: float, *names: str) -> None:
 
 
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    """One of two or more choices. Raises: ConfigError."""
+    """Check that a value is one of two or more choices. Raises: ConfigError."""
     if value not in choices:
         raise ConfigError(f"`{name}` must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}.")
 
 
 def fraction(name: str, value: float) -> None:
-    """A number from 0 to below 1. Raises: ConfigError."""
+    """Check that a value is a number from 0 to below 1. Raises: ConfigError."""
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ConfigError(f"`{name}` must be in [0, 1), got {value!r}.")
 

@@ -1,4 +1,4 @@
-"""How a model of rows is trained, and which of TrainingArguments has another name here."""
+"""Training section of a text recipe, and the names that TrainingArguments has for its fields."""
 
 from __future__ import annotations
 
