@@ -98,10 +98,10 @@ class Rows(Generic[Job]):
     def _keep(self, job: Job, outcome: dict[str, Any]) -> None:
         self.done[job] = outcome
         if self.file is not None:
-            row = job.to_row() if hasattr(job, "to_row") else asdict(job)  # type: ignore[call-overload]
+            row = job.to_row() if hasattr(job, "to_row") else asdict(job)
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**row, **outcome}) + "\n")
 
 
 def _take_fields(job: type[Job], row: dict[str, Any]) -> Job:
-    return job(**{field.name: row.pop(field.name) for field in fields(job)})  # type: ignore[arg-type]
+    return job(**{field.name: row.pop(field.name) for field in fields(job)})

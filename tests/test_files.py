@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from thawline.files import atomic_file, atomic_folder, read_json, write_json, write_jsonl, write_text
+from thawline.files import (
+    atomic_file,
+    atomic_folder,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -60,3 +68,11 @@ def test_json_comes_back(tmp_path: Path) -> None:
     assert read_json(tmp_path / "none.json") == {}
     write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}, {"a": 2}])
     assert (tmp_path / "rows.jsonl").read_text().splitlines() == ['{"a": 1}', '{"a": 2}']
+
+
+def test_rows_are_read_without_the_half_line_of_a_killed_process(tmp_path: Path) -> None:
+    rows = [{"a": 1}, {"ä": None}, {"text": "one\u2028two\x85three\x0cfour"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"a": ')
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows

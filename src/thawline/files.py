@@ -6,7 +6,15 @@ processes must not write the same path at once.
 
 from __future__ import annotations
 
-__all__ = ["atomic_file", "atomic_folder", "read_json", "write_json", "write_jsonl", "write_text"]
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "read_json",
+    "read_jsonl",
+    "write_json",
+    "write_jsonl",
+    "write_text",
+]
 
 import json
 import shutil
@@ -76,3 +84,10 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file; an empty dict where there is none."""
     path = Path(path)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_jsonl(path: str | Path) -> list[Any]:
+    """Read a file of one JSON value per line, without an incomplete last line of a killed process."""
+    text = Path(path).read_text(encoding="utf-8")
+    # Text may hold other line breaks than "\n", U+2028 for one, at which splitlines would cut it.
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line.strip()]

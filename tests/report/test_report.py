@@ -227,6 +227,10 @@ def test_the_gallery_holds_the_worst_median_and_best_images_once_each(tmp_path: 
     assert f"{dataset.records[metrics.images[0].index].path.stem}.jpg" in files[0].name
     stems = [file.stem.split("-", 1)[1] for file in files]
     assert len(stems) == len(set(stems)) >= 2
+    # A later evaluation into the same folder leaves nothing of the earlier one.
+    (files[0].parent / "09-earlier.jpg").write_bytes(files[0].read_bytes())
+    again = save_gallery(tmp_path / "run/pictures", dataset, evaluator, metrics, n_each=1)
+    assert sorted((tmp_path / "run/pictures").rglob("*.jpg")) == sorted(again) == sorted(files)
     page = read(build_report(tmp_path / "run"))
     assert page.headings == ["Images"]
     assert "Worst images" in page.charts

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
-import inspect
-import itertools
-import textwrap
 
 import pytest
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from thawline import ConfigError, MHRConfig, PacaConfig
+from thawline.cli.recipe_help import _docs
 
 
 def test_the_defaults_cost_what_loras_do_and_learn_like_full_fine_tuning():
@@ -25,16 +22,13 @@ def test_the_defaults_cost_what_loras_do_and_learn_like_full_fine_tuning():
 
 @pytest.mark.parametrize("config", [PacaConfig, MHRConfig])
 def test_every_field_has_a_docstring(config):
-    """A field's docstring is the string that follows it in the class that declares it."""
-    documented = set()
-    for cls in config.__mro__:
-        if cls.__module__.startswith("thawline"):
-            (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-            documented |= {
-                field.target.id
-                for field, doc in itertools.pairwise(node.body)
-                if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and doc.value.value.strip()
-            }
+    documented = {
+        name
+        for cls in config.__mro__
+        if dataclasses.is_dataclass(cls) and cls.__module__.startswith("thawline")
+        for name, text in _docs(cls).items()
+        if text
+    }
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     assert {field.name for field in dataclasses.fields(config)} - inherited <= documented
 

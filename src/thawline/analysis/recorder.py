@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from thawline.analysis.gradients import Alignment, Batches, Loss, gradient_alignment
 from thawline.errors import DataError
-from thawline.files import write_jsonl
+from thawline.files import read_jsonl, write_jsonl
 
 ALIGNMENT = "alignment.jsonl"
 """File name in a run folder."""
@@ -99,5 +99,4 @@ def average(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def read_trajectory(file: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a recorder's file; an incomplete last line (a killed process) is skipped."""
-    text = Path(file).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return read_jsonl(file)

@@ -25,6 +25,7 @@ from thawline.cli.options import Argument, argument
 from thawline.cli.printing import choice_lines, evaluation_table, show, show_json, show_yaml
 from thawline.demo import PARTS, run_demo
 from thawline.errors import ConfigError, did_you_mean
+from thawline.files import read_json
 from thawline.recipe import CHOICES, build_config, list_choices, read_recipe
 from thawline.tables import labelled
 
@@ -68,7 +69,7 @@ def _train(options: Namespace) -> int:
     if not jobs.is_main_process():
         return 0
     if result.status == "planned":
-        plan = json.loads((result.folder / "plan.json").read_text(encoding="utf-8"))
+        plan = read_json(result.folder / "plan.json")
         return show_json(plan) if options.json else show(labelled(plan["overview"].items()))
     if options.json:
         return show_json(asdict(result))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 __all__ = ["GALLERY", "save_gallery", "save_worst_images"]
 
+import shutil
 from pathlib import Path
 
 from thawline.data.detection.dataset import DetectionDataset
 from thawline.data.detection.drawing import Panel, panel_grid, save_image
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
+from thawline.metrics.mistakes import ImageMistakes
 
 GALLERY = ("worst", "median", "best")
 """Folders of the gallery, in the order in which a report shows them."""
@@ -31,8 +33,8 @@ def save_worst_images(
         n_images: number of images drawn.
     Returns: `path`.
     """
-    worst = [mistakes.index for mistakes in metrics.images[:n_images]]
-    panels = [panel for index in worst for panel in _panels(index, dataset, evaluator, metrics)]
+    worst = metrics.images[:n_images]
+    panels = [panel for one in worst for panel in _panels(one, dataset, evaluator, metrics.threshold)]
     return save_image(path, panel_grid(panels, evaluator.class_names))
 
 
@@ -46,38 +48,38 @@ def save_gallery(
     """Write the worst, the median and the best images by F1 as JPEG files of annotations beside detections.
 
     Images without annotations and detections are never among the best: there is nothing to see. An image
-    is drawn once, so few images make a small gallery.
+    is drawn once, so few images make a small gallery. It replaces the gallery of an earlier evaluation.
 
     Args:
         folder: gets `worst/`, `median/` and `best/`; the other arguments are those of `save_worst_images`.
     Returns: the files.
     """
-    ranked = [one.index for one in metrics.images if one.n_hits + one.n_mistakes]
+    ranked = [one for one in metrics.images if one.n_hits + one.n_mistakes]
     middle = max(len(ranked) // 2 - n_each // 2, 0)
     chosen = (ranked[:n_each], ranked[middle : middle + n_each], ranked[::-1][:n_each])
     files, drawn = [], set[int]()
-    for name, indices in zip(GALLERY, chosen, strict=True):
-        for rank, index in enumerate(index for index in indices if index not in drawn):
-            drawn.add(index)
-            panels = _panels(index, dataset, evaluator, metrics)
-            file = folder / name / f"{rank + 1:02d}-{dataset.records[index].path.stem}.jpg"
+    for name, images in zip(GALLERY, chosen, strict=True):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        for rank, one in enumerate((one for one in images if one.index not in drawn), start=1):
+            drawn.add(one.index)
+            panels = _panels(one, dataset, evaluator, metrics.threshold)
+            file = folder / name / f"{rank:02d}-{dataset.records[one.index].path.stem}.jpg"
             files.append(save_image(file, panel_grid(panels, evaluator.class_names)))
     return files
 
 
 def _panels(
-    index: int, dataset: DetectionDataset, evaluator: DetectionEvaluator, metrics: DetectionMetrics
+    one: ImageMistakes, dataset: DetectionDataset, evaluator: DetectionEvaluator, threshold: float
 ) -> list[Panel]:
     """Return two panels of an image: as annotated, as detected."""
-    sample, found = dataset.sample(index), evaluator.detections(index)
-    [one] = [one for one in metrics.images if one.index == index]
-    kept = found.scores >= metrics.threshold
+    sample, found = dataset.sample(one.index), evaluator.detections(one.index)
+    kept = found.scores >= threshold
     return [
         Panel(
             image=sample.image,
             boxes_xyxy=sample.boxes_xyxy,
             labels=sample.labels,
-            caption=f"{index}: {dataset.records[index].path.name}, as annotated",
+            caption=f"{one.index}: {dataset.records[one.index].path.name}, as annotated",
         ),
         Panel(
             image=sample.image,

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 __all__ = ["ALIGN", "DETECTION_METRICS", "PICTURES", "build_report"]
 
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from thawline.errors import DataError
-from thawline.files import read_json
+from thawline.files import read_json, read_jsonl
 from thawline.metrics.detection import RECALLS, DetectionMetrics
 from thawline.report.gallery import GALLERY
 from thawline.report.page import (
@@ -78,9 +76,10 @@ def build_report(folder: str | Path) -> Path:
         MissingExtraError: without jinja2 or matplotlib.
     """
     folder = Path(folder)
-    makers = (_result, _training, _detection, _predictions, _images, _more_curves, _settings)
     try:
-        sections = [section for maker in makers for section in maker(folder)]
+        training, more_curves = _curves(folder)
+        sections = [*_result(folder), *training, *_detection(folder), *_predictions(folder)]
+        sections += [*_images(folder), *more_curves, *_settings(folder)]
         headline = _headline(folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"A file in '{folder}' is damaged: {type(error).__name__}: {error}.") from error
@@ -155,38 +154,28 @@ def _part_bars(
         )
 
 
-def _training(folder: Path) -> Iterator[Section]:
-    lines = _lines(folder)
-    charts = [
-        Chart(title="Loss", lines=_named(lines, {"loss": "training", "eval_loss": "held-out"})),
-        Chart(
-            title="Average precision, held-out images",
-            lines=_named(lines, {name: name[5:] for name in lines if name.startswith("eval_AP")}),
-        ),
-        Chart(
-            title="Scores, held-out rows",
-            lines=_named(lines, {f"eval_{m}{name}": m + name for name in SCORES[1:] for m in ("", "macro_")}),
-        ),
-        Chart(title="Loss terms", lines=_named(lines, {n: n[5:] for n in lines if n.startswith("loss_")})),
+def _curves(folder: Path) -> tuple[list[Section], list[Section]]:
+    """Return the section of the main curves and the section of all others; either may be missing."""
+    left = _lines(folder)
+    families = {
+        "Loss": {"loss": "training", "eval_loss": "held-out"},
+        "Average precision, held-out images": {n: n[5:] for n in left if n.startswith("eval_AP")},
+        "Scores, held-out rows": {f"eval_{m}{n}": m + n for n in SCORES[1:] for m in ("", "macro_")},
+        "Loss terms": {n: n[5:] for n in left if n.startswith("loss_")},
+    }
+    main = [
+        Chart(title=title, lines=[replace(left.pop(key), name=n) for key, n in names.items() if key in left])
+        for title, names in families.items()
     ]
-    charts = [chart for chart in charts if chart.lines]
-    if charts:
-        yield Section(title="Training", parts=charts)
-
-
-def _named(lines: Mapping[str, Line], names: Mapping[str, str]) -> list[Line]:
-    """Return the lines that are there, under other names."""
-    return [replace(lines[key], name=name) for key, name in names.items() if key in lines]
-
-
-def _more_curves(folder: Path) -> Iterator[Section]:
-    groups: dict[str, list[Line]] = {}
-    for name, line in _lines(folder).items():
-        if not re.fullmatch(rf"loss|loss_.*|eval_(loss|AP.*|(macro_)?({'|'.join(SCORES[1:])}))", name):
-            groups.setdefault(name.removeprefix("eval_"), []).append(line)
-    if groups:
-        charts = [Chart(title=name, lines=group) for name, group in groups.items()]
-        yield Section(title="More curves", parts=charts, is_folded=True)
+    main = [chart for chart in main if chart.lines]
+    others: dict[str, list[Line]] = {}
+    for name, line in left.items():
+        others.setdefault(name.removeprefix("eval_"), []).append(line)
+    more = [Chart(title=name, lines=lines) for name, lines in others.items()]
+    return (
+        [Section(title="Training", parts=main)] if main else [],
+        [Section(title="More curves", parts=more, is_folded=True)] if more else [],
+    )
 
 
 def _lines(folder: Path) -> dict[str, Line]:
@@ -194,9 +183,7 @@ def _lines(folder: Path) -> dict[str, Line]:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return {}
-    text = file.read_text(encoding="utf-8")
-    # A process that was killed leaves a last line without its end.
-    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    rows = read_jsonl(file)
     found = {}
     for name in dict.fromkeys(name for row in rows for name in row if name not in NOT_CURVES):
         points = [(row["step"], row[name]) for row in rows if _is_finite(row.get(name))]
@@ -266,8 +253,11 @@ def _predictions(folder: Path) -> Iterator[Section]:
     file = folder / "predictions.jsonl"
     if not file.is_file():
         return
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    rows = [row | {"found": row.get("prediction", row.get("choice"))} for row in rows if "answer" in row]
+    rows = [
+        row | {"found": row.get("prediction", row.get("choice"))}
+        for row in read_jsonl(file)
+        if "answer" in row
+    ]
     rows = [row for row in rows if row["found"] is not None]
     if not rows:
         return
@@ -295,19 +285,19 @@ def _predictions(folder: Path) -> Iterator[Section]:
 
 
 def _images(folder: Path) -> Iterator[Section]:
-    pictures = folder / PICTURES
-    galleries = [(f"{name.capitalize()} images", _files(pictures / name)) for name in GALLERY]
-    single = [
-        file for file in _files(pictures) if file.stem not in GALLERY or not any(g for _, g in galleries)
-    ]
+    galleries = {name: files for name in GALLERY if (files := _files(folder / PICTURES / name))}
+    # worst.png shows what the gallery shows, for those who look into the folder.
+    single = [file for file in _files(folder / PICTURES) if not galleries or file.stem not in GALLERY]
     parts: list[Part] = [
-        Gallery(title=title, pictures=[Picture(path=file) for file in files])
-        for title, files in galleries
-        if files
+        Gallery(title=f"{name.capitalize()} images", pictures=[Picture(path=file) for file in files])
+        for name, files in galleries.items()
     ]
     parts += [Picture(path=file) for file in single]
     if parts:
-        yield Section(title="Images", parts=parts, note="Annotations on the left, detections on the right.")
+        note = (
+            "In the galleries, annotations are on the left and detections on the right." if galleries else ""
+        )
+        yield Section(title="Images", parts=parts, note=note)
     if files := _files(folder / ALIGN):
         yield Section(title="Routing and alignment", parts=[Picture(path=file) for file in files])
 

@@ -111,7 +111,7 @@ class Preparer:
         """Share the mixtures that earlier forwards kept, unless a value or the ids have changed since.
 
         Fused optimisers do not count a tensor's version up, hence the number of steps. Writing to
-        `parameter.data` leaves no trace at all, but is followed by `.eval()`, which plans anew.
+        `parameter.data` cannot be detected: call `.eval()` after it, which makes a new plan.
         """
         tensors = self._tensors
         made_from = (

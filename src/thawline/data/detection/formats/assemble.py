@@ -82,7 +82,7 @@ def _record(
 ) -> ImageRecord | None:
     """Convert one image; None if it cannot be used.
 
-    Its boxes are checked even then: whoever puts the image back should not find out about them later.
+    Boxes of unusable images are checked too, so that all faults are reported at once.
     """
     if image.is_unreadable:
         return None
