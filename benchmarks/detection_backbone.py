@@ -1,4 +1,4 @@
-"""What to do with a detector's backbone on a new set: train it, adapt it by PaCA or LoRA, or freeze it.
+"""Train, adapt (PaCA, LoRA) or freeze a detector's backbone on a new set, and compare.
 
     python benchmarks/detection_backbone.py --shared ../shared
 

@@ -193,7 +193,7 @@ def difference(by_task: list[list[float]]) -> dict[str, float]:
 
 
 def edges(by_task: dict[str, Any]) -> Iterator[str]:
-    """Where the best learning rate was the grid's last: the method might do better still."""
+    """Find methods whose best learning rate was the grid's last, which might do better still."""
     for task, methods in by_task.items():
         for method, found in methods.items():
             if found["lr"] in (LEARNING_RATES[method][0], LEARNING_RATES[method][-1]):

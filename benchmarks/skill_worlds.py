@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Size:
-    """How large a world is."""
+    """Dimensions of a world."""
 
     width: int = 32
     n_skills: int = 4
@@ -113,7 +113,7 @@ class World:
 
 
 def mean_squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Of a model on inputs and targets."""
+    """Mean squared error of a model on inputs and targets."""
     x, y = batch
     return F.mse_loss(model(x), y)
 

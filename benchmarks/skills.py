@@ -163,7 +163,7 @@ def _at_common_rate(job: Job) -> Job:
 
 
 def modes_of(method: str) -> tuple[Mode, ...]:
-    """How a method can be adapted.
+    """Ways in which a method can be adapted.
 
     Full and mu are one thing for private adapters, whose mean is adapted, and under Adam for uniform ones.
     """
@@ -354,7 +354,7 @@ def _n_trained(model: nn.Module) -> int:
 
 
 def _best_adaptations(row: Mapping[str, Any]) -> Iterator[tuple[Mode, float]]:
-    """Of every mode the learning rate with the lowest mean score."""
+    """Find the learning rate with the lowest mean score for every mode."""
     for mode in get_args(Mode):
         tried = {lr: row["few_shot"].get(f"{mode} {lr:g}") for lr in rates(mode)}
         scores = {lr: _mean(found) for lr, found in tried.items() if found}
@@ -402,7 +402,7 @@ def _summary(runs: Sequence[tuple[Job, Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def _alignment(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """By space and measure, a value per seed."""
+    """Alignment by space and measure, a value per seed."""
     names = ("mean_cosine", "coherence")
     found = {}
     for space in SPACES:

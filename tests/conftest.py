@@ -1,4 +1,4 @@
-"""What every test may use. `../shared` holds real data and reference numbers; a public clone has none."""
+"""Fixtures for every test. `../shared` holds real data and reference numbers; a public clone has none."""
 
 from __future__ import annotations
 

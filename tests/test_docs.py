@@ -49,7 +49,7 @@ def test_links_between_pages_and_images_exist(page: Path) -> None:
 
 
 def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
-    """As written, but for the base model, which a test cannot download, and the length of the runs."""
+    """Run the page as written, except for the base model and the length of the runs."""
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{word} ends in", "completion": word[-1], "split": split}
             for word in ("sky", "sea", "tree", "grass") for split in ("train",) * 4 + ("test",)]  # fmt: skip

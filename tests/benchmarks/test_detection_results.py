@@ -1,4 +1,4 @@
-"""What the docs say of training detectors is what was recorded, and what was recorded reaches the goals."""
+"""The docs on training detectors agree with the recorded results, and those reach the goals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step of PaCA adds to a frozen one: operations, and bytes kept for backward. Counted, not timed."""
+"""Cost of a PaCA step beyond a frozen one: operations, and bytes kept for backward. Counted, not timed."""
 
 from __future__ import annotations
 

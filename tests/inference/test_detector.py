@@ -274,7 +274,7 @@ def test_convert_says_how_far_the_logits_moved(
 
 
 class FakeCamera:
-    """What `cv2.VideoCapture` is of a camera: three images in BGR, and a count that means nothing."""
+    """Stand-in for `cv2.VideoCapture` on a camera: three BGR images and a meaningless frame count."""
 
     released = False
 

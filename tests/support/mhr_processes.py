@@ -68,7 +68,7 @@ def shard(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def distances_to_a_plain_model(wrapped: nn.Module, rows: Rows) -> dict[str, float]:
-    """How far outputs are from those of a model that nothing wraps, by how ids are given to the wrapper."""
+    """Distance of the outputs from those of an unwrapped model, for each way of giving ids to the wrapper."""
     plain = mhr()
     set_task_ids(plain, rows.ids)
     expected, found = plain(rows.x), {}

@@ -1,4 +1,4 @@
-"""What is saved is what is loaded, bit by bit: every state, on a fresh base, in a new process."""
+"""Saving and loading are exact, bit by bit: every state, on a fresh base, in a new process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold of MHR, by number, and the test that holds it: to find one, and to miss none."""
+"""Invariants of MHR, by number, and the test that checks each; none may be missing."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_pefts_one_question_about_poly_is_answered_yes_and_no_other() -> None:
 
 
 def test_peft_asks_about_poly_only_where_it_hands_task_ids_on() -> None:
-    """What `RoutedType` says of PEFT: a place that is new wants to be looked at."""
+    """PEFT's own comparisons with POLY are counted: a new one has to be looked at."""
     asking = []
     for path in sorted(Path(peft.__file__).parent.rglob("*.py")):
         text = path.read_text(encoding="utf-8")

@@ -402,7 +402,7 @@ def test_a_base_that_is_more_than_a_linear_is_called_as_it_is(how: str) -> None:
 
 
 class Int8Linear(nn.Module):
-    """As libraries of quantised weights make them: no nn.Linear, its weight whole numbers, computed anew."""
+    """Layer as quantisation libraries make it: no nn.Linear, integer weight, dequantised in forward."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

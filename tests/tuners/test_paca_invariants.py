@@ -1,4 +1,4 @@
-"""What must always hold of PaCA, and the tests that hold it; that they are there is the test of this file.
+"""Invariants of PaCA and the tests that check them; this file tests that those tests exist.
 
 Numbers are those of the project's specification; 17, on quantised bases, waits for them.
 """

@@ -1,4 +1,4 @@
-"""Which columns: seeds that hold for ever, scores against slow loops, and what is refused."""
+"""Choice of columns: stable seeds, scores against slow loops, and refused input."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def build() -> Callable[..., DEIMv2]:
 
 @pytest.fixture(scope="session")
 def assert_same_detections() -> Callable[..., None]:
-    """Whether two networks give each image the same queries, in whatever order.
+    """Assert that two networks give each image the same queries, in any order.
 
     Queries come in the order of their scores, which rounding swaps where two are nearly equal.
     """

@@ -62,7 +62,7 @@ def plain(batch: int, queries: int) -> Predictions:
 
 
 def an_output(targets: list[Target], n_layers: int = 3, num_denoising: int = 0) -> DetectionOutput:
-    """What a network might give, with every output a leaf of its own."""
+    """A possible output of the network; every tensor is a leaf of its own."""
     batch, denoising = len(targets), None
     if num_denoising:
         queries = build_denoising_queries(

@@ -45,7 +45,7 @@ def atto() -> DEIMv2:
 
 @pytest.fixture(scope="module")
 def authors_state(atto: DEIMv2) -> StateDict:
-    """As their training code saves it: with tables for one image size, and two tensors twice."""
+    """State dict as the authors' training code saves it: tables for one image size, and two tensors twice."""
     state = {name: tensor.clone() for name, tensor in atto.state_dict().items()}
     state["decoder.anchors"] = torch.full((1, 500, 4), torch.inf)
     state["decoder.valid_mask"] = torch.ones(1, 500, 1, dtype=torch.bool)

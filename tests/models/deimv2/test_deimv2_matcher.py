@@ -104,7 +104,7 @@ def test_numbers_that_are_none_do_not_stop_the_matcher() -> None:
 
 
 def slow_union(matches: Matches, n_images: int) -> list[tuple[int, int, int]]:
-    """As the authors go about it: count equal pairs, sort by count, walk."""
+    """The authors' procedure: count equal pairs, sort by count, walk."""
     chosen = []
     for image in range(n_images):
         here = matches.image == image

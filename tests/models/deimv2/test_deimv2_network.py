@@ -1,4 +1,4 @@
-"""What any detector of this shape does, whatever its weights."""
+"""Properties that every detector of a shape has, whatever its weights."""
 
 from __future__ import annotations
 

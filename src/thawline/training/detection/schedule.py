@@ -65,7 +65,7 @@ class DetectionSchedule:
 
     @property
     def published(self) -> bool:
-        """Whether the run repeats the slips of the published runs, see the top of this file."""
+        """True if the run repeats the slips of the published runs, see the top of this file."""
         return self.settings.published
 
     @property
