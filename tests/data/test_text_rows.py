@@ -63,7 +63,9 @@ def test_the_format_is_found_by_looking(tmp_path: Path, row, format, prompt, ans
 
 def test_a_chat_may_come_as_prompt_and_completion_lists(tmp_path: Path) -> None:
     [example] = load_examples(write(tmp_path / "a.jsonl", {"prompt": CHAT[:-1], "completion": CHAT[-1:]}))
-    assert example.messages == tuple(CHAT)
+    assert [turn["content"] for turn in example.messages] == [turn["content"] for turn in CHAT]
+    encode = TextEncoder(byte_tokenizer(), chat_template="plain")
+    assert learned_text(encode, encode(example)) == " So long</s>\n"
 
 
 def test_a_json_list_reads_like_jsonl_and_a_folder_like_its_files(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_a_faulty_row_is_named_by_file_and_line(tmp_path: Path, row, message) ->
 def test_faulty_chats_missing_files_and_unknown_formats_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.jsonl:1: no format has the keys 'q'. Known: messages"):
         load_examples(write(tmp_path / "a.jsonl", {"q": "a"}))
-    with pytest.raises(DataError, match="turn 1 needs 'role' and 'content'"):
+    with pytest.raises(DataError, match="turn 1 needs 'from' and 'value'"):
         load_examples(write(tmp_path / "a.jsonl", {"messages": [{"from": "human"}]}))
     with pytest.raises(DataError, match="no turn of role 'assistant'"):
         load_examples(write(tmp_path / "a.jsonl", {"messages": CHAT[:2]}))
@@ -237,7 +239,7 @@ def test_a_chat_without_template_and_one_that_rewrites_turns_are_refused(tmp_pat
     with pytest.raises(ConfigError, match="has no chat template.*`data.chat_template`"):
         TextEncoder(byte_tokenizer())(example)
     file = tmp_path / "last.jinja"
-    file.write_text("{{ messages[-1]['content'] }}")
+    file.write_text("{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}")
     with pytest.raises(DataError, match=r"a.jsonl:1: the chat template rewrites earlier turns.*turn 3"):
         TextEncoder(byte_tokenizer(), chat_template=str(file))(example)
 
@@ -453,7 +455,7 @@ def test_only_a_line_break_ends_a_row(tmp_path: Path, text: str, answer: str) ->
                     {"role": "assistant", "content": "x"},
                 ]
             },
-            "the 'content' of turn 1 must be text",
+            "turn 1: a part of type 'text' needs a 'text'",
         ),
     ],
 )
@@ -466,8 +468,9 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path: Path, row: dict, messag
 
 @pytest.mark.parametrize("template", ["{{ foo(", "{{ raise_exception('System turns are unknown') }}"])
 def test_a_chat_template_that_does_not_work_is_said_to(template: str) -> None:
-    encode = TextEncoder(byte_tokenizer())
-    encode.chat_template = template
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    encode = TextEncoder(tokenizer)
     chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"})
     with pytest.raises(DataError, match="chats:7: the chat template does not accept this chat: "):
         encode(Example(messages=chat, format="messages", where="chats:7"))

@@ -51,11 +51,27 @@ def test_answers_do_not_depend_on_the_batch_they_are_written_in(tiny_llama: Path
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in ("Hello there", "A", "What is it?")]
-    together = generate_answers(model, prompts, tokenizer, max_new_tokens=6, batch_size=3)
-    alone = [generate_answers(model, [p], tokenizer, max_new_tokens=6, batch_size=1)[0] for p in prompts]
+    options = {"stop_ids": [tokenizer.eos_token_id], "max_new_tokens": 6}
+    together = generate_answers(model, prompts, tokenizer, **options, batch_size=3)
+    alone = [generate_answers(model, [p], tokenizer, **options, batch_size=1)[0] for p in prompts]
     assert together == alone
     by_hand = model.generate(torch.tensor([prompts[1]]), max_new_tokens=6, do_sample=False)
     assert alone[1] == tokenizer.decode(by_hand[0, len(prompts[1]) :], skip_special_tokens=True)
+
+
+def test_an_answer_ends_at_any_of_the_stop_tokens(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    prompt = tokenizer("Hello there").input_ids
+    written = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
+    end = tokenizer.eos_token_id
+    for stop in written:
+        [answer] = generate_answers(
+            model, [prompt], tokenizer, stop_ids=[end, stop], max_new_tokens=6, batch_size=1
+        )
+        assert answer == tokenizer.decode(written[: written.index(stop)], skip_special_tokens=True)
 
 
 def test_label_logits_come_back_in_the_order_of_the_rows() -> None:

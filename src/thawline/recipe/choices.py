@@ -29,6 +29,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "objectives": _summaries({name: sections["objective"] for name, sections in OBJECTIVES.items()}),
     "formats": {
         "messages": "chats: rows with `messages`",
+        "conversations": "ShareGPT's chats: rows with `conversations`",
         "prompt-completion": "rows with `prompt` and `completion`",
         "instruction": "rows with `instruction` and `output`, perhaps `input`",
         "input-output": "rows with `input` and `output`, perhaps `choices`",

@@ -57,7 +57,9 @@ class TextData:
     """Held-out rows. None: those held out in `path`, or `eval_fraction` of them."""
     eval_fraction: float = 0.0
     """Share of the training rows to hold out, drawn by `seed`, where nothing else is held out."""
-    format: Literal["auto", "prompt-completion", "messages", "instruction", "input-output", "text"] = "auto"
+    format: Literal[
+        "auto", "prompt-completion", "messages", "conversations", "instruction", "input-output", "text"
+    ] = "auto"
     """Format of a row. auto: by its keys."""
     columns: dict[str, str] = field(default_factory=dict)
     """Keys that the rows name differently: our key → theirs, e.g. {input: sentence, output: label}."""

@@ -4,7 +4,9 @@
                                    └── collate_tokens ──► batch of padded tensors
 
 Prompt and completion are tokenised separately and joined, so that the prompt's tokens in training are those
-that generation and choice ranking start from, whatever a tokenizer would merge at the boundary.
+that generation and choice ranking start from, whatever a tokenizer would merge at the boundary. Training,
+evaluation and predict read special tokens in one way: a text opens as the tokenizer opens it and ends with
+its end token, each once, also where the data brings them along.
 """
 
 from __future__ import annotations
@@ -12,28 +14,22 @@ from __future__ import annotations
 __all__ = ["IGNORED", "TextEncoder", "collate_tokens"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from thawline.data.text.chat import ChatTemplate
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
 
 IGNORED = -100
 """Label of a token that is not learned; PyTorch's cross-entropy and transformers skip it."""
-
-# No space ends the generation prompt: many tokenizers would merge it with the answer's first word.
-PLAIN_CHAT = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 
 
 @dataclass(eq=False)
@@ -58,19 +54,24 @@ class TextEncoder:
     """Number of examples cut to `max_length` so far."""
 
     def __post_init__(self) -> None:
-        self.chat_template = _load_chat_template(self.tokenizer, self.chat_template)
+        chosen = self.chat_template
+        if chosen not in (None, "plain") and not Path(chosen).is_file():
+            raise ConfigError(
+                f"`data.chat_template`: no such file '{chosen}'. Give a Jinja file, or \"plain\"."
+            )
+        self.chat = ChatTemplate(self.tokenizer, chosen)
 
     def __call__(self, example: Example) -> dict[str, list[int]]:
         """Return the token ids and labels of one example.
 
-        Raises: DataError: if no token of the example would be learned, or the template drops its tools.
+        Raises: DataError: if no token of the example would be learned, or the chat template drops some.
         """
-        if example.tools:
-            self._check_tools(example)
-        if example.messages and not self.seq2seq:
-            row = self._encode_chat(example)
+        if not example.messages:
+            row = self.join(self._full_prompt(example), self.answer_ids(example.answer))
+        elif self.seq2seq:
+            row = self._encode_last_turn(example)
         else:
-            row = self.join(self.prompt_ids(example), self.answer_ids(example.answer))
+            row = self._encode_chat(example)
         # A causal LM never predicts its first token.
         if all(label == IGNORED for label in row["labels"][not self.seq2seq :]):
             raise DataError(
@@ -83,6 +84,8 @@ class TextEncoder:
         if self.seq2seq:
             self.n_cut += max(len(prompt), len(answer)) > self.max_length
             return {"input_ids": self._keep_end(prompt, self.max_length), "labels": answer[: self.max_length]}
+        if prompt == self.opening_ids == answer[: len(prompt)] and len(answer) > len(prompt):
+            prompt = []  # the text of the data brings its opening tokens along
         self.n_cut += len(prompt) + len(answer) > self.max_length
         answer = answer[: self.max_length - bool(prompt)]
         prompt = self._keep_end(prompt, self.max_length - len(answer))
@@ -90,90 +93,75 @@ class TextEncoder:
         return {"input_ids": prompt + answer, "labels": prompt_labels + answer}
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """Return the tokens that an answer continues: opening tokens and prompt, without an end token."""
-        if example.messages:
-            turns = example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
-            return self._ids(self._chat_text(example, turns, add_generation_prompt=True))
-        if self.seq2seq:
-            return list(self.tokenizer(example.prompt).input_ids)
-        return self._opening_ids() + self._ids(example.prompt)
+        """Return the tokens that an answer continues: opening tokens and prompt, without an end token.
+
+        Too long a prompt is cut as in training: it keeps its opening tokens and loses what follows them.
+        """
+        return self._keep_end(self._full_prompt(example), self.max_length)
 
     def answer_ids(self, text: str) -> list[int]:
-        """Return the tokens of an answer, followed by the end-of-sequence token."""
+        """Return the tokens of an answer, followed by one end-of-sequence token."""
         end = self.tokenizer.eos_token_id
-        return self._ids(text) + ([] if end is None else [end])
+        ids = self._ids(self.without_end(text))
+        return ids if end is None else [*ids, end]
+
+    def without_end(self, text: str) -> str:
+        """Return a text without the end-of-sequence token that it may close with."""
+        end, closed = self.tokenizer.eos_token, text.rstrip()
+        return closed.removesuffix(end) if end and closed.endswith(end) else text
+
+    def stop_ids(self, generation_config: Any, *, is_chat: bool) -> list[int]:
+        """Return the tokens that end a generated answer.
+
+        These are the end tokens of the model's generation config, the tokenizer's, and for chats the one that
+        closes the assistant's turn.
+        """
+        ends = getattr(generation_config, "eos_token_id", None)
+        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+        ends += [self.tokenizer.eos_token_id, self.chat.turn_end if is_chat else None]
+        return [token for token in dict.fromkeys(ends) if token is not None]
+
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """Tokens that open every text (Llama's <s>, OPT's </s>), without those that close one (T5's </s>)."""
+        whole, plain = list(self.tokenizer("a").input_ids), self._ids("a")
+        n_added = len(whole) - len(plain)
+        start = next((i for i in range(n_added) if whole[i : i + len(plain)] == plain), n_added)
+        return whole[:start]
+
+    def _full_prompt(self, example: Example) -> list[int]:
+        if example.messages:
+            turns = example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
+            return self._ids(self.chat.text(example, turns, add_generation_prompt=True))
+        if self.seq2seq:
+            return list(self.tokenizer(example.prompt).input_ids)
+        ids = self._ids(example.prompt)
+        return ids if ids[: len(self.opening_ids)] == self.opening_ids else self.opening_ids + ids
 
     def _encode_chat(self, example: Example) -> dict[str, list[int]]:
-        """Encode a whole chat; the assistant's turns are learned."""
-        text = self._chat_text(example, example.messages)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = labels = list(encoded.input_ids)
-        if not self.learn_prompt:
-            spans = self._answer_spans(example, text)
-            labels = [
-                token if any(start < stop and end > first for first, stop in spans) else IGNORED
-                for token, (start, end) in zip(ids, encoded.offset_mapping, strict=True)
-            ]
+        ids, is_learned = self.chat.tokens(example, learn_all=self.learn_prompt)
         self.n_cut += len(ids) > self.max_length
+        labels = [token if learned else IGNORED for token, learned in zip(ids, is_learned, strict=True)]
         return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
 
-    def _answer_spans(self, example: Example, text: str) -> list[tuple[int, int]]:
-        """Locate the assistant's turns in the chat's text: a turn is what it adds to those before it."""
-        spans = []
-        for i, turn in enumerate(example.messages):
-            if turn["role"] != "assistant":
-                continue
-            before = self._chat_text(example, example.messages[:i], add_generation_prompt=True)
-            after = self._chat_text(example, example.messages[: i + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                raise DataError(
-                    f"{example.where}: the chat template rewrites earlier turns, so the text of turn {i + 1} "
-                    'cannot be located. Use another `data.chat_template` (a Jinja file, or "plain").'
-                )
-            spans.append((len(before), len(after)))
-        return spans
-
-    def _check_tools(self, example: Example) -> None:
-        """Refuse chat templates that silently leave out `tools`, as many do."""
-        without = replace(example, tools=())
-        if self._chat_text(example, example.messages) == self._chat_text(without, example.messages):
+    def _encode_last_turn(self, example: Example) -> dict[str, list[int]]:
+        """Encode a chat for an encoder-decoder, which learns the last turn alone."""
+        self.chat.check_complete(example)
+        last = example.messages[-1]
+        if last["role"] != "assistant" or last.get("tool_calls") or not last.get("weight", 1):
             raise DataError(
-                f"{example.where}: the chat template does not write the row's `tools`, so the model would "
-                "not see them. Set `data.chat_template` to a Jinja file that does, or remove `tools`."
+                f"{example.where}: an encoder-decoder learns the last turn of a chat, which must be "
+                "the assistant's, of text alone, and not of weight 0."
             )
-
-    def _chat_text(
-        self, example: Example, turns: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
-    ) -> str:
-        if self.chat_template is None:
-            raise ConfigError(
-                f"The tokenizer '{self.tokenizer.name_or_path}' has no chat template for rows of `messages`. "
-                'Set `data.chat_template` to a Jinja file, or to "plain".'
-            )
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(turns),
-                tools=list(example.tools) or None,
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except TemplateError as error:
-            raise DataError(
-                f"{example.where}: the chat template does not accept this chat: {error}. Correct the row, or "
-                'set `data.chat_template` to a Jinja file, or to "plain".'
-            ) from error
+        return self.join(self._full_prompt(example), self.answer_ids(example.answer))
 
     def _keep_end(self, ids: list[int], length: int) -> list[int]:
-        """Cut `ids` to `length` tokens: the opening tokens and the end of the rest."""
+        """Cut `ids` to `length` tokens: the opening tokens, where they stand, and the end of the rest."""
         if len(ids) <= length:
             return ids
-        opening = self._opening_ids()[:length]
+        opening = self.opening_ids or [self.tokenizer.bos_token_id]
+        opening = opening[:length] if ids[: len(opening)] == opening else []
         return opening + ids[len(ids) - (length - len(opening)) :]
-
-    def _opening_ids(self) -> list[int]:
-        """Return the tokens put before every text (Llama's <s>), without a closing one (T5's </s>)."""
-        return [token for token in self.tokenizer("").input_ids if token != self.tokenizer.eos_token_id]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -194,12 +182,3 @@ def collate_tokens(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict
             values = [torch.tensor(row[key], dtype=torch.long) for row in rows]
             batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
     return batch
-
-
-def _load_chat_template(tokenizer: PreTrainedTokenizerBase, chosen: str | None) -> str | None:
-    if chosen is None or chosen == "plain":
-        return PLAIN_CHAT if chosen else tokenizer.chat_template
-    file = Path(chosen)
-    if not file.is_file():
-        raise ConfigError(f"`data.chat_template`: no such file '{chosen}'. Give a Jinja file, or \"plain\".")
-    return file.read_text(encoding="utf-8")

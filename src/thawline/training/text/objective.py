@@ -171,8 +171,11 @@ class TextObjective(RowObjective):
         longest = sampling.pop("max_new_tokens", None) or self.settings.max_new_tokens
         return generate_answers(
             model,
-            [self.encoder.prompt_ids(example)[-self.data.max_length :] for example in examples],
+            [self.encoder.prompt_ids(example) for example in examples],
             self.processor,
+            stop_ids=self.encoder.stop_ids(
+                model.generation_config, is_chat=any(e.messages for e in examples)
+            ),
             max_new_tokens=longest or min(max(n_tokens, default=LONGEST_ANSWER), LONGEST_ANSWER),
             batch_size=batch_size,
             extras=self.ids_of(example.task for example in examples),
@@ -194,7 +197,10 @@ class TextObjective(RowObjective):
             asked = [i for i, example in enumerate(examples) if not (is_auto and example.choices)]
             answers = self._generate(model, [examples[i] for i in asked], batch_size)
             for i, text in zip(asked, answers, strict=True):
-                values = {name: metric(text, examples[i].answer) for name, metric in metrics.items()}
+                values = {
+                    name: metric(text, self.encoder.without_end(examples[i].answer))
+                    for name, metric in metrics.items()
+                }
                 judged[i] |= {"prediction": text.strip(), **values}
         return judged
 

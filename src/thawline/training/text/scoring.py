@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Score", "batches_by_length", "generate_answers", "score_answers", "score_labels"]
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,7 @@ def generate_answers(
     prompts: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
     extras: Mapping[str, Sequence[int]] | None = None,
@@ -84,6 +86,7 @@ def generate_answers(
         model: a model with `generate`.
         prompts: token ids.
         tokenizer: the prompts' tokenizer.
+        stop_ids: tokens that end an answer.
         max_new_tokens: longest answer.
         batch_size: prompts at a time.
         extras: further arguments of `generate`, one value per prompt (task ids).
@@ -111,15 +114,16 @@ def generate_answers(
             **batch,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(stop_ids) or None,
             use_cache=True,  # Trainer switches the cache off in the model's config
             **{"do_sample": False, **sampling},
             **{name: [values[i] for i in indices] for name, values in (extras or {}).items()},
         )
-        if not is_seq2seq:
-            written = written[:, batch["input_ids"].shape[1] :]
-        for i, text in zip(indices, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            answers[i] = text
+        # A decoder of its own starts from one token, which may be an end token (BART).
+        written = written[:, 1 if is_seq2seq else batch["input_ids"].shape[1] :]
+        for i, ids in zip(indices, written.tolist(), strict=True):
+            ids = list(takewhile(lambda token: token not in stop_ids, ids))
+            answers[i] = tokenizer.decode(ids, skip_special_tokens=True)
     return answers
 
 

@@ -1,0 +1,181 @@
+"""Chats: learned is what the row says, and a template that leaves out something of the row is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.text import byte_tokenizer
+from thawline.data.text import IGNORED, Example, TextEncoder, load_examples
+from thawline.errors import DataError
+
+ASK, ANSWER = {"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "18 degrees"}
+MARKED = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}"
+    "{% if loop.last %}<think></think>{% endif %}{{ m.content }};{% endgeneration %}"
+    "{% else %}{{ m.content }};{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+CALLS = (
+    "{% for m in messages %}{{ m.role }}: {% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}(%s){% endfor %}{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def read(folder: Path, **row: object) -> Example:
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    [example] = load_examples(file)
+    return example
+
+
+def encoder(folder: Path, template: str = "plain", **options: bool) -> TextEncoder:
+    if template != "plain":
+        (folder / "chat.jinja").write_text(template)
+        template = str(folder / "chat.jinja")
+    return TextEncoder(byte_tokenizer(), chat_template=template, **options)
+
+
+def learned(encode: TextEncoder, example: Example) -> str:
+    return encode.tokenizer.decode([label for label in encode(example)["labels"] if label != IGNORED])
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path, mark: dict) -> None:
+    last = {"role": "assistant", "content": "4", "weight": 1}
+    example = read(tmp_path, messages=[ASK, {**ANSWER, **mark}, {**ASK, "content": "Oslo?"}, last])
+    assert learned(encoder(tmp_path), example) == " 4</s>\n"
+    assert learned(encoder(tmp_path, MARKED), example) == "<think></think>4;"
+    everything = learned(encoder(tmp_path, learn_prompt=True), example)
+    assert everything == "<s>user: Rome?\nassistant:user: Oslo?\nassistant: 4</s>\n"
+
+
+def test_weights_that_leave_nothing_or_are_no_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:1: every turn of the assistant has weight 0"):
+        read(tmp_path, messages=[ASK, {**ANSWER, "weight": 0}])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: turn 2: the 'weight' must be 0 .* got 0.5"):
+        read(tmp_path, messages=[ASK, {**ANSWER, "weight": 0.5}])
+    one_block = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    chat = read(tmp_path, messages=[ASK, {**ANSWER, "weight": 0}, ASK, ANSWER])
+    with pytest.raises(DataError, match="marks 1 parts as the assistant's and the chat has 2 such turns"):
+        encoder(tmp_path, one_block)(chat)
+
+
+def test_a_template_that_rewrites_turns_is_learned_by_its_marks(tmp_path: Path) -> None:
+    example = read(tmp_path, messages=[ASK, ANSWER, ASK, ANSWER])
+    assert learned(encoder(tmp_path, MARKED), example) == "18 degrees;<think></think>18 degrees;"
+    unmarked = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(DataError, match="rewrites earlier turns.*{% generation %}"):
+        encoder(tmp_path, unmarked.replace("loop.last", "not loop.last"))(example)
+
+
+def call(arguments: object) -> dict:
+    return {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'], ids=["object", "JSON text"])
+@pytest.mark.parametrize(
+    "written",
+    ["{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}", "{{ c.function.arguments }}"],
+    ids=["of an object", "of text", "of either"],
+)
+def test_a_calls_arguments_are_learned_as_one_json_object(tmp_path: Path, arguments, written: str) -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": [call(arguments)]}
+    example = read(tmp_path, messages=[ASK, calls, {"role": "tool", "content": "18 C"}, ANSWER])
+    encode = encoder(tmp_path, CALLS.replace("%s", written))
+    assert learned(encode, example) == 'weather({"city": "Rome"})\n18 degrees\n'
+
+
+@pytest.mark.parametrize(
+    ("turn", "what"),
+    [
+        ({"content": None, "tool_calls": [call({})]}, "the `tool_calls` of turn 2"),
+        ({"tool_calls": [call("{}")]}, "the `tool_calls` of turn 2"),
+        ({"content": "", "function_call": {"name": "weather"}}, "the `tool_calls` of turn 2"),
+        ({"content": "18", "reasoning_content": "Hm."}, "the row's `reasoning_content`"),
+        ({"content": "18", "thinking": "Hm."}, "the row's `thinking`"),
+    ],
+)
+def test_what_the_template_does_not_write_is_refused(tmp_path: Path, turn: dict, what: str) -> None:
+    example = read(tmp_path, messages=[ASK, {"role": "assistant", **turn}, ASK, ANSWER])
+    with pytest.raises(DataError, match=f"rows.jsonl:1: the chat template does not write {what}"):
+        encoder(tmp_path)(example)
+
+
+def test_a_template_that_writes_the_first_call_alone_or_skips_a_role_is_refused(tmp_path: Path) -> None:
+    first = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]").replace("%s", "")
+    both = {"role": "assistant", "tool_calls": [call({}), call({})]}
+    with pytest.raises(DataError, match="does not write the `tool_calls` of turn 2"):
+        encoder(tmp_path, first)(read(tmp_path, messages=[ASK, both]))
+    two_roles = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.role }}: {{ m.content }}\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    system = {"role": "system", "content": "Be brief."}
+    with pytest.raises(DataError, match=r"does not write the content of turn 1 \(system\)"):
+        encoder(tmp_path, two_roles)(read(tmp_path, messages=[system, ASK, ANSWER]))
+
+
+def test_keys_without_a_value_are_as_if_absent_and_nothing_reads_none(tmp_path: Path) -> None:
+    filled = {"tool_calls": None, "weight": None, "name": None, "reasoning_content": None}
+    example = read(tmp_path, messages=[{**ASK, **filled}, {**ANSWER, **filled}])
+    assert example.messages == (ASK, ANSWER)
+    assert learned(encoder(tmp_path), example) == " 18 degrees</s>\n"
+    with pytest.raises(DataError, match="turn 2: the 'content' must be text, got None"):
+        read(tmp_path, messages=[ASK, {"role": "assistant", "content": None}])
+    for value, kind in ((None, "null"), (["a"], "list"), ({"a": 1}, "dict")):
+        (tmp_path / "own.jsonl").write_text(json.dumps({"input": "a", "output": "b", "note": value}))
+        with pytest.raises(DataError, match=f"own.jsonl:1: the template asks for 'note', which is {kind}"):
+            load_examples(tmp_path / "own.jsonl", template="{input} {note}")
+
+
+def test_text_may_come_in_parts_and_other_parts_are_refused(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Ro"}, {"type": "text", "text": "me?"}]
+    assert read(tmp_path, messages=[{**ASK, "content": parts}, ANSWER]).messages == (ASK, ANSWER)
+    with pytest.raises(
+        DataError, match=r"turn 1: only parts of type 'text' can be read, got \['image_url'\]"
+    ):
+        read(tmp_path, messages=[{**ASK, "content": [{"type": "image_url"}]}, ANSWER])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (call("{city"), "the arguments of 'weather': not JSON"),
+        ({"id": "1"}, "a tool call needs a function with a 'name'"),
+        ("weather", "a tool call needs a function with a 'name'"),
+    ],
+)
+def test_calls_that_cannot_be_read_are_refused(tmp_path: Path, broken: object, message: str) -> None:
+    with pytest.raises(DataError, match=f"rows.jsonl:1: turn 2: {message}"):
+        read(tmp_path, messages=[ASK, {"role": "assistant", "tool_calls": [broken]}])
+
+
+def test_sharegpt_rows_are_chats(tmp_path: Path) -> None:
+    weather = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
+    turns = [
+        {"from": "human", "value": "Rome?"}, {"from": "function_call", "value": weather},
+        {"from": "observation", "value": "18 C"}, {"from": "gpt", "value": "18 degrees"},
+    ]  # fmt: skip
+    example = read(tmp_path, conversations=turns, system="Be brief.")
+    assert [turn["role"] for turn in example.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert example.format == "messages"
+    encode = encoder(tmp_path, CALLS.replace("%s", "{{ c.function.arguments | tojson }}"))
+    assert learned(encode, example) == 'weather({"city": "Rome"})\n18 degrees\n'
+    assert read(tmp_path, conversations=[ASK, ANSWER]).messages == (ASK, ANSWER)
+    unlearned = [turns[0], {**turns[3], "weight": 0}, turns[0], turns[3]]
+    assert learned(encoder(tmp_path), read(tmp_path, conversations=unlearned)) == " 18 degrees</s>\n"
+    with pytest.raises(DataError, match="turn 1: 'from' is 'hal'"):
+        read(tmp_path, conversations=[{"from": "hal", "value": "no"}])
+
+
+def test_an_encoder_decoder_learns_a_last_turn_of_text_alone(tmp_path: Path) -> None:
+    assert (
+        learned(encoder(tmp_path, seq2seq=True), read(tmp_path, messages=[ASK, ANSWER])) == "18 degrees</s>"
+    )
+    writes = encoder(tmp_path, CALLS.replace("%s", ""), seq2seq=True)
+    for last in (ASK, {"role": "assistant", "tool_calls": [call({})]}, {**ANSWER, "weight": 0}):
+        with pytest.raises(DataError, match="learns the last turn of a chat, which must be the assistant's"):
+            writes(read(tmp_path, messages=[ASK, ANSWER, ASK, last]))
