@@ -63,12 +63,76 @@ def test_weights_that_leave_nothing_or_are_no_weights_are_refused(tmp_path: Path
         encoder(tmp_path, one_block)(chat)
 
 
-def test_a_template_that_rewrites_turns_is_learned_by_its_marks(tmp_path: Path) -> None:
+def test_a_template_that_rewrites_turns_is_learned_as_it_writes_them_at_last(tmp_path: Path) -> None:
     example = read(tmp_path, messages=[ASK, ANSWER, ASK, ANSWER])
-    assert learned(encoder(tmp_path, MARKED), example) == "18 degrees;<think></think>18 degrees;"
-    unmarked = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(DataError, match="rewrites earlier turns.*{% generation %}"):
-        encoder(tmp_path, unmarked.replace("loop.last", "not loop.last"))(example)
+    for template in (MARKED, MARKED.replace("loop.last", "not loop.last")):
+        unmarked = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        found = learned(encoder(tmp_path, template), example)
+        assert found.replace("<think></think>", "") == "18 degrees;18 degrees;" != found
+        assert learned(encoder(tmp_path, unmarked), example) == found
+
+
+@pytest.mark.parametrize("template", ["plain", MARKED], ids=["plain", "marked"])
+def test_of_a_prompt_of_turns_the_answers_are_learned_only_with_the_whole(tmp_path: Path, template) -> None:
+    example = read(tmp_path, system="Brief.", prompt=[ASK, ANSWER, ASK], completion=[ANSWER])
+    only = learned(encoder(tmp_path, template), example)
+    assert only.count("18 degrees") == 1
+    everything = learned(encoder(tmp_path, template, learn_prompt=True), example)
+    assert everything.count("18 degrees") == 2
+    assert "Brief." in everything
+
+
+def test_any_turn_may_be_learned_by_its_weight(tmp_path: Path) -> None:
+    chat = [{**ASK, "train": True}, {**ANSWER, "train": False}, ASK, ANSWER]
+    example = read(tmp_path, messages=chat)
+    assert learned(encoder(tmp_path), example) == "<s>user: Rome?\n 18 degrees</s>\n"
+    with pytest.raises(DataError, match="so turns of weight 0 cannot be located"):
+        encoder(tmp_path, MARKED)(example)
+
+
+@pytest.mark.parametrize("end", ["</s>", "</s>\n", "<|end|>", ""])
+def test_an_end_that_an_answer_brings_along_is_not_doubled(tmp_path: Path, end: str) -> None:
+    example = read(
+        tmp_path, messages=[ASK, {**ANSWER, "content": f"18{end}"}, ASK, {**ANSWER, "content": end}]
+    )
+    encode = encoder(tmp_path, "{% for m in messages %}{{ m.role }}:{{ m.content }}<|end|>\n{% endfor %}")
+    encode.tokenizer.add_tokens(["<|end|>"])
+    text = encode.tokenizer.decode(encode(example)["input_ids"])
+    assert text == "user:Rome?<|end|>\nassistant:18<|end|>\nuser:Rome?<|end|>\nassistant:<|end|>\n"
+
+
+QWEN = (
+    "{% for m in messages %}{{ m.role }}:{% set text = m.content.split('</think>') %}"
+    "{% if %s %}{{ m.content }}{% else %}{{ text[-1] }}{% endif %};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_thoughts_may_be_left_out_of_earlier_turns_but_not_of_all(tmp_path: Path) -> None:
+    thoughtful = {**ANSWER, "content": "<think>Hm.</think>18"}
+    example = read(tmp_path, messages=[ASK, thoughtful, ASK, thoughtful])
+    keeps_last = encoder(tmp_path, QWEN.replace("%s", "loop.last"))
+    assert learned(keeps_last, example) == "18;<think>Hm.</think>18;"
+    with pytest.raises(DataError, match="does not write what stands before </think>"):
+        encoder(tmp_path, QWEN.replace("%s", "false"))(example)
+
+
+def test_tools_choose_the_template_made_for_them(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    plain = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    tokenizer.chat_template = {"default": plain, "tool_use": "{{ tools | tojson }}" + plain}
+    encode = TextEncoder(tokenizer)
+    assert learned(encode, read(tmp_path, messages=[ASK, ANSWER])).endswith("18 degrees;")
+    with_tools = read(tmp_path, messages=[ASK, ANSWER], tools=[{"name": "clock"}])
+    assert tokenizer.decode(encode(with_tools)["input_ids"]).startswith('[{"name": "clock"}]user:')
+
+
+def test_a_template_that_checks_ids_of_calls_gets_objects(tmp_path: Path) -> None:
+    check = "{% if c.id | length != 9 %}{{ raise_exception('id') }}{% endif %}"
+    checks = CALLS.replace("{{ c.function.name }}(%s)", check + "{{ c.function | tojson }}")
+    nine = {**call({"city": "Rome"}), "id": "callrome9"}
+    example = read(tmp_path, messages=[ASK, {"role": "assistant", "tool_calls": [nine]}])
+    assert '"arguments": {"city": "Rome"}' in learned(encoder(tmp_path, checks), example)
 
 
 def call(arguments: object) -> dict:
@@ -123,7 +187,7 @@ def test_keys_without_a_value_are_as_if_absent_and_nothing_reads_none(tmp_path: 
     example = read(tmp_path, messages=[{**ASK, **filled}, {**ANSWER, **filled}])
     assert example.messages == (ASK, ANSWER)
     assert learned(encoder(tmp_path), example) == " 18 degrees</s>\n"
-    with pytest.raises(DataError, match="turn 2: the 'content' must be text, got None"):
+    with pytest.raises(DataError, match="turn 2 needs 'role' and text as 'content'"):
         read(tmp_path, messages=[ASK, {"role": "assistant", "content": None}])
     for value, kind in ((None, "null"), (["a"], "list"), ({"a": 1}, "dict")):
         (tmp_path / "own.jsonl").write_text(json.dumps({"input": "a", "output": "b", "note": value}))
@@ -135,7 +199,7 @@ def test_text_may_come_in_parts_and_other_parts_are_refused(tmp_path: Path) -> N
     parts = [{"type": "text", "text": "Ro"}, {"type": "text", "text": "me?"}]
     assert read(tmp_path, messages=[{**ASK, "content": parts}, ANSWER]).messages == (ASK, ANSWER)
     with pytest.raises(
-        DataError, match=r"turn 1: only parts of type 'text' can be read, got \['image_url'\]"
+        DataError, match="turn 1: of a content only parts of type 'text' can be read, got 'image_url'"
     ):
         read(tmp_path, messages=[{**ASK, "content": [{"type": "image_url"}]}, ANSWER])
 

@@ -455,7 +455,7 @@ def test_only_a_line_break_ends_a_row(tmp_path: Path, text: str, answer: str) ->
                     {"role": "assistant", "content": "x"},
                 ]
             },
-            "turn 1: a part of type 'text' needs a 'text'",
+            "turn 1: the 'content' must be text, got None",
         ),
     ],
 )

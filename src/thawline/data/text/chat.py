@@ -1,19 +1,20 @@
 """Chats as text and tokens: what the template writes, what of it is learned, and which token ends a turn.
 
-Learned are the assistant's turns, or what the template marks by `{% generation %}`, but no turn of weight 0.
+Learned are the assistant's turns, and where rows give weights, the turns of weight 1. A template says what
+the assistant wrote by `{% generation %}`; of one that does not, a turn is what it adds to those before it.
 A template that leaves out what a row holds is refused: the model would learn to answer what it cannot see.
 """
 
 from __future__ import annotations
 
-__all__ = ["ChatTemplate"]
+__all__ = ["ChatTemplate", "without_end"]
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,15 @@ MARKS = re.compile(r"\{%-?\s*generation\b")
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn whose text a template may leave out of earlier turns, but not of all."""
+END_OF_THOUGHT = "</think>"
+"""What stands before this in a turn's content is such a text too."""
 
 CHANGE = "§"
-"""Appended to a value to see whether the template writes it."""
+"""Added to a value to see whether the template writes it."""
 
 Turn = Mapping[str, Any]
+Changes = Mapping[int, tuple[str, Callable[[Any], Any]]]
+"""Number of a turn → key, and how its value is changed."""
 
 
 @dataclass(eq=False, frozen=True)
@@ -55,30 +60,9 @@ class ChatTemplate:
     chosen: str | None = None
 
     @cached_property
-    def source(self) -> str:
-        """Jinja text of the template. Raises: ConfigError: if there is none."""
-        if self.chosen == "plain":
-            return PLAIN_CHAT
-        if self.chosen is not None:
-            return Path(self.chosen).read_text(encoding="utf-8")
-        try:
-            return self.tokenizer.get_chat_template()
-        except ValueError as error:
-            raise ConfigError(
-                f"The tokenizer '{self.tokenizer.name_or_path}' has no chat template for rows of `messages`. "
-                'Set `data.chat_template` to a Jinja file, or to "plain".'
-            ) from error
-
-    @cached_property
     def turn_end(self) -> int | None:
         """Id of the special token that closes an assistant's turn; None: the template closes it by text."""
-        content = "answer"
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
-        try:
-            text = self.text(Example(format="messages"), turns)
-        except (ConfigError, DataError):
-            return None
-        tail = self.tokenizer(text.rpartition(content)[2], add_special_tokens=False).input_ids
+        tail = self.tokenizer(self._closing, add_special_tokens=False).input_ids
         special = {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
         return next((token for token in tail if token in special), None)
 
@@ -90,130 +74,196 @@ class ChatTemplate:
         """Return the tokens of a whole chat, and which of them are learned.
 
         Args:
-            learn_all: learn every role's turns.
+            learn_all: learn every role's turns, but those of weight 0.
 
-        Raises: DataError: if the template leaves out something of the row, or rewrites earlier turns.
+        Raises: DataError: if the template leaves out something of the row, or the turns cannot be located.
         """
         self.check_complete(example)
-        weights = [bool(turn.get("weight", 1)) for turn in example.messages if turn["role"] == "assistant"]
-        if learn_all and all(weights):
-            text = self.text(example, example.messages)
-            ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-            return ids, [True] * len(ids)
-        ids, turns = self._marked(example, weights) if MARKS.search(self.source) else self._located(example)
-        if learn_all:
-            return ids, [turn is None or weights[turn] for turn in turns]
-        return ids, [turn is not None and weights[turn] for turn in turns]
+        turns, answers = example.messages, range(example.n_asked, len(example.messages))
+        usual = [learn_all or (turn["role"] == "assistant" and i in answers) for i, turn in enumerate(turns)]
+        learned = [bool(turn.get("weight", is_usual)) for turn, is_usual in zip(turns, usual, strict=True)]
+        # What stands between turns is learned with `learn_all` alone.
+        located = [i for i, is_learned in enumerate(learned) if is_learned != learn_all]
+        has_marks = MARKS.search(self._source(example)) is not None
+        locate = self._marked if located and has_marks else self._added
+        ids, is_located = locate(example, located)
+        return ids, [found != learn_all for found in is_located]
 
     def check_complete(self, example: Example) -> None:
         """Check that the template writes all that a row holds.
 
         Raises: DataError: naming what it leaves out.
         """
+        for what in self._left_out(example):
+            raise DataError(
+                f"{example.where}: the chat template does not write {what}, so the model would not see it. "
+                "Set `data.chat_template` to a Jinja file that does, or remove it from the row."
+            )
+
+    def without_ends(self, example: Example) -> Example:
+        """Return an example whose answers do not bring along the end token that the template writes."""
+        ends = [self.tokenizer.eos_token, self.tokenizer.decode(self.turn_end or [])]
+        turns = (
+            {**turn, "content": without_end(turn["content"], *ends)} if turn["role"] == "assistant" else turn
+            for turn in example.messages
+        )
+        return replace(example, messages=tuple(turns))
+
+    def _left_out(self, example: Example) -> Iterator[str]:
+        """Yield what the template does not write, found by changing it."""
         turns = example.messages
         text = self.text(example, turns)
+
+        def is_left_out(changes: Changes) -> bool:
+            return bool(changes) and text == self._text_with(example, changes)
+
         if example.tools and text == self.text(replace(example, tools=()), turns):
-            self._refuse(example, "the row's `tools`")
+            yield "the row's `tools`"
         for i, turn in enumerate(turns):
-            content = turn.get("content") or ""
-            if content.strip() not in text and text == self._text_with(example, {i: ("content", _changed)}):
-                self._refuse(example, f"the content of turn {i + 1} ({turn['role']})")
-            for j in range(len(turn.get("tool_calls") or ())):
-                if text == self._text_with(example, {i: ("tool_calls", _rename_call(j))}):
-                    self._refuse(example, f"the `tool_calls` of turn {i + 1}")
+            if turn["content"].strip() not in text and is_left_out({i: ("content", _append)}):
+                yield f"the content of turn {i + 1} ({turn['role']})"
+            if any(is_left_out({i: ("tool_calls", _rename_call(j))}) for j, _ in enumerate(_calls(turn))):
+                yield f"the `tool_calls` of turn {i + 1}"
         for key in THOUGHTS:
-            having: dict[int, tuple[str, Callable[[Any], Any]]]
-            having = {i: (key, _changed) for i, turn in enumerate(turns) if turn.get(key)}
-            if having and text == self._text_with(example, having):
-                self._refuse(example, f"the row's `{key}`")
+            if is_left_out({i: (key, _append) for i, turn in enumerate(turns) if turn.get(key)}):
+                yield f"the row's `{key}`"
+        thoughtful = [i for i, turn in enumerate(turns) if END_OF_THOUGHT in turn["content"]]
+        if is_left_out(dict.fromkeys(thoughtful, ("content", _prepend))):
+            yield f"what stands before {END_OF_THOUGHT}"
 
-    def _refuse(self, example: Example, what: str) -> None:
-        raise DataError(
-            f"{example.where}: the chat template does not write {what}, so the model would not see it. "
-            "Set `data.chat_template` to a Jinja file that does, or remove it from the row."
-        )
-
-    def _text_with(self, example: Example, changes: Mapping[int, tuple[str, Callable[[Any], Any]]]) -> str:
+    def _text_with(self, example: Example, changes: Changes) -> str:
         """Return the chat's text where a value of some turns is another."""
         turns = [dict(turn) for turn in example.messages]
         for i, (key, change) in changes.items():
-            turns[i][key] = change(turns[i].get(key))
+            turns[i][key] = change(turns[i][key])
         return self.text(example, turns)
 
-    def _marked(self, example: Example, weights: Sequence[bool]) -> tuple[list[int], list[int | None]]:
-        """Return tokens, and the assistant's turn of each, by the template's generation marks."""
+    def _marked(self, example: Example, located: Sequence[int]) -> tuple[list[int], list[bool]]:
+        """Return tokens, and which of them are of the turns `located`, by the template's generation marks."""
         found = self._apply(
             example, example.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        turns: list[int | None] = []
-        n_blocks = 0
-        for is_marked, block in groupby(found["assistant_masks"]):
-            turns += [n_blocks if is_marked else None for _ in block]
-            n_blocks += bool(is_marked)
-        if all(weights):
-            turns = [None if turn is None else 0 for turn in turns]
-        elif n_blocks != len(weights):
-            raise DataError(
-                f"{example.where}: the template marks {n_blocks} parts as the assistant's and the chat has "
-                f"{len(weights)} such turns, so the turns of weight 0 cannot be located. Use a template with "
-                "one {% generation %} block in a turn, or no weights."
-            )
-        return list(found["input_ids"]), turns
-
-    def _located(self, example: Example) -> tuple[list[int], list[int | None]]:
-        """Return tokens, and the assistant's turn of each: a turn is what it adds to those before it."""
-        text = self.text(example, example.messages)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = []
-        for i, turn in enumerate(example.messages):
-            if turn["role"] != "assistant":
-                continue
-            before = self.text(example, example.messages[:i], add_generation_prompt=True)
-            after = self.text(example, example.messages[: i + 1])
-            if not (after.startswith(before) and text.startswith(after)):
+        marked = [bool(mark) for mark in found["assistant_masks"]]
+        answers = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
+        if located != answers:
+            starts = [mark and not before for before, mark in pairwise([False, *marked])]
+            if sum(starts) != len(answers) or not set(located) <= set(answers):
                 raise DataError(
-                    f"{example.where}: the chat template rewrites earlier turns, so the text of turn {i + 1} "
-                    "cannot be located. Set `data.chat_template` to a Jinja file that marks what the "
-                    'assistant writes by {% generation %}, or to "plain".'
+                    f"{example.where}: the chat template marks {sum(starts)} parts as the assistant's and "
+                    f"the chat has {len(answers)} such turns, so turns of weight 0 cannot be located. Use a "
+                    "template with one {% generation %} block in each, or no weights."
                 )
-            spans.append((len(before), len(after)))
-        turns = [
-            next((i for i, (first, stop) in enumerate(spans) if start < stop and end > first), None)
+            blocks = zip(marked, accumulate(starts), strict=True)
+            marked = [mark and answers[n_blocks - 1] in located for mark, n_blocks in blocks]
+        return list(found["input_ids"]), marked
+
+    def _added(self, example: Example, located: Sequence[int]) -> tuple[list[int], list[bool]]:
+        """Return tokens, and which of them are of the turns `located`: what these add to the text."""
+        text = self.text(example, example.messages)
+        spans = [self._span(example, i, text) for i in located]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(spans))
+        ids = list(encoded.input_ids)
+        if not spans:
+            return ids, [False] * len(ids)
+        return ids, [
+            any(start < stop and end > first for first, stop in spans)
             for start, end in encoded.offset_mapping
         ]
-        return list(encoded.input_ids), turns
+
+    def _span(self, example: Example, i: int, text: str) -> tuple[int, int]:
+        """Return where turn i starts and ends in a chat's text."""
+        turns, role = example.messages, example.messages[i]["role"]
+        before = self.text(example, turns[:i], add_generation_prompt=role == "assistant") if i else ""
+        after = self.text(example, turns[: i + 1])
+        if text.startswith(before):
+            if text.startswith(after) and after.startswith(before):
+                return len(before), len(after)
+            # Some templates write an answer differently once turns follow it: Qwen3's drops its thoughts.
+            changed = self._text_with(example, {i: ("content", _append)})
+            end = next(k for k, letters in enumerate(zip(text, changed, strict=False)) if len({*letters}) > 1)
+            if role == "assistant" and "tool_calls" not in turns[i] and text.startswith(self._closing, end):
+                return len(before), end + len(self._closing)
+        raise DataError(
+            f"{example.where}: the chat template rewrites earlier turns, so the text of turn {i + 1} cannot "
+            "be located. Set `data.chat_template` to a Jinja file that marks what the assistant writes by "
+            '{% generation %}, or to "plain".'
+        )
 
     @cached_property
-    def _takes_objects(self) -> bool:
-        """True if the template writes a call's arguments from an object, False if it wants JSON text."""
-        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"key": "value"}}}
-        asked = {"role": "user", "content": "question"}
-        turns: list[Turn] = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    def _closing(self) -> str:
+        """The text that closes an assistant's turn."""
+        content = "answer"
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
         try:
-            written = self._render(Example(), turns, chat_template=self.source, tokenize=False)
-        except Exception:
-            return False
-        return "'key'" not in written
+            return self.text(Example(), turns).rpartition(content)[2]
+        except (ConfigError, DataError):
+            return ""
+
+    def _source(self, example: Example) -> str:
+        """Return the Jinja text of the template. Raises: ConfigError: if there is none."""
+        if self.chosen == "plain":
+            return PLAIN_CHAT
+        if self.chosen is not None:
+            return self._file
+        try:
+            return self.tokenizer.get_chat_template(tools=list(example.tools) or None)
+        except ValueError as error:
+            raise ConfigError(
+                f"The tokenizer '{self.tokenizer.name_or_path}' has no chat template for rows of `messages`. "
+                'Set `data.chat_template` to a Jinja file, or to "plain".'
+            ) from error
+
+    @cached_property
+    def _file(self) -> str:
+        return Path(str(self.chosen)).read_text(encoding="utf-8-sig")
 
     def _apply(self, example: Example, turns: Sequence[Turn], **options: Any) -> Any:
         """Apply the template as `options` say. Raises: DataError: if it does not accept the turns."""
-        source = self.source
-        if any(turn.get("tool_calls") for turn in turns) and not self._takes_objects:
+        options["chat_template"] = self._source(example)
+        if any("tool_calls" in turn for turn in turns) and not self._takes_objects(**options):
             turns = [_with_json_arguments(turn) for turn in turns]
         try:
-            return self._render(example, turns, chat_template=source, **options)
+            return self._render(turns, tools=list(example.tools) or None, **options)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{example.where}: the chat template does not accept this chat: {error}. Correct the row, or "
                 'set `data.chat_template` to a Jinja file, or to "plain".'
             ) from error
 
-    def _render(self, example: Example, turns: Sequence[Turn], **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(list(turns), tools=list(example.tools) or None, **options)
+    def _takes_objects(self, **options: Any) -> bool:
+        """Return True if the template writes a call's arguments from an object, False if from JSON text."""
+        for arguments in ({"key": "value"}, '{"key": "value"}'):
+            # Mistral's templates ask for an id of nine letters.
+            call = {"id": "callnine1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            asked = {"role": "user", "content": "question"}
+            turns: list[Turn] = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            try:
+                written = self._render(turns, chat_template=options["chat_template"], tokenize=False)
+            except Exception:
+                continue
+            return isinstance(arguments, dict) and "'key'" not in written
+        return True
+
+    def _render(self, turns: Sequence[Turn], **options: Any) -> Any:
+        return self.tokenizer.apply_chat_template(list(turns), **options)
 
 
-def _changed(text: Any) -> str:
-    return f"{text or ''}{CHANGE}"
+def without_end(text: str, *ends: str | None) -> str:
+    """Return a text without the end token that it may close with, one of `ends`."""
+    closed = text.rstrip()
+    return next((closed.removesuffix(end) for end in ends if end and closed.endswith(end)), text)
+
+
+def _append(text: Any) -> str:
+    return f"{text}{CHANGE}"
+
+
+def _prepend(text: Any) -> str:
+    return f"{CHANGE}{text}"
+
+
+def _calls(turn: Turn) -> Sequence[Mapping[str, Any]]:
+    return turn.get("tool_calls", ())
 
 
 def _rename_call(i: int) -> Callable[[Any], list[Any]]:
@@ -221,7 +271,7 @@ def _rename_call(i: int) -> Callable[[Any], list[Any]]:
 
     def rename(calls: Sequence[Mapping[str, Any]]) -> list[Any]:
         function = calls[i]["function"]
-        renamed = {**calls[i], "function": {**function, "name": _changed(function["name"])}}
+        renamed = {**calls[i], "function": {**function, "name": _append(function["name"])}}
         return [*calls[:i], renamed, *calls[i + 1 :]]
 
     return rename
@@ -229,13 +279,10 @@ def _rename_call(i: int) -> Callable[[Any], list[Any]]:
 
 def _with_json_arguments(turn: Turn) -> Turn:
     """Return a turn whose tool calls hold their arguments as JSON text."""
-
-    def written(call: Mapping[str, Any]) -> Mapping[str, Any]:
-        arguments = call["function"].get("arguments")
-        if isinstance(arguments, str):
-            return call
-        text = json.dumps(arguments, ensure_ascii=False)
-        return {**call, "function": {**call["function"], "arguments": text}}
-
-    calls = turn.get("tool_calls")
-    return {**turn, "tool_calls": [written(call) for call in calls]} if calls else turn
+    if "tool_calls" not in turn:
+        return turn
+    calls = [{**call, "function": dict(call["function"])} for call in _calls(turn)]
+    for call in calls:
+        arguments = call["function"].get("arguments", {})
+        call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    return {**turn, "tool_calls": calls}

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from thawline.data.text.chat import ChatTemplate
+from thawline.data.text.chat import ChatTemplate, without_end
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
 
@@ -68,10 +68,9 @@ class TextEncoder:
         """
         if not example.messages:
             row = self.join(self._full_prompt(example), self.answer_ids(example.answer))
-        elif self.seq2seq:
-            row = self._encode_last_turn(example)
         else:
-            row = self._encode_chat(example)
+            example = self.chat.without_ends(example)
+            row = self._encode_last_turn(example) if self.seq2seq else self._encode_chat(example)
         # A causal LM never predicts its first token.
         if all(label == IGNORED for label in row["labels"][not self.seq2seq :]):
             raise DataError(
@@ -107,8 +106,7 @@ class TextEncoder:
 
     def without_end(self, text: str) -> str:
         """Return a text without the end-of-sequence token that it may close with."""
-        end, closed = self.tokenizer.eos_token, text.rstrip()
-        return closed.removesuffix(end) if end and closed.endswith(end) else text
+        return without_end(text, self.tokenizer.eos_token)
 
     def stop_ids(self, generation_config: Any, *, is_chat: bool) -> list[int]:
         """Return the tokens that end a generated answer.
@@ -131,7 +129,8 @@ class TextEncoder:
 
     def _full_prompt(self, example: Example) -> list[int]:
         if example.messages:
-            turns = example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
+            turns = self.chat.without_ends(example).messages
+            turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
             return self._ids(self.chat.text(example, turns, add_generation_prompt=True))
         if self.seq2seq:
             return list(self.tokenizer(example.prompt).input_ids)

@@ -19,7 +19,6 @@ __all__ = [
     "split_examples",
 ]
 
-import json
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from thawline.data.text.datasets import TABLES, dataset_rows, is_dataset, table_rows
+from thawline.data.text.turns import parse_json, read_chat
 from thawline.errors import ConfigError, DataError, did_you_mean
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -49,17 +49,6 @@ TEMPLATES = {
 }
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
-SHAREGPT_ROLES = {
-    **{name: name for name in ("system", "user", "assistant", "tool")},
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-"""ShareGPT's `from` → role."""
-
 HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 """Values of `split`, and file stems, that mark held-out rows; the first one present is used."""
 
@@ -76,6 +65,8 @@ class Example:
     """Tools the assistant of a chat may call, as JSON schemas; written out by the chat template."""
     choices: tuple[str, ...] = ()
     """Answers to choose from, including `completion`. Empty: any answer."""
+    n_asked: int = 0
+    """Turns of a chat that its prompt brings along: the assistant's among them are no answers to learn."""
     task: str = ""
     split: str = ""
     format: str = "text"
@@ -85,12 +76,12 @@ class Example:
     @property
     def question(self) -> str:
         """The text before the answer: the prompt, or the next to last turn of a chat."""
-        return (self.messages[-2]["content"] or "") if len(self.messages) > 1 else self.prompt
+        return self.messages[-2]["content"] if len(self.messages) > 1 else self.prompt
 
     @property
     def answer(self) -> str:
         """The text a model should answer: the completion, or the last turn of a chat."""
-        return (self.messages[-1].get("content") or "") if self.messages else self.completion
+        return self.messages[-1]["content"] if self.messages else self.completion
 
 
 class Split(NamedTuple):
@@ -151,7 +142,7 @@ def read_manifest(root: str | Path) -> list[dict[str, Any]]:
     file = Path(root) / "manifest.json"
     if not file.is_file():
         return []
-    entries = _parse_json(file.read_text(encoding="utf-8"), str(file))
+    entries = parse_json(file.read_text(encoding="utf-8"), str(file))
     if not isinstance(entries, list) or not all(isinstance(one, dict) and "task" in one for one in entries):
         return []
     for entry in entries:
@@ -261,7 +252,7 @@ def _json_rows(file: Path) -> Rows:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start}).") from error
     if file.suffix == ".json":
-        rows = _parse_json(text, str(file))
+        rows = parse_json(text, str(file))
         if not isinstance(rows, list):
             raise DataError(
                 f"{file}: expected a list of rows, got {type(rows).__name__}. Or use .jsonl, a row per line."
@@ -270,18 +261,11 @@ def _json_rows(file: Path) -> Rows:
     else:
         # Not splitlines(): JSON leaves line separators such as U+2028 unescaped within a text.
         lines = enumerate(text.split("\n"), 1)
-        numbered = ((f"{file}:{i}", _parse_json(line, f"{file}:{i}")) for i, line in lines if line.strip())
+        numbered = ((f"{file}:{i}", parse_json(line, f"{file}:{i}")) for i, line in lines if line.strip())
     for where, row in numbered:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with keys, got {type(row).__name__}.")
         yield where, row
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}.") from error
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -308,8 +292,7 @@ def _example(
     if missing:
         raise DataError(f"{where}: a row of format '{format}' needs '{missing[0]}', got {_quoted(row)}.")
     if format in ("messages", "conversations") or (format != "text" and isinstance(row.get("prompt"), list)):
-        messages, tools = _messages(row, where), _tools(row, where)
-        return Example(messages=messages, tools=tools, format="messages", **shared)
+        return Example(**read_chat(row, where), format="messages", **shared)
     keys = FORMATS[format]
     for key in keys:
         if not isinstance(row[key], str):
@@ -329,121 +312,6 @@ def _example(
 def _check_texts(values: Any, what: str) -> None:
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
         raise DataError(f"{what} must be a list of texts, got {values!r}.")
-
-
-def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    """Return the turns of a chat, given whole or as prompt and completion lists; the prompt has weight 0."""
-    if "messages" in row:
-        turns = row["messages"]
-    elif "conversations" in row:
-        turns = row["conversations"]
-    else:
-        completion = row["completion"]
-        is_turns = isinstance(completion, list)
-        asked = [{**turn, "weight": 0} if _is_assistant(turn) else turn for turn in row["prompt"]]
-        turns = asked + (completion if is_turns else [{"role": "assistant", "content": completion}])
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise DataError(f"{where}: a chat must be a list of turns, got {turns!r}.")
-    turns = [_turn(turn, f"{where}: turn {i}") for i, turn in enumerate(turns, 1)]
-    system = row.get("system")
-    if isinstance(system, str) and system and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system}, *turns]
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
-    if not answers:
-        raise DataError(f"{where}: no turn of role 'assistant', so there is nothing to learn.")
-    if not any(turn.get("weight", 1) for turn in answers):
-        raise DataError(f"{where}: every turn of the assistant has weight 0, so there is nothing to learn.")
-    return tuple(turns)
-
-
-def _is_assistant(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and turn.get("role") == "assistant"
-
-
-def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """Return a turn with `role`, text as `content`, and calls whose arguments are objects.
-
-    Keys without a value are left out: tables fill in those that other turns have. A turn that only calls
-    tools may have no text.
-    """
-    if not isinstance(turn, Mapping):
-        raise DataError(f"{where} needs 'role' and 'content', got {turn!r}.")
-    found = {key: value for key, value in turn.items() if value is not None}
-    if "role" not in found and "from" in found:
-        found = _sharegpt(found, where)
-    if "function_call" in found:
-        found["tool_calls"] = [{"type": "function", "function": found.pop("function_call")}]
-    if found.get("tool_calls"):
-        found["tool_calls"] = [_tool_call(call, where) for call in found["tool_calls"]]
-    else:
-        found.pop("tool_calls", None)
-    if not {"role", "content"} <= set(found) and not ("role" in found and "tool_calls" in found):
-        if "role" in found and "content" in turn:
-            raise DataError(f"{where}: the 'content' must be text, got {turn['content']!r}.")
-        raise DataError(f"{where} needs 'role' and 'content', got {turn!r}.")
-    found["content"] = _content(found.get("content", ""), where)
-    for key in ("train", "training", "loss"):
-        if isinstance(found.get(key), bool):  # other tools' words for the weights 0 and 1
-            found["weight"] = int(found.pop(key))
-    if found.get("weight", 1) not in (0, 1):
-        raise DataError(f"{where}: the 'weight' must be 0 (not learned) or 1, got {found['weight']!r}.")
-    return found
-
-
-def _content(content: Any, where: str) -> str:
-    """Return the text of a turn, which may be given as a list of parts."""
-    if isinstance(content, (list, tuple)):
-        kinds = [part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content]
-        if any(kind != "text" for kind in kinds):
-            raise DataError(f"{where}: only parts of type 'text' can be read, got {kinds!r}.")
-        return "".join(_text_of(part, where) for part in content)
-    if not isinstance(content, str):
-        raise DataError(f"{where}: the 'content' must be text, got {content!r}.")
-    return content
-
-
-def _text_of(part: Mapping[str, Any], where: str) -> str:
-    if not isinstance(part.get("text"), str):
-        raise DataError(f"{where}: a part of type 'text' needs a 'text', got {dict(part)!r}.")
-    return str(part["text"])
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """Return a tool call with its arguments as an object; OpenAI's API gives them as JSON text."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"{where}: a tool call needs a function with a 'name', got {call!r}.")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = (
-            _parse_json(arguments, f"{where}: the arguments of '{function['name']}'") if arguments else {}
-        )
-    rest = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
-    return {"type": "function", **rest, "function": {**function, "arguments": arguments or {}}}
-
-
-def _sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a turn of ShareGPT's keys, `from` and `value`, under the usual ones."""
-    name, value = turn["from"], turn.get("value")
-    if value is None:
-        raise DataError(f"{where} needs 'from' and 'value', got {turn!r}.")
-    if name not in SHAREGPT_ROLES:
-        raise DataError(f"{where}: 'from' is {name!r}. {did_you_mean(str(name), SHAREGPT_ROLES)}")
-    found = {key: turn[key] for key in turn if key not in ("from", "value")} | {"role": SHAREGPT_ROLES[name]}
-    if name != "function_call":
-        return {**found, "content": value}
-    calls = _parse_json(value, f"{where}: the call") if isinstance(value, str) else value
-    return {**found, "tool_calls": calls if isinstance(calls, list) else [calls]}
-
-
-def _tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    """Return a chat's tools, given as schemas or as their JSON text (as datasets store unlike objects)."""
-    tools = row.get("tools") or []
-    if isinstance(tools, str):
-        tools = _parse_json(tools, f"{where}: `tools`") or []
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError(f"{where}: `tools` must be a list of JSON schemas, or its JSON text, got {tools!r}.")
-    return tuple(tools)
 
 
 def _quoted(row: Mapping[str, Any]) -> str:

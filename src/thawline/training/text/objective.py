@@ -87,6 +87,11 @@ class TextObjective(RowObjective):
         # Padding is masked everywhere but in a decoder's classifier, which finds its last token by it.
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.processor.pad_token_id
+        # Saved with a model trained whole, so that other programs stop where its turns end.
+        if self.head != "classifier" and any(example.messages for example in self.train_examples):
+            model.generation_config.eos_token_id = self.encoder.stop_ids(
+                model.generation_config, is_chat=True
+            )
         return model
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:

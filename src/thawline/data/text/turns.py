@@ -1,0 +1,142 @@
+"""Turns of a chat as rows give them: OpenAI's keys or ShareGPT's, objects as such or as JSON text.
+
+row ── read_chat ──► messages: turns with `role` and text as `content`; tools: JSON schemas
+"""
+
+from __future__ import annotations
+
+__all__ = ["parse_json", "read_chat"]
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from thawline.errors import DataError, did_you_mean
+
+SHAREGPT_ROLES = {
+    **{name: name for name in ("system", "user", "assistant", "tool")},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""ShareGPT's `from` → role."""
+
+WEIGHTS = ("train", "training", "loss")
+"""Keys of other tools that say by true and false what `weight` says by 1 and 0."""
+
+
+def read_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of an Example that hold a chat: `messages`, `n_asked`, `tools`.
+
+    The turns stand in `messages` or `conversations`, or in `prompt` and `completion`.
+
+    Raises: DataError: naming the turn that cannot be read, or if no turn would be learned.
+    """
+    asked: list[Any] = []
+    turns = _decoded(row.get("messages", row.get("conversations")), f"{where}: the chat")
+    if turns is None:
+        asked, turns = list(row["prompt"]), row["completion"]
+        turns = [{"role": "assistant", "content": turns}] if isinstance(turns, str) else turns
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise DataError(f"{where}: a chat must be a list of turns, got {turns!r}.")
+    messages = [_turn(turn, f"{where}: turn {i}") for i, turn in enumerate([*asked, *turns], 1)]
+    n_asked = len(asked)
+    system = row.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+        n_asked += bool(asked)
+    answers = [turn for turn in messages[n_asked:] if turn["role"] == "assistant"]
+    if not answers:
+        raise DataError(f"{where}: no turn of role 'assistant', so there is nothing to learn.")
+    if not any(turn.get("weight", 1) for turn in answers):
+        raise DataError(f"{where}: every turn of the assistant has weight 0, so there is nothing to learn.")
+    return {"messages": tuple(messages), "n_asked": n_asked, "tools": _tools(row, where)}
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON. Raises: DataError: with the place of the error."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}.") from error
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any]:
+    """Return a turn with `role`, text as `content`, and calls whose arguments are objects.
+
+    Keys without a value are left out: tables fill in those that other turns have. A turn that only calls
+    tools may have no text.
+    """
+    found = {key: value for key, value in turn.items() if value is not None} if _is_object(turn) else {}
+    if "role" not in found and "from" in found:
+        found = _from_sharegpt(found, where)
+    if "function_call" in found:
+        found["tool_calls"] = [found.pop("function_call")]
+    if calls := _decoded(found.pop("tool_calls", None), f"{where}: the `tool_calls`"):
+        found = {"content": "", **found, "tool_calls": [_tool_call(call, where) for call in calls]}
+    if not {"role", "content"} <= set(found):
+        raise DataError(f"{where} needs 'role' and text as 'content', got {turn!r}.")
+    found["content"] = _content(found["content"], where)
+    for key in WEIGHTS:
+        if isinstance(found.get(key), bool):
+            found["weight"] = int(found.pop(key))
+    if found.get("weight", 1) not in (0, 1):
+        raise DataError(f"{where}: the 'weight' must be 0 (not learned) or 1, got {found['weight']!r}.")
+    return found
+
+
+def _from_sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a turn of ShareGPT's keys, `from` and `value`, under the usual ones."""
+    rest = dict(turn)
+    name, value = rest.pop("from"), rest.pop("value", None)
+    if value is None:
+        raise DataError(f"{where} needs 'from' and 'value', got {turn!r}.")
+    if name not in SHAREGPT_ROLES:
+        raise DataError(f"{where}: 'from' is {name!r}. {did_you_mean(str(name), SHAREGPT_ROLES)}")
+    if name != "function_call":
+        return {"role": SHAREGPT_ROLES[name], "content": value, **rest}
+    calls = _decoded(value, f"{where}: the call")
+    return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
+
+
+def _content(content: Any, where: str) -> str:
+    """Return the text of a turn, which may be given as a list of parts."""
+    parts = content if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}]
+    for part in parts:
+        kind = part.get("type") if _is_object(part) else type(part).__name__
+        if kind != "text":
+            raise DataError(f"{where}: of a content only parts of type 'text' can be read, got {kind!r}.")
+        if not isinstance(part.get("text"), str):
+            raise DataError(f"{where}: the 'content' must be text, got {part.get('text')!r}.")
+    return "".join(part["text"] for part in parts)
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object; OpenAI's API gives them as JSON text."""
+    call = call if _is_object(call) and "function" in call else {"function": call}
+    function = call["function"]
+    if not _is_object(function) or not isinstance(function.get("name"), str):
+        raise DataError(f"{where}: a tool call needs a function with a 'name', got {function!r}.")
+    arguments = _decoded(function.get("arguments") or {}, f"{where}: the arguments of '{function['name']}'")
+    rest = {key: value for key, value in call.items() if value is not None}
+    return {"type": "function", **rest, "function": {**function, "arguments": arguments}}
+
+
+def _tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    tools = _decoded(row.get("tools") or [], f"{where}: `tools`") or []
+    if not isinstance(tools, (list, tuple)) or not all(map(_is_object, tools)):
+        raise DataError(f"{where}: `tools` must be a list of JSON schemas, or its JSON text, got {tools!r}.")
+    return tuple(tools)
+
+
+def _decoded(value: Any, where: str) -> Any:
+    """Parse a value given as JSON text, as tables hold it; return any other as it is."""
+    return parse_json(value, where) if isinstance(value, str) else value
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
