@@ -1,14 +1,17 @@
 """Atomic writes: a file or folder appears whole or not at all, and a killed process leaves the old one.
 
 The temporary has a fixed name, so that the next write replaces what a killed process left behind; two
-processes must not write the same path at once.
+processes must not write the same path at once. What a damaged file or a full disk raises, in whatever
+library, is decided here too.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "DAMAGED",
     "atomic_file",
     "atomic_folder",
+    "is_write_failure",
     "read_json",
     "read_jsonl",
     "write_json",
@@ -16,12 +19,22 @@ __all__ = [
     "write_text",
 ]
 
+import errno
 import json
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from thawline.errors import CheckpointError
+
+DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
+"""Raised by readers of tensors for a file that is cut short, empty, or holds other objects than tensors."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -36,6 +49,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,13 +98,40 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; an empty dict where there is none."""
+    """Read a JSON file; an empty dict where there is none. Raises: CheckpointError: for a damaged one."""
     path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _parse(path, path.read_bytes()) if path.is_file() else {}
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """Read a file of one JSON value per line, without an incomplete last line of a killed process."""
-    text = Path(path).read_text(encoding="utf-8")
+    """Read a file of one JSON value per line, without an incomplete last line of a killed process.
+
+    Raises: CheckpointError: for another line that is damaged.
+    """
+    content = Path(path).read_bytes()
     # Text may hold other line breaks than "\n", U+2028 for one, at which splitlines would cut it.
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line.strip()]
+    lines = content[: content.rfind(b"\n") + 1].split(b"\n")
+    return [_parse(path, line, f"line {i}: ") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Return whether a file could not be written in full: a full disk, a quota, a limit of its size."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    # Neither safetensors nor torch raises an OSError; torch does not even give the reason.
+    codes = [f"os error {code}" for code in _FULL] if isinstance(error, SafetensorError) else []
+    codes += (
+        ["inline_container", "PytorchStreamWriter", "iostream error"]
+        if isinstance(error, RuntimeError)
+        else []
+    )
+    return any(code in str(error) for code in codes)
+
+
+def _parse(path: str | Path, content: bytes, where: str = "") -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(
+            f"'{path}' is damaged: {where}{error if content else 'it is empty'}."
+        ) from error

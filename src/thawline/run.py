@@ -14,19 +14,22 @@ __all__ = [
 
 import dataclasses
 import logging
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import set_seed
 
 from thawline.analysis.gradients import check_alignable, plain_batch
 from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
 from thawline.errors import CheckpointError, ConfigError
-from thawline.files import write_jsonl
+from thawline.files import is_write_failure, write_jsonl
 from thawline.recipe import RunConfig
 from thawline.run_folder import NO_DATA, RunFolder, RunResult
 from thawline.tables import labelled
@@ -35,7 +38,7 @@ from thawline.training.checkpoints import (
     checkpoint_step,
     find_checkpoints,
     newest_checkpoint,
-    remove_incomplete_checkpoints,
+    remove_half_written,
 )
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, build_objective
@@ -53,11 +56,12 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
 
     Args:
         config: the recipe.
-        resume: continue from the folder's newest checkpoint; bit for bit as if the run had never stopped.
+        resume: continue from the newest whole checkpoint; bit for bit as if the run had never stopped.
         dry_run: build everything, write plan.json, take no step.
 
-    Raises: CheckpointError: if the folder holds a run and `resume` is False, or none and it is True.
-        ConfigError, DataError: for what cannot work, before anything is written.
+    Raises: CheckpointError: if the folder holds a run and `resume` is False, or none and it is True; if no
+        checkpoint to resume from is whole; if there is no room to write a file. ConfigError, DataError: for
+        what cannot work, before anything is written.
     """
     folder = RunFolder(config.run_folder)
     if resume:
@@ -74,6 +78,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
     stop = StopOnSignal()
     trainer = objective.build_trainer(model, [stop, *_recorders(objective, model)])
     is_first_process = trainer.is_world_process_zero()
+    checkpoint = _agreed_checkpoint(folder) if resume else None
     plan = build_plan(objective, trainer)
     if is_first_process:
         folder.write("plan.json", plan)
@@ -81,27 +86,30 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
     if dry_run:
         return result
     logger.info(labelled(plan["overview"].items()))
-    if is_first_process:
-        folder.open(objective)
-    start = time.perf_counter()
-    if result.trainable:
-        _take_steps(trainer, objective, folder, stop, resume)
-    seconds = round(time.perf_counter() - start, 3)
-    result = dataclasses.replace(result, steps=trainer.state.global_step)
-    if stop.signal is not None:
-        return dataclasses.replace(result, status="interrupted", signal=stop.signal)
-    if use_cache is not None:
-        model.config.use_cache = use_cache
-    if result.trainable:
-        folder.save_model(trainer)
-    evaluation = trainer.final_evaluation()
-    result = dataclasses.replace(
-        result, status="finished", seconds=seconds,
-        metrics=evaluation.metrics, parts=evaluation.parts, start=folder.start(),
-    )  # fmt: skip
-    if is_first_process:
-        folder.save_evaluation(evaluation)
-        folder.write("result.json", dataclasses.asdict(result))
+    with _room_to_write(folder, trainer):
+        if is_first_process:
+            folder.open(objective)
+        if resume:
+            logger.info("Resuming from %s.", checkpoint or "step 0: the run had saved no checkpoint")
+        start = time.perf_counter()
+        if result.trainable:
+            _take_steps(trainer, objective, folder, stop, checkpoint)
+        seconds = round(time.perf_counter() - start, 3)
+        result = dataclasses.replace(result, steps=trainer.state.global_step)
+        if stop.signal is not None:
+            return dataclasses.replace(result, status="interrupted", signal=stop.signal)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        if result.trainable:
+            folder.save_model(trainer)
+        evaluation = trainer.final_evaluation()
+        result = dataclasses.replace(
+            result, status="finished", seconds=seconds,
+            metrics=evaluation.metrics, parts=evaluation.parts, start=folder.start(),
+        )  # fmt: skip
+        if is_first_process:
+            folder.save_evaluation(evaluation)
+            folder.write("result.json", dataclasses.asdict(result))
     return result
 
 
@@ -197,16 +205,48 @@ def save_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
     RunFolder(Path(folder)).save_evaluation(evaluation)
 
 
+def _agreed_checkpoint(folder: RunFolder) -> Path | None:
+    """Return the checkpoint to resume from, as the first process finds it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return newest_checkpoint(folder.path)
+    found = [newest_checkpoint(folder.path) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+@contextmanager
+def _room_to_write(folder: RunFolder, trainer: Trainer) -> Iterator[None]:
+    """Say in one line that a file could not be written, and remove the half-written checkpoint.
+
+    Raises: CheckpointError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        if trainer.is_world_process_zero():
+            remove_half_written(folder.path)
+        earlier = [
+            sum(file.stat().st_size for file in path.glob("*")) for path in find_checkpoints(folder.path)
+        ]
+        needed = max(trainer.checkpoint_bytes(), *earlier, 0)
+        again = f"thawline train --config {folder.path}/config.yaml --resume"
+        again = again if folder.is_run else "start again"
+        raise CheckpointError(
+            f"'{getattr(error, 'filename', None) or folder.path}' could not be written: a checkpoint takes "
+            f"about {needed:,} bytes, and {shutil.disk_usage(folder.path).free:,} are "
+            f"free. Make room, then {again}."
+        ) from error
+
+
 def _take_steps(
-    trainer: Trainer, objective: Objective, folder: RunFolder, stop: StopOnSignal, resume: bool
+    trainer: Trainer, objective: Objective, folder: RunFolder, stop: StopOnSignal, checkpoint: Path | None
 ) -> None:
-    """Train from the newest checkpoint or from step 0, which may be evaluated first."""
+    """Train from a checkpoint or from step 0, which may be evaluated first."""
     is_first_process = trainer.is_world_process_zero()
     if is_first_process:
-        remove_incomplete_checkpoints(folder.path)
-    checkpoint = newest_checkpoint(folder.path)
-    if resume:
-        logger.info("Resuming from %s.", checkpoint or "step 0: the run had saved no checkpoint")
+        remove_half_written(folder.path)
     if checkpoint is None and objective.start_name is not None:
         found = trainer.full_evaluation()
         if is_first_process:

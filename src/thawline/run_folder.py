@@ -51,6 +51,9 @@ from thawline.training.trainer import Trainer
 NO_DATA = "-"
 """`data.path` of a recipe for a model that was not trained by a run."""
 
+BEFORE_A_RUN = ("plan.json", "env.json", "objective.json", "sample.txt", PICTURES)
+"""Files that a plan, or a run that was stopped before it began, leaves: cheap to make again."""
+
 MAY_CHANGE = ("name", "folder", "training.report_to", "training.workers", "training.keep_checkpoints")
 """Settings that a resumed run may change: any other would make it another run."""
 
@@ -99,7 +102,8 @@ class RunFolder:
         Raises: CheckpointError: if it holds a run, or other files.
         """
         path = self.path
-        if not path.exists() or all(file.name == "plan.json" for file in path.iterdir()):
+        names = {file.name for file in path.iterdir()} if path.exists() else set()
+        if not self.is_run and all(name in BEFORE_A_RUN or name.startswith(".") for name in names):
             return
         if (path / "result.json").is_file():
             raise CheckpointError(

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer_utils import EvalLoopOutput
 
 from thawline.training.callbacks import MetricsFile, Progress
-from thawline.training.checkpoints import checkpoint_step
+from thawline.training.checkpoints import WholeCheckpoints, checkpoint_step
 from thawline.training.evaluation import Evaluation, TrainingData
 
 
@@ -61,7 +61,7 @@ class Trainer(transformers.Trainer):
             train_dataset=objective.train_rows,
             eval_dataset=objective.held_out_rows or None,
             processing_class=objective.processor,
-            callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl"), *callbacks],
+            callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl"), WholeCheckpoints(), *callbacks],
         )
         if loss is not None:
             # The loss is a mean over a batch's rows: accumulated batches are averaged, not summed.
@@ -86,6 +86,14 @@ class Trainer(transformers.Trainer):
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
             args.max_steps, args.num_train_epochs = length
+
+    def checkpoint_bytes(self) -> int:
+        """Return the approximate size of a checkpoint: the weights it holds and the optimiser's state."""
+        is_adapter = hasattr(self.model, "get_base_model")
+        weights = [p for p in self.model.parameters() if p.requires_grad or not is_adapter]
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in (*weights, *tensors))
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches in the sampler's order, if there is one."""

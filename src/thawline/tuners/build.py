@@ -14,6 +14,7 @@ import peft
 from torch import nn
 
 from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you_mean
+from thawline.files import DAMAGED, read_json
 from thawline.recipe import Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
 from thawline.recipe.checks import check_args
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
@@ -185,6 +186,7 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
     folder = str(in_run) if (in_run / "adapter_config.json").is_file() else start_from
     if not (Path(folder) / "adapter_config.json").is_file():
         raise CheckpointError(f"`tuner.start_from`: '{folder}' holds no adapter (no adapter_config.json).")
+    read_json(Path(folder) / "adapter_config.json")  # says that it is damaged, if it is
     config = peft.PeftConfig.from_pretrained(folder)
     found = config.peft_type.value.lower()
     if found != SAVED_TYPES.get(method, method):
@@ -195,6 +197,8 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except ThawlineError:
         raise
+    except DAMAGED as error:
+        raise CheckpointError(f"`tuner.start_from`: the adapter in '{folder}' is damaged: {error}") from error
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"`tuner.start_from`: the adapter in '{folder}' does not fit {type(model).__name__}: {error}"

@@ -35,10 +35,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from thawline.data.detection.collate import build_loader
 from thawline.errors import ConfigError, did_you_mean
-from thawline.files import atomic_file, atomic_folder, write_json, write_text
+from thawline.files import atomic_file, atomic_folder, read_json, write_json, write_text
 from thawline.metrics.detection import STATISTICS
 from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import TunerSettings
+from thawline.training.checkpoints import load_state
 from thawline.training.detection.arguments import DetectionTrainingData
 from thawline.training.detection.backbone import fast_parameters, merged_detector
 from thawline.training.detection.callbacks import Speed, TrainingEvents
@@ -192,8 +193,13 @@ class DetectionTrainer(Trainer):
         """Train as transformers' Trainer does; a resumed run restores its average and best scores."""
         if isinstance(resume_from_checkpoint, str):
             self._resumed_from = Path(resume_from_checkpoint)
-            self.scores = Scores(**json.loads((self._resumed_from / SCORES).read_text(encoding="utf-8")))
+            self.scores = Scores(**read_json(self._resumed_from / SCORES))
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def checkpoint_bytes(self) -> int:
+        """Return the approximate size of a checkpoint, with the averaged weights."""
+        average = {} if self.average is None else self.average.state_dict()["tensors"]
+        return super().checkpoint_bytes() + sum(tensor.nbytes for tensor in average.values())
 
     def begin_training(self) -> None:
         """Start the average at the current weights, or restore it; catch up on a missed evaluation."""
@@ -206,7 +212,7 @@ class DetectionTrainer(Trainer):
                 once_per_name=settings.published,
             )
             if self._resumed_from is not None:
-                self.average.load_state_dict(torch.load(self._resumed_from / AVERAGE, weights_only=True))
+                self.average.load_state_dict(load_state(self._resumed_from / AVERAGE))
         self._catch_up()
 
     def update_average(self) -> None:
@@ -333,7 +339,7 @@ class DetectionTrainer(Trainer):
         """Restore the best of stage 1; the rate stays the schedule's."""
         self.accelerator.wait_for_everyone()
         logger.info("epoch %d restarts from the best of stage 1", self.epoch)
-        state = torch.load(self.folder / STAGE_1, map_location=self.args.device, weights_only=True)
+        state = load_state(self.folder / STAGE_1, self.args.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

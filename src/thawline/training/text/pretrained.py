@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from thawline.errors import ConfigError
+from thawline.files import DAMAGED
 from thawline.recipe import TextBase
 
 
@@ -35,7 +36,7 @@ def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
         return loader.from_pretrained(
             base.model, revision=base.revision, trust_remote_code=base.trust_remote_code, **extra
         )
-    except (OSError, ValueError) as error:
+    except (*DAMAGED, OSError, ValueError) as error:
         if not folder.is_dir() and (
             folder.is_absolute() or base.model.startswith(".") or len(folder.parts) > 2
         ):
