@@ -28,7 +28,8 @@ def deformable_sample(
     """Sample each level bilinearly at its points and sum, every head from its own group of channels.
 
     Args:
-        maps: one (B, D, h, w) per level; heads are D / H channels each, in order. Used as they are, no copy.
+        maps: one (B, D, h, w) per level; heads are D / H channels each, in order. Used as they are, no copy;
+            maps of half precision are sampled at locations of float32 as float32.
         locations: (B, Q, H, P, 2), x and y in 0–1 from corner to corner; outside the map lie zeros.
         weights: (B, Q, H, P).
         num_points: points of each level; they sum to P.
@@ -36,8 +37,11 @@ def deformable_sample(
     """
     batch, n_queries, n_heads, _, _ = locations.shape
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1).split(list(num_points), dim=2)
+    dtype = torch.promote_types(maps[0].dtype, locations.dtype)
     sampled = [
-        F.grid_sample(_heads_first(level, n_heads), grid, padding_mode="zeros", align_corners=False)
+        F.grid_sample(
+            _heads_first(level.to(dtype), n_heads), grid.to(dtype), padding_mode="zeros", align_corners=False
+        )
         for level, grid in zip(maps, grids, strict=True)
     ]  # (B·H, D / H, Q, points of the level) each
     weights = weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)

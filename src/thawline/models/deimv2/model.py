@@ -112,11 +112,12 @@ class DEIMv2(
 
         Args:
             pixel_values: (B, 3, H, W), normalised as `config.image_mean` and `image_std` say; H and W are
-                multiples of the largest stride, 32.
+                multiples of the largest stride, 32. Converted to the dtype of the weights.
             targets: labels and boxes of each image. In train mode they also make denoising queries.
         Raises: ConfigError: the image size does not fit the strides.
         """
         self._check_size(pixel_values)
+        pixel_values = pixel_values.to(self.decoder.enc_score_head.weight.dtype)
         if not self.training and targets is None:
             return self.decoder(self.encoder(self.backbone(pixel_values)))
         if self.is_fused:

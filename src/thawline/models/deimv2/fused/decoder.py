@@ -27,12 +27,12 @@ from thawline.models.deimv2.network.decoder_layer import (
     OFFSET_SCALE,
     POSITION_LIMIT,
     DeformableAttention,
-    to_wide,
 )
 from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.ops.boxes import inverse_sigmoid
 from thawline.ops.cache import TensorCache
 from thawline.ops.deformable import SamplingPlan, deformable_gather, deformable_sample, plan_sampling
+from thawline.ops.wide import WideBuffers, to_wide
 
 
 class Memory(NamedTuple):
@@ -46,7 +46,7 @@ class Memory(NamedTuple):
     """None: sample the maps."""
 
 
-class FusedDecoder(nn.Module):
+class FusedDecoder(WideBuffers):
     """Decoder that computes the detections of the evaluated layer only."""
 
     edges: Tensor
@@ -140,6 +140,7 @@ class FusedDeformableAttention(nn.Module):
         self.num_heads, self.num_points = attention.num_heads, attention.num_points
         scale = attention.num_points_scale.repeat_interleave(2).repeat(self.num_heads)
         offsets, weights = attention.sampling_offsets, attention.attention_weights
+        scale = scale.to(offsets.weight.dtype)
         self.points = linear_of(
             torch.cat([offsets.weight * scale[:, None], weights.weight]),
             torch.cat([offsets.bias * scale, weights.bias]),
@@ -154,8 +155,8 @@ class FusedDeformableAttention(nn.Module):
         if memory.plan is not None:
             return deformable_gather(memory.tokens, reference, offsets, weights, memory.plan)
         centre, size = reference[:, :, None, None, :2], reference[:, :, None, None, 2:]
-        locations = torch.addcmul(centre, offsets, size, value=OFFSET_SCALE).to(memory.tokens.dtype)
-        return deformable_sample(memory.maps, locations, weights, self.num_points)
+        locations = torch.addcmul(centre, offsets, size, value=OFFSET_SCALE)
+        return deformable_sample(memory.maps, locations, weights, self.num_points).to(query.dtype)
 
 
 def _softmax(x: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from thawline.models.deimv2.network.decoder_layer import (
     POSITION_LIMIT,
     DecoderLayer,
     LocationQuality,
-    to_wide,
 )
 from thawline.models.deimv2.outputs import (
     DenoisingOutput,
@@ -40,6 +39,7 @@ from thawline.models.deimv2.outputs import (
 from thawline.ops.boxes import inverse_sigmoid
 from thawline.ops.cache import TensorCache
 from thawline.ops.distribution import distance_to_box, expected_distance, weighting_function
+from thawline.ops.wide import to_wide
 
 PRIOR = 0.01
 """Score of every class before training."""
@@ -241,7 +241,7 @@ class LayerStack(nn.Module):
 
     def bins(self) -> Tensor:
         """Return the distances of an edge's bins, (R + 1,)."""
-        return weighting_function(self.reg_max, self.up, self.reg_scale)
+        return weighting_function(self.reg_max, to_wide(self.up), self.reg_scale)
 
 
 class _Refined:

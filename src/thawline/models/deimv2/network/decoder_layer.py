@@ -15,7 +15,6 @@ __all__ = [
     "DecoderLayer",
     "DeformableAttention",
     "LocationQuality",
-    "to_wide",
 ]
 
 import math
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from thawline.models.deimv2.network.blocks import MLP, RMSNorm, SelfAttention, SwiGLU
 from thawline.ops.deformable import deformable_sample
+from thawline.ops.wide import WideBuffers, to_wide
 
 FLOAT16_MAX = 65504.0
 POSITION_LIMIT = 10.0
@@ -73,7 +73,7 @@ class DecoderLayer(nn.Module):
         return self.norm3((x + self.swish_ffn(x)).clamp(-FLOAT16_MAX, FLOAT16_MAX))
 
 
-class DeformableAttention(nn.Module):
+class DeformableAttention(WideBuffers):
     """Deformable attention: each head samples its channels at learned points around the reference box."""
 
     num_points_scale: Tensor
@@ -97,7 +97,7 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
         centre, size = reference[:, :, None, None, :2], reference[:, :, None, None, 2:]
         locations = centre + offsets * self.num_points_scale.to(query.dtype)[:, None] * size * OFFSET_SCALE
-        return deformable_sample(maps, locations, weights, self.num_points)
+        return deformable_sample(maps, locations, weights, self.num_points).to(query.dtype)
 
     def _init_weights(self) -> None:
         """Point head k in direction k of H, with points at growing distance and equal weights."""
@@ -146,9 +146,5 @@ class LocationQuality(nn.Module):
         """(B, Q, 4·(R+1)) to (B, Q, 1)."""
         probabilities = corner_logits.unflatten(-1, (4, -1)).softmax(dim=-1)
         top = probabilities.topk(self.top, dim=-1).values
-        return self.reg_conf(torch.cat([top, top.mean(dim=-1, keepdim=True)], dim=-1).flatten(-2))
-
-
-def to_wide(x: Tensor) -> Tensor:
-    """Convert to at least float32, which boxes and losses need."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        peaks = torch.cat([top, top.mean(dim=-1, keepdim=True)], dim=-1).flatten(-2)
+        return self.reg_conf(peaks.to(self.reg_conf.layers[0].weight.dtype))

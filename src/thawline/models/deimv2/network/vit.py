@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from thawline.errors import ConfigError
 from thawline.ops.cache import TensorCache
 from thawline.ops.rotary import Table, rotated_heads
+from thawline.ops.wide import WideBuffers
 
 ROPE_BASE = 100.0
 
@@ -258,7 +259,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(WideBuffers):
     """Rotary angles of each patch centre, row and column each scaled to -1 … 1 over its own length."""
 
     periods: Tensor
