@@ -115,7 +115,7 @@ def predict(
     model: str | Path,
     texts: str | Sequence[str] = (),
     *,
-    source: str | Path | int | None = None,
+    source: str | Path | int | Sequence[str | Path] | None = None,
     **options: Any,
 ) -> list[str] | Summary:
     """Answer texts, or with `source` detect objects in images and videos.
@@ -124,7 +124,8 @@ def predict(
         model: folder of a run, adapter or model, or a model's Hub id; for detection a run, a weights file
             or a size.
         texts: inputs, instructions, users' turns or texts to continue, by the format trained on.
-        source: image, folder, pattern or video file, or a camera's number.
+        source: image, folder or pattern, or several of them; a video file, a camera's number, or the address
+            of a stream.
         options: of `thawline.run.predict` for texts (`choices`, `task`, `batch_size`, sampling), of `detect`
             for a source (`out`, `threshold`, `classes`, …). `temperature` above 0 samples.
     Returns: an answer per text; for a source, counts, unreadable files and COCO results.
@@ -144,7 +145,7 @@ def predict(
 
 def detect(
     model: str | Path,
-    source: str | Path | int,
+    source: str | Path | int | Sequence[str | Path],
     *,
     out: str | Path | None = None,
     variant: str | None = None,
@@ -159,7 +160,7 @@ def detect(
     Args:
         model, variant, weights, device, threshold: as in `Detector.from_pretrained`.
         source, out, on_prediction: as in `thawline.inference.files.predict_files`.
-        options: of `Detector.stream` (`classes`, `max_detections`, `tile`, `batch_size`).
+        options: of `Detector.stream` (`classes`, `max_detections`, `tile`, `batch_size`), and `save_results`.
     """
     from thawline.inference import Detector
     from thawline.inference.files import predict_files

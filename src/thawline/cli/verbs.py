@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["BENCHES", "INTERRUPTED"]
 
+import csv
 import importlib
 import json
 import logging
@@ -97,8 +98,8 @@ def _evaluate(options: Namespace) -> int:
 
 
 def _names(text: str) -> list[str]:
-    """Split comma-separated names."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Split comma-separated names; one in quotation marks may hold a comma."""
+    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True)) if name.strip()]
 
 
 TEXT_OPTIONS = [
@@ -109,18 +110,31 @@ TEXT_OPTIONS = [
         help="Texts to answer. None: the lines of --file or of standard input.",
     ),
     argument("--file", help="Answer the lines of this file."),
-    argument("--choices", type=_names, help="Pick the most likely of these, comma-separated."),
+    argument(
+        "--choices", type=_names, help='Pick the most likely of these: a,b, or "a, with comma",b in quotes.'
+    ),
     argument("--task", help="Task of the texts, among those trained on."),
     argument("--max_new_tokens", type=int, help="Maximum length of an answer."),
     argument("--temperature", type=float, help="Sample instead of taking the most likely token; 0: do not."),
 ]
 DETECTION_OPTIONS = [
-    argument("--source", help="Image, folder, pattern or video file, or a camera's number."),
-    argument("--out", help="Folder, or file, for images or a video with boxes."),
+    argument(
+        "--source",
+        action="append",
+        default=[],
+        help="Images, folders, patterns; a video, a camera's number, or the address of a stream.",
+    ),
+    argument("--out", help="Folder, or file, for images or a video with boxes; never the source."),
     argument("--variant", help="Size of the detector, where the weights do not say."),
     argument("--weights", choices=["pretrained", "random"], help="Default: pretrained."),
     argument("--threshold", type=float, help="Lowest score shown. Default: 0.4."),
-    argument("--classes", type=_names, help="Classes to keep, comma-separated."),
+    argument(
+        "--classes",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="Classes to keep: names or numbers, comma-separated or one a --classes.",
+    ),
     argument("--max_detections", type=int, help="Maximum detections per image (highest scores kept)."),
     argument("--tile", type=int, help="Cut large images into squares of this side, pixels."),
     argument("--device", help="cpu, cuda, cuda:1, …. None: a GPU if there is one."),
@@ -137,7 +151,7 @@ DETECTION_OPTIONS = [
 )
 def _predict(options: Namespace) -> int:
     """Answer texts, or with --source detect objects in images and videos."""
-    detects = options.source is not None
+    detects = bool(options.source)
     if options.model is None:
         options.model = options.at
     elif options.at is not None:
@@ -145,6 +159,8 @@ def _predict(options: Namespace) -> int:
     if options.model is None:
         usage = "--source …; MODEL is a run folder, a weights file or a size." if detects else "TEXT …"
         raise ConfigError(f"No model given. Usage: thawline predict MODEL {usage}")
+    if detects:  # a pattern that the shell has expanded
+        options.source, options.texts = options.source + options.texts, []
     mine, others = (DETECTION_OPTIONS, TEXT_OPTIONS) if detects else (TEXT_OPTIONS, DETECTION_OPTIONS)
     if foreign := _given(options, others):
         kind = "texts, not for --source" if detects else "detection, which needs --source"
@@ -167,15 +183,13 @@ def _answer(options: Namespace, given: dict[str, Any]) -> int:
 
 
 def _detect(options: Namespace, given: dict[str, Any]) -> int:
-    from thawline.inference.files import describe, write_results
+    from thawline.inference.files import describe
 
-    source, out = given.pop("source"), options.out and Path(options.out)
-    on_prediction = None if options.json else lambda prediction: show(describe(prediction))
-    source = int(source) if source.isdecimal() else source
-    summary = jobs.detect(options.model, source, on_prediction=on_prediction, **given)
-    if options.json and out:
-        write_results((out.parent if out.suffix else out) / "predictions.json", summary.results)
-    elif options.json:
+    source = given.pop("source")
+    given["on_prediction"] = None if options.json else lambda prediction: show(describe(prediction))
+    given["save_results"] = options.json and options.out is not None
+    summary = jobs.detect(options.model, source[0] if len(source) == 1 else source, **given)
+    if options.json and options.out is None:
         show_json(summary.results)
     speed = f"{summary.images_per_second:.1f} images/s"
     logger.info("%d images, %d detections, %s", summary.images, summary.detections, speed)

@@ -22,8 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thawline.errors import CheckpointError, ConfigError, DataError, did_you_mean, requires_extra
-from thawline.inference.sources import Frame, is_single, is_video, open_source
+from thawline.errors import CheckpointError, DataError, requires_extra
+from thawline.inference.classes import class_ids
+from thawline.inference.frames import Frame
+from thawline.inference.sources import is_single, open_source
+from thawline.inference.videos import is_video
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 from thawline.models.deimv2.checkpoints.read import read_checkpoint
 
@@ -104,16 +107,17 @@ class Detector:
         """Detect.
 
         Args:
-            source: a single image (path, Pillow image, array, tensor), several (folder, pattern, batch,
-                list), a video, or a camera's number.
+            source: a single image (path, address, Pillow image, array, tensor), several (folder, pattern,
+                batch, list of these), a video, a camera's number, or the address of a stream.
             options: see `stream`.
         Returns: the detections of a single image; a list for several, where an unreadable image is logged and
-            has empty detections with the reason in `metadata["error"]`; an iterator for a video or camera.
+            has empty detections with the reason in `metadata["error"]`; an iterator for a video, camera
+            or stream.
         Raises: DataError: the single image cannot be read, or nothing was found.
         """
         predictions = self.stream(source, **options)
         if is_video(source):
-            return (prediction.detections for prediction in predictions)
+            return map(self._with_reason, predictions)
         if is_single(source):
             (prediction,) = predictions
             if prediction.error:
@@ -126,7 +130,7 @@ class Detector:
         source: Any,
         *,
         threshold: float | None = None,
-        classes: Sequence[str | int] | None = None,
+        classes: Sequence[str | int] | str | int | None = None,
         max_detections: int | None = None,
         tile: int | tuple[int, int] | None = None,
         batch_size: int = 8,
@@ -136,7 +140,8 @@ class Detector:
         Args:
             source: see `__call__`.
             threshold: minimum score; None: the detector's.
-            classes: names or numbers to keep; None: all.
+            classes: classes to keep, by name or number, each alone or several in a text, comma-separated
+                (`"0,2"`, `"dog, cat"`, `'"traffic light, red",dog'`); None: all. A name may hold a comma.
             max_detections: maximum detections per image (highest scores kept); None: all.
             tile: side of the squares, or (width, height) in pixels, that large images are cut into, with an
                 overlap of a fifth; small objects keep their size.
@@ -144,10 +149,10 @@ class Detector:
         Raises: ConfigError: unknown class. DataError: nothing found, or it cannot be opened. Both are raised
             by the call, before the first image is requested.
         """
-        kept = None if classes is None else [self._class_id(name) for name in classes]
+        kept = None if classes is None else class_ids(classes, self.class_names)
         lowest = self.threshold if threshold is None else threshold
         opened = open_source(source)
-        frames, step = iter(opened.frames), 1 if opened.is_camera else batch_size
+        frames, step = iter(opened.frames), 1 if opened.is_live else batch_size
         batches = iter(lambda: list(islice(frames, step)), [])
         return chain.from_iterable(
             self._predict(batch, lowest, kept, max_detections, tile) for batch in batches
@@ -212,15 +217,6 @@ class Detector:
             class_id=labels,
             data={"class_name": np.array([self.class_names[label] for label in labels], dtype=str)},
         )
-
-    def _class_id(self, name: str | int) -> int:
-        if isinstance(name, int):
-            if not 0 <= name < self.config.num_classes:
-                raise ConfigError(f"Class {name}: the model has classes 0 to {self.config.num_classes - 1}.")
-            return name
-        if name not in self.class_names:
-            raise ConfigError(f"Unknown class '{name}'. {did_you_mean(name, self.class_names)}")
-        return self.class_names.index(name)
 
     def _with_reason(self, prediction: Prediction) -> supervision.Detections:
         if prediction.error:

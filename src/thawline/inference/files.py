@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-__all__ = ["Summary", "coco_results", "describe", "draw", "predict_files", "write_results"]
+__all__ = ["Summary", "coco_results", "describe", "draw", "predict_files"]
 
-import json
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from thawline.data.detection.drawing import draw_boxes, save_image
-from thawline.data.detection.images import IMAGE_SUFFIXES, opencv
-from thawline.errors import DataError
-from thawline.files import write_text
+from thawline.data.detection.drawing import draw_boxes
+from thawline.errors import ConfigError
 from thawline.inference.detector import Detector, Prediction
-from thawline.inference.sources import Source, is_single, is_video, open_source
+from thawline.inference.output import Output
+from thawline.inference.sources import open_source
 from thawline.models.deimv2.coco import COCO_IDS, COCO_NAMES
 
 if TYPE_CHECKING:
     import supervision
 
-Write: TypeAlias = Callable[[str, np.ndarray], object]
-"""Writes one annotated image, given the name of its frame and its pixels."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,43 +48,58 @@ class Summary:
 
 def predict_files(
     detector: Detector,
-    source: str | Path | int,
+    source: str | Path | int | Sequence[str | Path],
     out: Path | None = None,
     on_prediction: Callable[[Prediction], object] | None = None,
+    *,
+    save_results: bool = False,
     **options: Any,
 ) -> Summary:
     """Run a detector over a source, with a progress bar.
 
     Args:
-        source: see `Detector`.
-        out: folder for annotated images, which keep their names; or a file, for a single image or a video.
+        source: see `Detector`. A camera or stream ends with Ctrl-C.
+        out: folder for annotated images, each at its place below the folder that all have in common; or a
+            file, for a single image or a video. See `Output` for what is never overwritten.
         on_prediction: called with each prediction.
+        save_results: write COCO results to predictions.json in `out`.
         options: see `Detector.stream`.
     Returns: counts, unreadable files and results. An unreadable image does not stop the run.
+    Raises: ConfigError: `out` would lose a file. DataError: nothing found, or it cannot be opened.
     """
     summary, start = Summary(), time.perf_counter()
     opened = open_source(source)
+    output = None if out is None else Output(out, opened, with_results=save_results)
+    if output is None and save_results:
+        raise ConfigError("`save_results` needs a folder: give `out`.")
     # COCO's files are named by their ids; if any name is not a number, ids are positions in the source.
-    stems = [] if is_video(source) else [Path(frame.name).stem for frame in opened.frames]
+    stems = [] if opened.rate is not None else [Path(frame.name).stem for frame in opened.frames]
     is_numbered = all(stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems) > 0
     predictions = detector.stream(opened, **options)
-    with (
-        _writer(source, opened, out) as write,
-        tqdm(total=opened.total, unit="image", disable=opened.total == 1) as progress,
-    ):
-        for index, prediction in enumerate(predictions):
-            progress.update()
-            if prediction.image is None:
-                summary.unreadable[prediction.name] = prediction.error
-                continue
-            summary.images += 1
-            summary.detections += len(prediction.detections)
-            image_id = int(stems[index]) if is_numbered else index
-            summary.results += coco_results(prediction, detector.class_names, image_id)
-            if write is not None:
-                write(prediction.name, draw(prediction.image, prediction.detections))
-            if on_prediction is not None:
-                on_prediction(prediction)
+    try:
+        with (
+            nullcontext() if output is None else output.writer() as write,
+            tqdm(total=opened.total, unit="image", disable=opened.total == 1) as progress,
+        ):
+            for index, prediction in enumerate(predictions):
+                progress.update()
+                if prediction.image is None:
+                    summary.unreadable[prediction.name] = prediction.error
+                    continue
+                summary.images += 1
+                summary.detections += len(prediction.detections)
+                image_id = int(stems[index]) if is_numbered else index
+                summary.results += coco_results(prediction, detector.class_names, image_id)
+                if write is not None:
+                    write(index, draw(prediction.image, prediction.detections))
+                if on_prediction is not None:
+                    on_prediction(prediction)
+    except KeyboardInterrupt:
+        if not opened.is_live:
+            raise
+        logger.info("Stopped after %d images.", summary.images)
+    if output is not None and save_results:
+        output.write_results(summary.results)
     summary.seconds = time.perf_counter() - start
     return summary
 
@@ -128,51 +141,6 @@ def draw(image: np.ndarray, detections: supervision.Detections) -> np.ndarray:
     )
 
 
-def write_results(path: Path, results: list[dict[str, Any]]) -> None:
-    """Write a COCO results file."""
-    write_text(path, json.dumps(results) + "\n")
-
-
 def _labels(detections: supervision.Detections) -> list[str]:
     names = detections.data.get("class_name", [])
     return [f"{name} {score:.2f}" for name, score in zip(names, detections.confidence, strict=False)]
-
-
-@contextmanager
-def _writer(source: str | Path | int, opened: Source, out: Path | None) -> Iterator[Write | None]:
-    """Yield the function that writes one annotated image, or None if nothing is to be written."""
-    if out is None:
-        yield None
-    elif opened.rate is None:
-        root = Path(str(source)) if Path(str(source)).is_dir() else None
-        is_file = is_single(source) and out.suffix.lower() in IMAGE_SUFFIXES
-
-        def path_of(name: str) -> Path:
-            return out if is_file else out / (Path(name).relative_to(root) if root else Path(name).name)
-
-        yield lambda name, image: save_image(path_of(name), image)
-    else:
-        name = "camera.mp4" if isinstance(source, int) else f"{Path(source).stem}.mp4"
-        with _video(out if out.suffix else out / name, opened.rate) as append:
-            yield append
-
-
-@contextmanager
-def _video(path: Path, rate: float) -> Iterator[Write]:
-    """Yield a function that appends a frame to a video; the first frame determines its size."""
-    cv2, video = opencv(), None
-
-    def append(_: str, image: np.ndarray) -> None:
-        nonlocal video
-        if video is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, image.shape[1::-1])
-            if not video.isOpened():
-                raise DataError(f"Cannot write a video to '{path}'. Use a file name that ends in .mp4.")
-        video.write(np.ascontiguousarray(image[..., ::-1]))
-
-    try:
-        yield append
-    finally:
-        if video is not None:
-            video.release()

@@ -1,54 +1,31 @@
-"""Sources of images: files, folders, patterns, lists, videos, cameras."""
+"""Sources of images: files, folders, patterns, and lists of them; `videos.py` opens the moving ones."""
 
 from __future__ import annotations
 
-__all__ = ["VIDEO_SUFFIXES", "Frame", "Source", "is_single", "is_video", "open_source"]
+__all__ = ["RECORD", "is_single", "open_source"]
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from thawline.data.detection.images import IMAGE_SUFFIXES, is_image, opencv
+from thawline.data.detection.images import IMAGE_SUFFIXES, is_image
 from thawline.errors import DataError
+from thawline.files import read_jsonl
+from thawline.inference.frames import Frame, Source
 from thawline.inference.images import to_rgb
+from thawline.inference.videos import download_image, is_url, is_video, open_video, without_password
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Frame:
-    """An image not yet decoded."""
-
-    name: str
-    """Path, or position in the source."""
-    load: Callable[[], np.ndarray]
-    """Returns RGB, (H, W, 3) uint8, or raises DataError."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened source; a camera can be opened only once."""
-
-    frames: Iterable[Frame]
-    """A sequence; an iterator for a video or camera."""
-    total: int | None
-    """Number of frames, if known."""
-    is_camera: bool = False
-    """Live frames are predicted one by one: waiting for a batch would add delay."""
-    rate: float | None = None
-    """Frames per second of a video or camera, 25 if unknown; None for images."""
-
-
-def is_video(source: Any) -> bool:
-    """Return True for a video or a camera."""
-    if isinstance(source, str | Path):
-        return Path(source).suffix.lower() in VIDEO_SUFFIXES
-    return isinstance(source, int) and not isinstance(source, bool)
+RECORD = ".thawline-predict"
+"""File that lists the results of `predict` in its folder, by name: they are no images to predict."""
 
 
 def is_single(source: Any) -> bool:
@@ -64,70 +41,82 @@ def open_source(source: Any) -> Source:
     """Open a source of images.
 
     Args:
-        source: path of an image, folder or video; a pattern (`*.jpg`); a camera's number; a Pillow image,
-            array or tensor; a batch as one tensor (B, 3, H, W) or array (B, H, W, 3); or a sequence. A
-            `Source` is returned unchanged.
+        source: path of an image, folder or video; a pattern (`*.jpg`); a camera's number or `/dev/videoN`;
+            the address of a stream (`rtsp://`, `http://` …) or of an image; a Pillow image, array or tensor;
+            a batch as one tensor (B, 3, H, W) or array (B, H, W, 3); or a sequence of images, folders and
+            patterns. A `Source` is returned unchanged.
     Raises: DataError: nothing found, or it cannot be opened.
     """
     if isinstance(source, Source):
         return source
     if is_video(source):
-        return _open_video(source)
-    if isinstance(source, str | Path) and not is_single(source):
-        frames = [_frame(path, str(path)) for path in _find(str(source))]
+        return open_video(source)
+    if isinstance(source, str | Path):
+        frames = _files(str(source))
     elif is_single(source):
-        frames = [_frame(source, str(source) if isinstance(source, str | Path) else "image")]
+        frames = [_frame(source, "image")]
     else:
-        frames = [
-            _frame(item, str(item) if isinstance(item, str | Path) else f"image {i}")
-            for i, item in enumerate(source)
-        ]
-    return Source(frames, len(frames))
+        frames = []
+        for index, item in enumerate(source):
+            if is_video(item):
+                raise DataError(f"'{without_password(item)}' is a video or a camera: give it alone.")
+            is_named = isinstance(item, str | Path)
+            frames += _files(str(item)) if is_named else [_frame(item, f"image {index}")]
+    root = Path(_fixed_part(str(source))) if isinstance(source, str | Path) else _common_folder(frames)
+    return Source(frames, len(frames), path=root)
 
 
-def _frame(item: Any, name: str) -> Frame:
-    return Frame(name, lambda: to_rgb(item))
+def _files(source: str) -> list[Frame]:
+    """Return the images of one file, folder or pattern."""
+    if is_url(source):
+        return [Frame(without_password(source), lambda: download_image(source))]
+    paths = [Path(source)] if is_single(source) else _find(source)
+    return [_frame(path, str(path), path) for path in paths]
+
+
+def _frame(item: Any, name: str, path: Path | None = None) -> Frame:
+    return Frame(name, lambda: to_rgb(item), path)
 
 
 def _find(source: str) -> list[Path]:
+    root = Path(_fixed_part(source))
     if Path(source).is_dir():
-        paths = sorted(path for path in Path(source).rglob("*") if path.is_file() and is_image(path))
-        if not paths:
-            raise DataError(f"No images in '{source}': looked for {', '.join(IMAGE_SUFFIXES)}.")
-        return paths
-    paths = sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())
+        found = sorted(path for path in root.rglob("*") if path.is_file() and is_image(path))
+        nothing = f"No images in '{source}': looked for {', '.join(IMAGE_SUFFIXES)}."
+    else:
+        found = sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())
+        nothing = f"Nothing matches '{source}'."
+    results = _results_below(root, found)
+    paths = [path for path in found if path not in results]
+    if len(paths) < len(found):
+        left_out = f"{len(found) - len(paths)} results of earlier predictions in '{source}' are left out."
+        nothing = f"{nothing} {left_out}"
+        logger.info(left_out)
     if not paths:
-        raise DataError(f"Nothing matches '{source}'.")
+        raise DataError(nothing)
     return paths
 
 
+def _results_below(root: Path, paths: Sequence[Path]) -> set[Path]:
+    """Return the files that earlier predictions wrote into the folders of these files, down from `root`."""
+    folders = {
+        folder for path in paths for folder in path.parents if folder == root or root in folder.parents
+    }
+    records = [folder / RECORD for folder in folders if (folder / RECORD).is_file()]
+    return {record.parent / name for record in records for name in read_jsonl(record)}
+
+
+def _fixed_part(source: str) -> str:
+    """Return the folder that holds all files of a source: of a pattern the part before its first sign."""
+    if Path(source).is_dir():
+        return source
+    return os.path.dirname(re.split(r"[*?\[]", source)[0] if _is_pattern(source) else source)
+
+
+def _common_folder(frames: Sequence[Frame]) -> Path | None:
+    folders = {os.path.abspath(frame.path.parent) for frame in frames if frame.path is not None}
+    return Path(os.path.commonpath(folders)) if folders else None
+
+
 def _is_pattern(source: str) -> bool:
-    return any(sign in source for sign in "*?[") and not Path(source).exists()
-
-
-def _open_video(source: Any) -> Source:
-    cv2 = opencv()
-    is_camera = isinstance(source, int)
-    if not is_camera and not Path(source).is_file():
-        raise DataError(f"No video '{source}'.")
-    capture = cv2.VideoCapture(source if is_camera else str(source))
-    if not capture.isOpened():
-        raise DataError(f"{'Camera' if is_camera else 'Video'} '{source}' cannot be opened.")
-    count, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
-
-    def frames() -> Iterator[Frame]:
-        index = 0
-        try:
-            while (read := capture.read())[0]:
-                image = cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
-                yield _frame(image, f"frame {index}")
-                index += 1
-        finally:
-            capture.release()
-
-    return Source(
-        frames(),
-        count if count > 0 and not is_camera else None,
-        is_camera=is_camera,
-        rate=rate if 0 < rate < 1000 else 25.0,
-    )
+    return any(sign in source for sign in "*?[") and not is_url(source) and not Path(source).exists()

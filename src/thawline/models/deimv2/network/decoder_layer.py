@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from thawline.models.deimv2.network.blocks import MLP, RMSNorm, SelfAttention, SwiGLU
 from thawline.ops.deformable import deformable_sample
-from thawline.ops.wide import WideBuffers, to_wide
+from thawline.ops.wide import WideBuffers
 
 FLOAT16_MAX = 65504.0
 POSITION_LIMIT = 10.0
