@@ -23,6 +23,9 @@ def quiet_libraries() -> None:
     # tqdm reads it when it is imported: transformers shows bars for loading and saving even a tiny model.
     os.environ.setdefault("TQDM_DELAY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenCV's and its FFmpeg's own words on a stream or file that cannot be opened, of which we say more.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     for name, beginning in NOTICES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Hide) for known in logger.filters):

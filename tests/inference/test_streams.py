@@ -1,0 +1,201 @@
+"""Network streams: opened, opened again when they are lost, and what is said when they cannot be."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from thawline.cli import main
+from thawline.errors import DataError
+from thawline.inference import Detector, videos
+from thawline.inference.files import predict_files
+from thawline.inference.videos import is_video
+from thawline.models.deimv2 import DEIMv2
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    torch.manual_seed(0)
+    model = DEIMv2.from_variant("atto", class_names=("a", "b"), image_size=(64, 64), num_queries=9)
+    return Detector(model, device="cpu", threshold=0.0)
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(videos, "PAUSES", (0, 0.01, 0.01))
+
+
+def jpeg(grey: int) -> bytes:
+    return cv2.imencode(".jpg", np.full((48, 64, 3), grey, np.uint8))[1].tobytes()
+
+
+class Camera(BaseHTTPRequestHandler):
+    """Serves `images` as MJPEG once per connection, `lives` times; also a photo and a page."""
+
+    lives = 1
+    images = 6
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/photo.jpg":
+            self.answer("image/jpeg", jpeg(100))
+        elif path == "/page.jpg":
+            self.answer("text/html", b"<p>please log in</p>")
+        elif path == "/clip.mp4":
+            self.answer("video/mp4", Camera.clip)
+        elif path == "/stream" and Camera.lives > 0:
+            Camera.lives -= 1
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.end_headers()
+            for number in range(self.images):
+                data = jpeg(30 * number)
+                head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+                self.wfile.write(head.encode() + data + b"\r\n")
+        else:
+            self.send_error(404)
+
+    def answer(self, kind: str, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    clip: ClassVar[bytes] = b""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Camera.lives = 1
+    with ThreadingHTTPServer(("127.0.0.1", 0), Camera) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_stream_is_read_and_opened_again_when_it_stops(
+    detector: Detector, server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Camera.lives = 2
+    summary = predict_files(detector, f"{server}/stream", tmp_path)
+    assert 8 <= summary.images <= 12  # the last image of a connection has no end to be known by
+    (reason,) = summary.unreadable.values()
+    assert f"ended after {summary.images} images" in reason
+    assert "Reopening it" in caplog.text
+    written = cv2.VideoCapture(str(tmp_path / "stream.mp4"))
+    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == summary.images
+    assert cv2.VideoCapture(str(tmp_path / "stream.mp4")).read()[1].shape == (48, 64, 3)
+
+
+def test_images_and_files_behind_an_address_end(detector: Detector, server: str, tmp_path: Path) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / "x.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
+    for grey in range(4):
+        writer.write(np.full((48, 64, 3), 40 * grey, np.uint8))
+    writer.release()
+    Camera.clip = (tmp_path / "x.mp4").read_bytes()
+    assert len(list(detector(f"{server}/clip.mp4"))) == 4
+    assert detector(f"{server}/photo.jpg?size=large").xyxy.shape[1] == 4
+    summary = predict_files(detector, [f"{server}/photo.jpg"], tmp_path / "out")
+    assert summary.images == 1
+    assert (tmp_path / "out" / "photo.jpg.png").is_file()
+    with pytest.raises(DataError, match="is text/html, not an image"):
+        detector(f"{server}/page.jpg")
+    with pytest.raises(DataError, match="cannot be downloaded"):
+        detector(f"{server}/missing.jpg")
+
+
+def test_what_cannot_be_opened_is_said_in_one_line_without_the_password(
+    tmp_path: Path, server: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = DEIMv2.from_variant("atto", class_names=("a", "b"), image_size=(64, 64), num_queries=9)
+    model.save_pretrained(tmp_path / "model")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    for address in (f"rtsp://admin:secret@127.0.0.1:{port}/live", f"{server}/nothing.m3u8"):
+        assert main(["predict", str(tmp_path / "model"), "--source", address]) == 1
+        # In a process of its own the command also silences OpenCV, which here is imported already.
+        line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("thawline: Stream '")
+        assert "cannot be opened. Check address, user and password" in line
+        assert "secret" not in line
+
+
+class Flaky:
+    """A stream that gives two images, fails, cannot be opened once, and comes back."""
+
+    opened: ClassVar[list[tuple]] = []
+    lives: ClassVar[list[int]] = []
+
+    def __init__(self, *arguments: object) -> None:
+        Flaky.opened.append(arguments)
+        self.left = Flaky.lives.pop(0) if Flaky.lives else 0
+
+    def isOpened(self) -> bool:
+        return self.left > 0
+
+    def get(self, prop: int) -> float:
+        return -1.0
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        self.left -= 1
+        return (True, np.zeros((48, 64, 3), np.uint8)) if self.left >= 0 else (False, None)
+
+    def release(self) -> None:
+        pass
+
+
+def test_attempts_count_from_the_last_image_on(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cv2.VideoCapture", Flaky)
+    Flaky.opened.clear()
+    Flaky.lives[:] = [2, 0, 0, 1, 0, 0, 3]
+    seen = list(detector.stream("rtsp://camera.local/live"))
+    assert [prediction.error == "" for prediction in seen] == [True] * 6 + [False]
+    assert [prediction.name for prediction in seen[:6]] == [f"frame {n}" for n in range(6)]
+    assert len(Flaky.opened) == 7 + 3
+    address, backend, limits = Flaky.opened[0]
+    assert (address, backend) == ("rtsp://camera.local/live", cv2.CAP_FFMPEG)
+    assert cv2.CAP_PROP_READ_TIMEOUT_MSEC in limits
+
+
+def test_ctrl_c_ends_a_stream_and_keeps_its_results(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(prediction: object) -> None:
+        if prediction.name == "frame 2":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cv2.VideoCapture", Flaky)
+        Flaky.lives[:] = [9]
+        summary = predict_files(detector, "rtsp://camera.local/live", tmp_path, interrupt, save_results=True)
+    assert summary.images == 3
+    assert (tmp_path / "predictions.json").is_file()
+    assert cv2.VideoCapture(str(tmp_path / "stream.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+def test_cameras_are_numbers_digits_and_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source in (0, "0", "/dev/video2", "rtsp://x/1", "RTMP://x/live", "https://x/a.m3u8", "http://x/"):
+        assert is_video(source), source
+    (tmp_path / "7").mkdir()
+    for source in ("7", "a.jpg", "https://x/a.jpg?b=c.mp4", "0.png", True, Path("x")):
+        assert not is_video(source), source
+    monkeypatch.setattr("cv2.VideoCapture", Flaky)
+    Flaky.lives[:], Flaky.opened[:] = [1, 1], []
+    for source in ("3", "/dev/video3"):
+        videos.open_video(source)
+    assert Flaky.opened == [(3,), ("/dev/video3",)]
