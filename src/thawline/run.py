@@ -33,7 +33,7 @@ from thawline.files import is_write_failure, write_jsonl
 from thawline.recipe import RunConfig
 from thawline.run_folder import NO_DATA, RunFolder, RunResult
 from thawline.tables import labelled
-from thawline.training.callbacks import StopOnSignal
+from thawline.training.callbacks import Patience, StopOnSignal
 from thawline.training.checkpoints import (
     checkpoint_step,
     find_checkpoints,
@@ -56,7 +56,8 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
 
     Args:
         config: the recipe.
-        resume: continue from the newest whole checkpoint; bit for bit as if the run had never stopped.
+        resume: continue from the newest whole checkpoint; bit for bit as if the run had never stopped. Where
+            `training.epochs`, `max_steps` or `patience` differ, a new stage begins there, also after the end.
         dry_run: build everything, write plan.json, take no step.
 
     Raises: CheckpointError: if the folder holds a run and `resume` is False, or none and it is True; if no
@@ -64,22 +65,34 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         what cannot work, before anything is written.
     """
     folder = RunFolder(config.run_folder)
+    finished, changed = folder.result() if resume else None, {}
     if resume:
-        folder.check_resumable(config)
-        if (finished := folder.result()) is not None:
-            logger.info("%s has already finished.", folder.path)
-            return finished
+        changed = folder.check_resumable(config)
     else:
         folder.check_unused()
+    if finished is not None and not changed:
+        return _already(finished)
     set_seed(config.seed)
     objective = build_objective(config)
     model = objective.build_model()
     use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-    stop = StopOnSignal()
-    trainer = objective.build_trainer(model, [stop, *_recorders(objective, model)])
+    stop, patience = StopOnSignal(), _patience(objective)
+    callbacks = [stop, *patience, *_recorders(objective, model)]
+    trainer = objective.build_trainer(model, callbacks)
     is_first_process = trainer.is_world_process_zero()
     checkpoint = _agreed_checkpoint(folder) if resume else None
+    step = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    stage = {"from_step": step, "changed": changed} if changed else {}
+    for callback in patience:
+        callback.since = step if stage else folder.stage_start()
     plan = build_plan(objective, trainer)
+    if stage and "steps" in plan:
+        _check_longer(plan["steps"], step, changed)
+        if finished is not None and plan["steps"] == finished.steps:
+            return _already(finished)
+        was = ", ".join(f"{key} {before!r}" for key, (before, _) in changed.items())
+        plan["overview"]["steps"] += f"; a new stage of them from step {step} on (was: {was})"
+        plan["stage"] = stage
     if is_first_process:
         folder.write("plan.json", plan)
     result = RunResult(folder=folder.path, status="planned", trainable=plan["trainable_parameters"])
@@ -88,7 +101,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
     logger.info(labelled(plan["overview"].items()))
     with _room_to_write(folder, trainer):
         if is_first_process:
-            folder.open(objective)
+            folder.open(objective, stage)
         if resume:
             logger.info("Resuming from %s.", checkpoint or "step 0: the run had saved no checkpoint")
         start = time.perf_counter()
@@ -106,6 +119,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         result = dataclasses.replace(
             result, status="finished", seconds=seconds,
             metrics=evaluation.metrics, parts=evaluation.parts, start=folder.start(),
+            stopped="".join(callback.stopped for callback in patience),
         )  # fmt: skip
         if is_first_process:
             folder.save_evaluation(evaluation)
@@ -203,6 +217,33 @@ def saved_config(model: str | Path) -> RunConfig:
 def save_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
     """Write predictions and, for a detector, detection_metrics.json and pictures/worst.png into `folder`."""
     RunFolder(Path(folder)).save_evaluation(evaluation)
+
+
+def _already(finished: RunResult) -> RunResult:
+    logger.info("%s has already finished: %d steps.", finished.folder, finished.steps)
+    return finished
+
+
+def _patience(objective: Objective) -> list[Patience]:
+    """Return the callback that ends a run early, if the recipe asks for it. Raises: ConfigError."""
+    training = objective.training
+    if training.patience is None:
+        return []
+    if not objective.held_out_rows:
+        raise ConfigError("`training.patience` needs held-out rows or images, whose metric it looks at.")
+    metric = training.best_metric
+    smaller = metric in objective.smaller_is_better
+    return [Patience(metric, training.patience, smaller_is_better=smaller)]
+
+
+def _check_longer(n_steps: int, done: int, changed: Mapping[str, Sequence[Any]]) -> None:
+    """Raises: ConfigError: if a run of another length would be over already."""
+    if n_steps < done:
+        given = ", ".join(f"`{key}: {now}`" for key, (_, now) in changed.items())
+        raise ConfigError(
+            f"{given} makes {n_steps} steps, and the run has done {done}. Give more, or start another run "
+            "with --name."
+        )
 
 
 def _agreed_checkpoint(folder: RunFolder) -> Path | None:

@@ -1,7 +1,7 @@
 """The folder of a run: its files, all with stable names, and what can be read back from them.
 
 config.yaml       the recipe with every value written out; train with it and --resume to continue
-env.json          machine and versions; one entry for every time the run was started
+env.json          machine and versions; one entry for every start of the run, and what it changed
 plan.json         the plan in words; steps, parameter groups, first batch
 objective.json    what predicting needs beyond the model: the prompt's template, labels, tasks
 sample.txt        one training row as the model sees it; learned tokens stand in ⟦ ⟧
@@ -29,6 +29,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +55,9 @@ NO_DATA = "-"
 BEFORE_A_RUN = ("plan.json", "env.json", "objective.json", "sample.txt", PICTURES)
 """Files that a plan, or a run that was stopped before it began, leaves: cheap to make again."""
 
+LENGTH = ("training.epochs", "training.max_steps", "training.patience")
+"""Settings of a run's length, which a resumed run may change: a new stage begins there."""
+
 MAY_CHANGE = ("name", "folder", "training.report_to", "training.workers", "training.keep_checkpoints")
 """Settings that a resumed run may change: any other would make it another run."""
 
@@ -76,7 +80,9 @@ class RunResult:
     trainable: int = 0
     """Trainable parameters."""
     seconds: float = 0.0
-    """Wall time of training."""
+    """Wall time of training, since it was last resumed."""
+    stopped: str = ""
+    """Why training ended before its last step (`training.patience`); empty where it did not."""
     signal: int | None = None
     """Signal that interrupted the run."""
 
@@ -115,28 +121,33 @@ class RunFolder:
             f"{path} holds {state}. Add --resume to continue it, or --name {path.name}-2 for a new one."
         )
 
-    def check_resumable(self, config: RunConfig) -> None:
-        """Check that the folder holds the run of `config`.
+    def check_resumable(self, config: RunConfig) -> dict[str, list[Any]]:
+        """Check that the folder holds the run of `config`, which may be of another length.
 
+        Returns: settings of its length that differ: name → value of the run, value in `config`.
         Raises: CheckpointError: if it holds none. ConfigError: if its run has another recipe.
         """
         if not self.is_run:
             raise CheckpointError(f"Nothing to resume: '{self.path}' holds no run.{self._similar()}")
         before, now = _flat(self.config()), _flat(config)
-        changed = [key for key in now if before.get(key) != now[key] and key not in MAY_CHANGE]
-        if changed:
-            key = changed[0]
-            others = f" (and {', '.join(changed[1:])})" if changed[1:] else ""
+        changed = {key: [before.get(key), now[key]] for key in now if before.get(key) != now[key]}
+        refused = [key for key in changed if key not in MAY_CHANGE + LENGTH]
+        if refused:
+            key = refused[0]
+            others = f" (and {', '.join(refused[1:])})" if refused[1:] else ""
             raise ConfigError(
                 f"The run in '{self.path}' has {key}={before.get(key)!r}, not {now[key]!r}{others}: resuming "
                 "must not change it. To continue it unchanged: thawline train --config "
                 f"{self.path}/config.yaml --resume"
             )
+        return {key: values for key, values in changed.items() if key in LENGTH}
 
-    def open(self, objective: Objective) -> None:
-        """Write what identifies the run. config.yaml comes last: it is what makes the folder a run."""
+    def open(self, objective: Objective, stage: Mapping[str, Any]) -> None:
+        """Write what identifies the run, or a new stage of it. config.yaml comes last: it makes it a run."""
         config = objective.config
-        self.write("env.json", [*read_json(self.path / "env.json"), _environment()])
+        self.write("env.json", [*read_json(self.path / "env.json"), {**_environment(), **stage}])
+        if stage:
+            (self.path / "result.json").unlink(missing_ok=True)
         self.write("objective.json", objective.describe())
         write_text(self.path / "sample.txt", objective.preview() + "\n")
         objective.save_images(self.path / PICTURES)
@@ -170,6 +181,11 @@ class RunFolder:
         """Return the outcome of the run; None: it has not finished."""
         values = read_json(self.path / "result.json")
         return RunResult(**{**values, "folder": Path(values["folder"])}) if values else None
+
+    def stage_start(self) -> int:
+        """Return the step at which the run's newest stage began; 0 for a run whose length never changed."""
+        starts = read_json(self.path / "env.json")
+        return next((start["from_step"] for start in reversed(starts) if "from_step" in start), 0)
 
     def start(self) -> dict[str, Any]:
         """Return the evaluation before the first step; nothing where there was none."""

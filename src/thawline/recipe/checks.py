@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["all_at_least", "at_least", "check_args", "fraction", "one_of", "require"]
+__all__ = ["all_at_least", "at_least", "check_args", "check_patience", "fraction", "one_of", "require"]
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import fields
@@ -45,6 +45,15 @@ def fraction(name: str, value: float) -> None:
     """Check that a value is a number from 0 to below 1. Raises: ConfigError."""
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ConfigError(f"`{name}` must be in [0, 1), got {value!r}.")
+
+
+def check_patience(training: Any) -> None:
+    """Check that a run that may end early is evaluated, and knows by what. Raises: ConfigError."""
+    if training.patience is not None and (training.best_metric is None or training.eval_every == "end"):
+        raise ConfigError(
+            "`training.patience` counts evaluations without an improvement of `training.best_metric`: give "
+            "that, and `training.eval_every` steps or 'epoch'."
+        )
 
 
 def check_args(section: str, args: Iterable[str], config_class: type, taken: Container[str]) -> None:

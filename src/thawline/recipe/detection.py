@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thawline.errors import ConfigError
-from thawline.recipe.checks import all_at_least, fraction, require
+from thawline.recipe.checks import all_at_least, check_patience, fraction, require
 from thawline.recipe.resolved import TrainingSettings, check_probabilities
 
 
@@ -137,6 +137,9 @@ class DetectionTraining:
     """Number of newest checkpoints to keep. The best and the last detector are kept as well."""
     best_metric: str = "AP"
     """Metric that chooses the best detector (AP, AP50, …)."""
+    patience: int | None = None
+    """Evaluations without an improvement of `best_metric` after which training ends early. None: it never
+    does."""
     report_to: str | list[str] = "none"
     """Experiment trackers, by transformers' names (tensorboard, wandb, mlflow, …)."""
     workers: int | None = None
@@ -152,9 +155,11 @@ class DetectionTraining:
             "epochs",
             "max_steps",
             "batch_size",
+            "patience",
         )
         all_at_least(self, "training", 1, *counts, "eval_batch_size", "eval_every", "save_every")
         all_at_least(self, "training", 0, "weight_decay", "max_grad_norm", "workers")
+        check_patience(self)
         for name in ("lr", "backbone_lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:

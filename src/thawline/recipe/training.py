@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thawline.errors import ConfigError
-from thawline.recipe.checks import all_at_least
+from thawline.recipe.checks import all_at_least, check_patience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,9 @@ class Training:
     and a backward pass over 64 rows of every task. None: not measured."""
     best_metric: str | None = None
     """Metric that selects the final checkpoint (loss, choice_accuracy, …). None: the last checkpoint."""
+    patience: int | None = None
+    """Evaluations without an improvement of `best_metric` after which training ends early. None: it never
+    does."""
     report_to: str | list[str] = "none"
     """Trackers by transformers' names (tensorboard, wandb, mlflow, …)."""
     workers: int = 0
@@ -68,13 +71,21 @@ class Training:
     """Any other field of `transformers.TrainingArguments`, by its name there (`{neftune_noise_alpha: 5}`)."""
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "gradient_accumulation", "log_every", "keep_checkpoints", "max_steps")
+        counts = (
+            "batch_size",
+            "gradient_accumulation",
+            "log_every",
+            "keep_checkpoints",
+            "max_steps",
+            "patience",
+        )
         all_at_least(
             self, "training", 1, *counts, "eval_batch_size", "align_every", "eval_every", "save_every"
         )
         all_at_least(self, "training", 0, "warmup", "weight_decay", "max_grad_norm", "workers")
         if self.max_steps is None and not self.epochs > 0:
             raise ConfigError(f"`training.epochs` must be positive, got {self.epochs}.")
+        check_patience(self)
         if self.lr is not None and not self.lr > 0:
             raise ConfigError(
                 f"`training.lr` must be positive, got {self.lr}. None takes the tuner's usual one."

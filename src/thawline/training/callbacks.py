@@ -1,21 +1,26 @@
-"""Callbacks of every run: stopping on a signal, metrics.jsonl, the progress bar; and annealed routing."""
+"""Callbacks of every run: stopping on a signal or early, metrics.jsonl, the progress bar, resumed rates; and
+annealed routing.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Annealing", "MetricsFile", "Progress", "StopOnSignal"]
+__all__ = ["Annealing", "MetricsFile", "Patience", "Progress", "ResumedRates", "StopOnSignal"]
 
 import json
 import logging
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from thawline.files import write_text
@@ -68,6 +73,80 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.signal = number
         logger.warning("Stopping after this step; a checkpoint follows. Press Ctrl-C again to stop at once.")
+
+
+class Patience(TrainerCallback):
+    """End training, with a checkpoint, after evaluations that do not improve a metric.
+
+    Everything follows from the log of the evaluations, which is part of each checkpoint; transformers'
+    EarlyStoppingCallback counts, and by default a resumed run counts from 0 again.
+
+    Args:
+        metric: name of the metric.
+        n_evaluations: evaluations without improvement after which training ends.
+        smaller_is_better: whether the metric is best at its smallest.
+    """
+
+    def __init__(self, metric: str, n_evaluations: int, *, smaller_is_better: bool) -> None:
+        self.metric, self.n_evaluations = metric, n_evaluations
+        self.sign = -1 if smaller_is_better else 1
+        self.since = 0
+        """Evaluations up to this step do not count: a new stage of the run began there."""
+        self.stopped = ""
+        """Why training ended early; empty where it did not."""
+
+    def is_over(self, log: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the evaluations in a trainer's log are enough to end training; note why."""
+        key, best, best_step, n_worse = f"eval_{self.metric}", -math.inf, 0, 0
+        for row in log:
+            if key not in row or row["step"] <= self.since:
+                continue
+            n_worse += 1
+            if self.sign * row[key] > best:
+                best, best_step, n_worse = self.sign * row[key], row["step"], 0
+        if n_worse >= self.n_evaluations:
+            self.stopped = f"{self.metric} has not improved in {n_worse} evaluations since step {best_step}"
+        return n_worse >= self.n_evaluations
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end of training, unless it ends here anyway."""
+        if not self.stopped and state.global_step < state.max_steps and self.is_over(state.log_history):
+            logger.warning("Stopping at step %d: %s.", state.global_step, self.stopped)
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class ResumedRates(TrainerCallback):
+    """Sets the rates of a resumed run to those of its schedule, which may be another than it was saved with.
+
+    A checkpoint holds the rates of its next step. Where the schedule is the same, so are they.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        lr_scheduler: LRScheduler | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set the rate of each parameter group, for a schedule that is a function of the step."""
+        lambdas = getattr(lr_scheduler, "lr_lambdas", None)
+        if optimizer is None or lr_scheduler is None or lambdas is None or not state.global_step:
+            return
+        before = [group["lr"] for group in optimizer.param_groups]
+        now = [
+            base * at(lr_scheduler.last_epoch)
+            for base, at in zip(lr_scheduler.base_lrs, lambdas, strict=True)
+        ]
+        if before != now:
+            for group, lr in zip(optimizer.param_groups, now, strict=True):
+                group["lr"] = lr
+            lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": now})
+            logger.info("The rate goes from %.2g to %.2g here.", max(before), max(now))
 
 
 class MetricsFile(TrainerCallback):

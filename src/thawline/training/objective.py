@@ -52,6 +52,8 @@ class Objective(ABC):
     # The four sections; each objective annotates them with its own dataclasses, which RunConfig has checked.
     processor: Any = None
     """Tokenizer or image processor, saved next to the model. None: there is none."""
+    smaller_is_better: tuple[str, ...] = ("loss",)
+    """Metrics that are best at their smallest."""
     loss: ClassVar[Callable[..., Tensor] | None] = None
     """Training loss, `loss(self, model, batch)`, a mean over rows. None: the model's own."""
 

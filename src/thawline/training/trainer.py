@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from thawline.training.callbacks import MetricsFile, Progress
+from thawline.files import read_json
+from thawline.training.callbacks import MetricsFile, Patience, Progress, ResumedRates
 from thawline.training.checkpoints import WholeCheckpoints, checkpoint_step
 from thawline.training.evaluation import Evaluation, TrainingData
 
@@ -61,7 +62,12 @@ class Trainer(transformers.Trainer):
             train_dataset=objective.train_rows,
             eval_dataset=objective.held_out_rows or None,
             processing_class=objective.processor,
-            callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl"), WholeCheckpoints(), *callbacks],
+            callbacks=[
+                MetricsFile(Path(args.output_dir) / "metrics.jsonl"),
+                WholeCheckpoints(),
+                ResumedRates(),
+                *callbacks,
+            ],
         )
         if loss is not None:
             # The loss is a mean over a batch's rows: accumulated batches are averaged, not summed.
@@ -80,12 +86,18 @@ class Trainer(transformers.Trainer):
         """Train; after the last step no further one, which transformers' Trainer would take on resuming."""
         args, checkpoint = self.args, resume_from_checkpoint
         length = args.max_steps, args.num_train_epochs
-        if isinstance(checkpoint, str) and 0 < args.max_steps <= checkpoint_step(checkpoint):
+        if isinstance(checkpoint, str) and self._is_over(Path(checkpoint)):
             args.max_steps, args.num_train_epochs = -1, 0
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
             args.max_steps, args.num_train_epochs = length
+
+    def _is_over(self, checkpoint: Path) -> bool:
+        """Return whether training had ended at a checkpoint: after its last step, or early."""
+        log = read_json(checkpoint / "trainer_state.json")["log_history"]
+        patience = [c for c in self.callback_handler.callbacks if isinstance(c, Patience)]
+        return 0 < self.args.max_steps <= checkpoint_step(checkpoint) or any(c.is_over(log) for c in patience)
 
     def checkpoint_bytes(self) -> int:
         """Return the approximate size of a checkpoint: the weights it holds and the optimiser's state."""

@@ -234,6 +234,10 @@ class DetectionObjective(Objective):
 
     def _published(self) -> DetectionSchedule:
         schedule, epochs = published_schedule(self.base.variant, 1), self.training.epochs
+        if self.training.patience is not None:
+            raise ConfigError(
+                "`training.patience`: a published run has its length. Leave it out, or use derived."
+            )
         if epochs not in (None, schedule.epochs):
             raise ConfigError(
                 f"`training.epochs={epochs}`: the published run of '{self.base.variant}' has "
