@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = ["FORMS", "fuse"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -47,9 +47,9 @@ FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 """Class of a network's module → what makes its inference form."""
 
 
-def fuse(module: nn.Module) -> nn.Module:
+def fuse(module: nn.Module, forms: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = FORMS) -> nn.Module:
     """Return the inference form of a module in eval mode; the module itself is used up."""
     for name, child in module.named_children():
-        setattr(module, name, fuse(child))
-    form = FORMS.get(type(module))
+        setattr(module, name, fuse(child, forms))
+    form = forms.get(type(module))
     return module if form is None else form(module)
