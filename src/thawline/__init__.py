@@ -15,10 +15,11 @@ _NAMES = {
     "thawline.analysis.routing": ["read_routing", "routing_statistics", "task_similarity"],
     "thawline.data.detection.dataset": ["DetectionDataset", "load_detection"],
     "thawline.errors": [
-        "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "RoutingError", "ThawlineError",
+        "BudgetError", "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "RoutingError",
+        "ThawlineError",
     ],
     "thawline.inference.detector": ["Detector"],
-    "thawline.jobs": ["align", "check_data", "convert", "evaluate", "predict", "train"],
+    "thawline.jobs": ["align", "check_data", "convert", "evaluate", "export", "predict", "train"],
     "thawline.metrics.detection": ["DetectionEvaluator"],
     "thawline.models.deimv2": ["DEIMv2", "DEIMv2Config", "VARIANTS"],
     "thawline.ops.lean": ["apply_lean", "undo_lean"],

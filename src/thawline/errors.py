@@ -5,6 +5,7 @@
     ├── RoutingError        (ValueError)    task ids that are missing or unknown to the model
     ├── CheckpointError     (ValueError)    files that do not fit the model, or would be overwritten
     ├── DataError           (ValueError)    a dataset that cannot be read
+    ├── BudgetError         (ValueError)    an exported file that differs too much from its model
     └── MissingExtraError   (ImportError)   an optional dependency that is not installed
 
 Each also is the built-in error a caller would expect, so `except ValueError` keeps working.
@@ -14,6 +15,7 @@ A message says what was expected, what was given, and what to do. The command li
 from __future__ import annotations
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -50,6 +52,10 @@ class CheckpointError(ThawlineError, ValueError):
 
 class DataError(ThawlineError, ValueError):
     """A dataset that is missing, corrupt, or not of the format it was read as."""
+
+
+class BudgetError(ThawlineError, ValueError):
+    """An exported file whose detections differ from the model's by more than the budget; none was kept."""
 
 
 class MissingExtraError(ThawlineError, ImportError):

@@ -12,6 +12,7 @@ __all__ = [
     "detect",
     "evaluate",
     "evaluation_recipe",
+    "export",
     "is_main_process",
     "predict",
     "train",
@@ -23,15 +24,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from thawline.errors import ConfigError, MissingExtraError
+from thawline.errors import ConfigError, DataError, MissingExtraError
 from thawline.files import write_json, write_jsonl
 from thawline.recipe import RunConfig, build_config, dotted_values, load_recipe
 from thawline.recipe.checks import at_least
 
 if TYPE_CHECKING:
     from thawline.data.detection.check import DataCheck
+    from thawline.data.detection.records import ImageRecord
+    from thawline.exporters.export import ExportReport
     from thawline.inference.detector import Prediction
     from thawline.inference.files import Summary
+    from thawline.models.deimv2 import DEIMv2
     from thawline.run import RunResult
     from thawline.training.evaluation import Evaluation
 
@@ -215,6 +219,74 @@ def convert(source: str | Path, out: str | Path, to: str, variant: str | None = 
     from thawline.models.deimv2.checkpoints.write import convert_checkpoint
 
     return convert_checkpoint(source, out, to, variant)
+
+
+def export(
+    model: str | Path | DEIMv2,
+    out: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    variant: str | None = None,
+    weights: Literal["pretrained", "random"] = "pretrained",
+    **settings: Any,
+) -> ExportReport:
+    """Write a detector for another runtime, with a certificate of how far it equals the model in torch.
+
+    Args:
+        model: a detector, or what `DEIMv2.from_pretrained` reads: a run's folder, weights, a size.
+        out: file to write, or a folder. None: exports/ in a run's folder, else the current one.
+        data: labelled images to compare on. None: the run's held-out images, else generated ones.
+        variant: the size, for weights that do not determine it.
+        weights: "random" builds the size untrained, to try things out.
+        settings: `format` (onnx, openvino, tensorrt or pt2), `batch`, `opset`, `sampling`, `half`,
+            `single_input`, `budget`: fields of `thawline.exporters.export.Settings`.
+    Returns: the report, which is also written as PATH.report.json.
+    Raises: BudgetError: the detections differ by more than the budget; no file is kept.
+    """
+    from thawline.exporters.export import Settings, export_detector, read_samples
+    from thawline.models.deimv2 import DEIMv2
+
+    chosen = Settings(**settings)
+    records: Sequence[ImageRecord] = ()
+    folder, is_run = Path("."), False
+    if not isinstance(model, DEIMv2):
+        is_run = (Path(model) / "config.yaml").is_file()
+        folder = Path(model) / "exports" if is_run else folder
+        loaded = DEIMv2.from_variant(variant or str(model)) if weights == "random" else None
+        detector = loaded or DEIMv2.from_pretrained(model, variant)
+    else:
+        detector = model
+    if data is not None or is_run:
+        records = _held_out(str(model), data)
+    samples = read_samples(records, detector) if records else None
+    report = export_detector(detector, folder if out is None else out, chosen, samples)
+    if is_run:
+        _report(Path(str(model)))
+    return report
+
+
+def _held_out(model: str, data: str | Path | None) -> Sequence[ImageRecord]:
+    """Return the held-out images of a dataset, or of a run's own; none where the run's are not here."""
+    from thawline.data.detection.dataset import load_detection
+    from thawline.recipe import DetectionData
+    from thawline.run import saved_config
+    from thawline.training.detection.split import split_images
+
+    if data is not None:
+        return split_images(load_detection(data), DetectionData(path=str(data)), 0)[1]
+    config = saved_config(model)
+    if not isinstance(config.data, DetectionData):
+        raise ConfigError(
+            f"'{model}' is no detection run. Text models are exported as merged, lora, gguf-ready."
+        )
+    try:
+        found = load_detection(
+            config.data.path, None if config.data.format == "auto" else config.data.format, config.data.images
+        )
+    except DataError as error:
+        logger.info("Compared on generated images: the run's dataset cannot be read here. %s", error)
+        return ()
+    return split_images(found, config.data, config.seed)[1]
 
 
 def align(

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import thawline
 from thawline.cli.command import VERBS, first_line
 from thawline.cli.printing import show
-from thawline.cli.verbs import INTERRUPTED
-from thawline.errors import ConfigError, DataError, ThawlineError, did_you_mean
+from thawline.cli.verbs import INTERRUPTED, OVER_BUDGET
+from thawline.errors import BudgetError, ConfigError, DataError, ThawlineError, did_you_mean
 from thawline.tables import labelled
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A dataset's errors are listed, one per line; every other mistake is one line.
         message = str(error) if isinstance(error, DataError) else " ".join(str(error).split())
         sys.stderr.write(f"thawline: {message}\n")
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError) else OVER_BUDGET if isinstance(error, BudgetError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("thawline: interrupted\n")
         return INTERRUPTED

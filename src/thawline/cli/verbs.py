@@ -7,7 +7,7 @@ everything else to stderr.
 
 from __future__ import annotations
 
-__all__ = ["BENCHES", "INTERRUPTED"]
+__all__ = ["BENCHES", "INTERRUPTED", "OVER_BUDGET"]
 
 import csv
 import importlib
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+OVER_BUDGET = 3
+"""Exit status of an export that differs too much from its model."""
 
 JSON = argument("--json", action="store_true", help="Print JSON instead of a table.")
 PRINT_CONFIG = argument("--print_config", action="store_true", help="Print the resulting recipe, and exit.")
@@ -231,6 +233,33 @@ def _convert(options: Namespace) -> int:
     if options.json:
         return show_json({"out": options.out, "to": options.to, "largest_logit_difference": difference})
     return show(f"{options.out}: {options.to}; read back, logits differ by at most {difference:.1e}")
+
+
+EXPORT_OPTIONS = [
+    argument("--format", help="onnx, openvino, tensorrt or pt2. Default: onnx."),
+    argument("--out", help="File to write, or a folder. Default: exports/ in a run's folder, or here."),
+    argument("--batch", type=int, help="Fixed number of images in a call. Default: any."),
+    argument("--opset", type=int, help="Opset of the ONNX graph: 17, 18 or 19. Default: 17."),
+    argument("--sampling", help="grid_sample, or gather for runtimes without GridSample."),
+    argument("--half", action="store_true", help="Weights and arithmetic in float16."),
+    argument("--single_input", action="store_true", help="One input, images; boxes are in 0-1."),
+    argument("--budget", type=float, help="Largest box error in pixels. Default: 0.5; 4 with --half."),
+    argument("--data", help="Labelled images to compare on. Default: a run's held-out images, or generated."),
+    argument("--variant", help="Size of the detector, where the weights do not say."),
+    argument("--weights", choices=["pretrained", "random"], help="Default: pretrained."),
+]
+
+
+@verb(
+    "export",
+    argument("model", help="Run folder, weights file, Hub id, or a size for its published weights."),
+    *EXPORT_OPTIONS,
+    JSON,
+)
+def _export(options: Namespace) -> int:
+    """Write a detector for another runtime, with a certificate of how far it equals the model."""
+    report = jobs.export(options.model, **_given(options, EXPORT_OPTIONS))
+    return show_json(report.to_dict()) if options.json else show("\n".join(report.lines()))
 
 
 @verb(

@@ -1,10 +1,10 @@
 """The detector as a graph: pixels in 0–1 to the best detections, with plain operations only.
 
-`fuse()` makes the network fast in eager torch. A file for another runtime wants other things: no operation that
-reads the batch size (an exporter may store it as a number), no writing into slices, no transposition that the
-next operation undoes. These forms replace the fused ones where the two differ; all folding is shared.
+`fuse()` makes the network fast in eager torch. A file for another runtime wants other things: no operation
+that reads the batch size (an exporter may store it as a number), no writing into slices, no transposition
+that the next operation undoes. These forms replace the fused ones where both differ; all folding is shared.
 
-Legend: B images, T tokens of all levels, Q queries, D channels, H heads, C channels of a transformer, P points.
+Legend: B images, T tokens of all levels, Q queries, D channels, H heads, P points, C transformer channels.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 __all__ = ["DetectionGraph", "Sampling", "build_graph"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.network import blocks, decoder, decoder_layer, hgnetv2, vit
 from thawline.models.deimv2.network.anchors import make_anchors
 from thawline.models.deimv2.network.decoder_layer import OFFSET_SCALE, POSITION_LIMIT
+from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.ops.rotary import Table, rotate
 
 Sampling = Literal["grid_sample", "gather"]
@@ -52,7 +53,7 @@ class DetectionGraph(nn.Module):
     def __init__(self, model: DEIMv2, sampling: Sampling = "grid_sample", single_input: bool = False) -> None:
         super().__init__()
         config = model.config
-        own = {
+        own: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
             hgnetv2.Stem: GraphStem,
             vit.Block: GraphViTBlock,
             vit.VisionTransformer: GraphVisionTransformer,
@@ -80,7 +81,8 @@ class DetectionGraph(nn.Module):
             `single_input`; scores (B, K), highest first.
         """
         pixels = (images - self.mean) * self.scale if self.is_normalised else images
-        logits, boxes = self.decoder(self.encoder(self.backbone(pixels)))
+        output = self.decoder(self.encoder(self.backbone(pixels)))
+        logits, boxes = output.logits, output.pred_boxes
         n_scores = logits.shape[1] * self.num_classes
         scores, index = logits.flatten(1).topk(min(self.max_detections, n_scores), dim=1)
         query = torch.div(index, self.num_classes, rounding_mode="floor")
@@ -92,7 +94,9 @@ class DetectionGraph(nn.Module):
         return index - query * self.num_classes, corners, scores.sigmoid()
 
 
-def build_graph(model: DEIMv2, sampling: Sampling = "grid_sample", single_input: bool = False) -> DetectionGraph:
+def build_graph(
+    model: DEIMv2, sampling: Sampling = "grid_sample", single_input: bool = False
+) -> DetectionGraph:
     """Return the graph of a detector, in eval mode."""
     return DetectionGraph(model, sampling, single_input).eval()
 
@@ -200,8 +204,8 @@ class Memory(NamedTuple):
 class GraphDecoder(FusedDecoder):
     """Decoder to logits and boxes; reference boxes stay logits until they are read."""
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps (B, D, H_l, W_l), fine to coarse, to logits (B, Q, num_classes) and boxes (B, Q, 4), cxcywh."""
+    def forward(self, maps: Sequence[Tensor]) -> DetectionOutput:
+        """Maps (B, D, H_l, W_l), fine to coarse, to detections."""
         tokens = torch.cat([level.flatten(2) for level in maps], dim=2).transpose(1, 2)
         memory = Memory(maps, tokens)
         sizes = tuple((level.shape[-2], level.shape[-1]) for level in maps)
@@ -219,7 +223,8 @@ class GraphDecoder(FusedDecoder):
                 corner_logits = corner_logits + bbox_head(x + before)
             likely = corner_logits.unflatten(-1, (4, -1)).softmax(dim=-1).flatten(2)
             reference = base + torch.matmul(likely, self.edges) * extent
-        return self.score_head(x) + self.quality(corner_logits), reference
+        logits = self.score_head(x) + self.quality(corner_logits)
+        return DetectionOutput(logits=logits, pred_boxes=reference)
 
     def _select(self, tokens: Tensor, sizes: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
         """Return content (B, Q, D) and box logits (B, Q, 4) of the tokens with the highest class scores."""
@@ -227,7 +232,7 @@ class GraphDecoder(FusedDecoder):
         scores = self.enc_score_head(tokens).amax(dim=-1)
         # A token without a valid anchor is scored as zeros, which gives the bias.
         scores = torch.where(valid[:, 0] > 0, scores, self.enc_score_head.bias.max())
-        chosen = scores.topk(min(self.num_queries, len(anchors)), dim=1).indices
+        chosen = self.choose(scores)
         content = take_rows(tokens, chosen) * valid[chosen]
         return content, self.enc_bbox_head(content) + anchors.clamp(max=FAR)[chosen]
 
@@ -278,7 +283,9 @@ class GraphDeformableAttention(nn.Module):
         sizes = [level.shape[-2:] for level in memory.maps]
         starts = [sum(h * w for h, w in sizes[:level]) for level in range(len(sizes))]
         columns, rows, start = (
-            torch.tensor([values[level] for level, n in enumerate(self.num_points) for _ in range(n)], dtype=x.dtype)
+            torch.tensor(
+                [values[level] for level, n in enumerate(self.num_points) for _ in range(n)], dtype=x.dtype
+            )
             for values in ([w for _, w in sizes], [h for h, _ in sizes], starts)
         )
         x, y = x * columns - 0.5, y * rows - 0.5
@@ -297,7 +304,9 @@ class GraphDeformableAttention(nn.Module):
         n_queries, dim = x.shape[2], memory.tokens.shape[-1]
         cells = torch.cat(steps, dim=-1).long().flatten(1)  # (B, H·Q·4P)
         table = memory.tokens.reshape(-1, memory.tokens.shape[1] * self.num_heads, dim // self.num_heads)
-        read = take_rows(table, cells).reshape(-1, self.num_heads, n_queries, shares.shape[-1], dim // self.num_heads)
+        read = take_rows(table, cells).reshape(
+            -1, self.num_heads, n_queries, shares.shape[-1], dim // self.num_heads
+        )
         mixed = torch.matmul(shares.unsqueeze(-2), read)  # (B, H, Q, 1, D / H)
         return mixed.squeeze(-2).transpose(1, 2).flatten(2)
 

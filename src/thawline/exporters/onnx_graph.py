@@ -1,9 +1,9 @@
 """From torch's exported program to an ONNX model, one short rule per operation.
 
-Our own instead of `torch.onnx`: its exporter silently writes opset 18 where 17 is asked for, takes a minute for
-a network that this translates in a second, and spells shapes out as arithmetic. Here every value keeps the name
-it has in the program, so that a runtime's values can be compared with torch's one by one; what depends on no
-input is computed now; a shape is a constant in which -1 stands for the batch.
+Our own instead of `torch.onnx`: its exporter silently writes opset 18 where 17 is asked for, takes a minute
+for a network that this translates in a second, and spells shapes out as arithmetic. Here every value is known
+by the program's node it stands for, so that a runtime's values can be compared with torch's one by one; what
+depends on no input is computed now; a shape is a constant in which -1 stands for the batch.
 """
 
 from __future__ import annotations
@@ -88,29 +88,36 @@ class _Graph:
         state = {**self.program.state_dict, **self.program.constants}
         kept = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         kept |= signature.inputs_to_lifted_tensor_constants
-        for self.node in self.program.graph.nodes:
-            node = self.node
+        for node in self.program.graph.nodes:
+            self.node = node
             if node.op == "placeholder":
                 is_state = node.name in kept
                 self.values[node] = state[kept[node.name]].detach() if is_state else Name(node.name)
-            elif node.op == "call_function" and node.target is not torch.ops.aten._assert_tensor_metadata.default:
+            elif (
+                node.op == "call_function"
+                and node.target is not torch.ops.aten._assert_tensor_metadata.default
+            ):
                 value = self._call(node)
                 self.values[node] = value
                 if _operation(node).endswith("_"):  # in place: its first argument changed too
-                    self.values[node.args[0]] = value  # type: ignore[index]
+                    self.values[node.args[0]] = value
                 if isinstance(value, Name):
                     self.names[node.name] = value
 
     def finish(self, outputs: Sequence[str]) -> onnx.ModelProto:
         (end,) = (node for node in self.program.graph.nodes if node.op == "output")
         results = [self.values[node] for node in end.args[0]]
-        nodes = [helper.make_node("Identity", [a], [b], name=b) for a, b in zip(results, outputs, strict=True)]
+        nodes = [
+            helper.make_node("Identity", [a], [b], name=b) for a, b in zip(results, outputs, strict=True)
+        ]
         self.used = set(results)
         for node in reversed(self.nodes):
             if self.used & set(node.output):
                 self.used |= set(node.input)
                 nodes.insert(0, node)
-        inputs = [n for n in self.program.graph.nodes if n.op == "placeholder" and isinstance(self.values[n], Name)]
+        inputs = [
+            n for n in self.program.graph.nodes if n.op == "placeholder" and isinstance(self.values[n], Name)
+        ]
         graph = helper.make_graph(
             nodes,
             "thawline",
@@ -136,7 +143,11 @@ class _Graph:
             return value
         if not isinstance(value, Tensor):
             value = torch.tensor(value, dtype=dtype or self.dtype)
-        key = (value.dtype, tuple(value.shape), tuple(value.flatten().tolist()) if value.numel() < 9 else id(value))
+        key = (
+            value.dtype,
+            tuple(value.shape),
+            tuple(value.flatten().tolist()) if value.numel() < 9 else id(value),
+        )
         if key not in self.constant_names:
             name = f"constant.{len(self.constants)}"
             self.constant_names[key], self.constants[name] = name, value
@@ -146,7 +157,7 @@ class _Graph:
     def dtype(self) -> torch.dtype:
         """Type of the node's result, or of its first input where that is no tensor."""
         found = self.node.meta["val"]
-        found = found if isinstance(found, Tensor) else self.node.args[0].meta["val"]  # type: ignore[union-attr]
+        found = found if isinstance(found, Tensor) else self.node.args[0].meta["val"]
         return found.dtype
 
     def shape(self, node: fx.Node | None = None) -> list[int]:
@@ -163,7 +174,7 @@ class _Graph:
     def _call(self, node: fx.Node) -> Any:
         args, keywords = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         if not _holds_name((args, keywords)):
-            return node.target(*args, **keywords)  # type: ignore[operator]
+            return node.target(*args, **keywords)
         if _operation(node) == "getitem":
             return args[0][args[1]]
         rule = RULES.get(_operation(node).removesuffix("_"))
@@ -174,7 +185,7 @@ class _Graph:
 
 def _operation(node: fx.Node) -> str:
     """Return torch's name of an operation, without its overload."""
-    return node.target.__name__.partition(".")[0]  # type: ignore[union-attr]
+    return node.target.__name__.partition(".")[0]
 
 
 def _holds_name(value: Any) -> bool:
@@ -235,12 +246,14 @@ def _stack(g: _Graph, parts: Sequence[str], dim: int = 0) -> str:
 def _pad(g: _Graph, x: str, pads: Sequence[int], mode: str = "constant", value: float | None = None) -> str:
     pairs = list(zip(pads[::2], pads[1::2], strict=True))[::-1]
     pairs = [(0, 0)] * (len(g.shape()) - len(pairs)) + pairs
-    return g.emit("Pad", x, torch.tensor([a for a, _ in pairs] + [b for _, b in pairs]), value or 0.0, mode=mode)
+    return g.emit(
+        "Pad", x, torch.tensor([a for a, _ in pairs] + [b for _, b in pairs]), value or 0.0, mode=mode
+    )
 
 
 def _conv(
-    g: _Graph, x: str, weight: Tensor, bias: Tensor | None = None, stride: Any = (1, 1), padding: Any = (0, 0),
-    dilation: Any = (1, 1), groups: int = 1,
+    g: _Graph, x: str, weight: Tensor, bias: Tensor | None = None, stride: Any = (1, 1),
+    padding: Any = (0, 0), dilation: Any = (1, 1), groups: int = 1,
 ) -> str:  # fmt: skip
     return g.emit(
         "Conv", x, weight, bias, strides=list(stride), pads=[*padding, *padding], dilations=list(dilation),
@@ -281,9 +294,9 @@ def _resize(mode: str) -> Callable[..., str]:
     place = {"nearest": "asymmetric", "linear": "half_pixel"}[mode]
 
     def rule(g: _Graph, x: str, *_: Any) -> str:
-        before, after = g.shape(g.node.args[0]), g.shape()  # type: ignore[arg-type]
+        before, after = g.shape(g.node.args[0]), g.shape()
         scales = torch.tensor([1.0, 1.0, *(b / a for a, b in zip(before[2:], after[2:], strict=True))])
-        kind = {"nearest_mode": "floor"} if mode == "nearest" else {}
+        kind: dict[str, Any] = {"nearest_mode": "floor"} if mode == "nearest" else {}
         return g.emit("Resize", x, None, scales, mode=mode, coordinate_transformation_mode=place, **kind)
 
     return rule
@@ -292,16 +305,18 @@ def _resize(mode: str) -> Callable[..., str]:
 def _grid_sample(g: _Graph, x: str, grid: str, mode: int, padding: int, align_corners: bool) -> str:
     if (mode, padding) != (0, 0):
         raise ConfigError("Only bilinear sampling with zeros outside is translated.")
-    return g.emit("GridSample", x, grid, mode="bilinear", padding_mode="zeros", align_corners=int(align_corners))
+    return g.emit(
+        "GridSample", x, grid, mode="bilinear", padding_mode="zeros", align_corners=int(align_corners)
+    )
 
 
 def _gather(g: _Graph, x: str, dim: int, index: str) -> str:
     """Whole rows by one index each, instead of an index repeated along the row."""
     expanded = g.node.args[2]
-    is_rows = dim == 1 and expanded.target is torch.ops.aten.expand.default  # type: ignore[union-attr]
+    is_rows = dim == 1 and expanded.target is torch.ops.aten.expand.default
     if not is_rows:
         return g.emit("GatherElements", x, index, axis=dim)
-    return g.emit("GatherND", x, g.values[expanded.args[0]], batch_dims=1)  # type: ignore[union-attr, index]
+    return g.emit("GatherND", x, g.values[expanded.args[0]], batch_dims=1)
 
 
 def _mean(g: _Graph, x: str, dims: Sequence[int], keepdim: bool = False) -> str:
@@ -317,8 +332,9 @@ def _plain(op: str) -> Callable[..., str]:
 
 RULES: dict[str, Callable[..., Any]] = {
     **{name: _plain(op) for name, op in {
-        "abs": "Abs", "add": "Add", "div": "Div", "exp": "Exp", "floor": "Floor", "log": "Log", "matmul": "MatMul",
-        "minimum": "Min", "mul": "Mul", "neg": "Neg", "relu": "Relu", "sigmoid": "Sigmoid", "sqrt": "Sqrt",
+        "abs": "Abs", "add": "Add", "div": "Div", "exp": "Exp", "floor": "Floor", "log": "Log",
+        "matmul": "MatMul", "minimum": "Min", "mul": "Mul", "neg": "Neg", "relu": "Relu",
+        "sigmoid": "Sigmoid", "sqrt": "Sqrt",
         "sub": "Sub", "where": "Where",
     }.items()},
     **dict.fromkeys(("reshape", "view", "flatten", "unflatten"), _reshape),

@@ -95,10 +95,14 @@ class FusedDecoder(WideBuffers):
         # A token without a valid anchor is scored as zeros, which gives the bias.
         floor = self.enc_score_head.bias.amax()
         scores = torch.where(valid[:, 0] > 0, self.enc_score_head(memory).amax(dim=-1), floor)
-        chosen = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
+        chosen = self.choose(scores)
         picked = chosen[..., None].expand(-1, -1, memory.shape[-1])
         content = memory.gather(1, picked) * valid[chosen]
         return content, (to_wide(self.enc_bbox_head(content)) + anchors[chosen]).sigmoid()
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return the tokens with the highest scores, (B, T) to (B, Q)."""
+        return scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
 
     def _plan(
         self, memory: Tensor, sizes: tuple[tuple[int, int], ...], n_queries: int
