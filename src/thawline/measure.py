@@ -189,7 +189,8 @@ def _time(step: Callable[[], object], n_steps: int) -> Sample:
 
 
 def _storage_key(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    # Not its address: tensors without data have none.
+    return tensor.device, tensor.untyped_storage()._cdata
 
 
 def _processor() -> str:

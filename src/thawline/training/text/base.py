@@ -28,7 +28,7 @@ from thawline.training.arguments import choose_precision, training_arguments
 from thawline.training.callbacks import Annealing
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, ReadRows
-from thawline.training.text.pretrained import load_pretrained, load_processor
+from thawline.training.text.pretrained import build_without_weights, load_pretrained, load_processor
 from thawline.training.text.rows import evaluation_by_task, group, name_some, read_rows
 from thawline.training.text.shares import gather, own_share
 from thawline.training.trainer import Trainer
@@ -67,13 +67,16 @@ class RowObjective(Objective):
 
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
-        self.processor = load_processor(self.base)
+        self.has_weights = read != "config"
+        self.processor = load_processor(self.base) if self.has_weights else None
         self.described = described
         self.task_ids: dict[str, int] | None = None
         self.train_examples, self.held_out_examples = read_rows(self.data, seed=config.seed, read=read)
         examples = self.train_examples or self.held_out_examples
         self.tasks = tuple(dict.fromkeys(example.task for example in examples))
         """Tasks in the order of their first row: those to train or, where none are, to evaluate on."""
+        if not self.has_weights:
+            self.tasks = tuple(described.get("tasks", ()))
 
     @abstractmethod
     def encode(self, example: Example) -> dict[str, Any]:
@@ -130,6 +133,8 @@ class RowObjective(Objective):
     def load_model(self, loader: Any, source: str | None, **extra: Any) -> nn.Module:
         """Load the base, or a model saved in `source`, by one of transformers' Auto classes."""
         base = self.base if source is None else dataclasses.replace(self.base, model=source, revision=None)
+        if not self.has_weights:
+            return build_without_weights(loader, base, self.dtype, **extra)
         attention = base.attn_implementation
         return load_pretrained(loader, base, dtype=self.dtype, attn_implementation=attention, **extra)
 

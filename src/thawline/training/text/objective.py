@@ -52,6 +52,10 @@ class TextObjective(RowObjective):
         super().__init__(config, read=read, described=described)
         self.base_config = load_pretrained(AutoConfig, self.base)
         self.head = _head(self.base, self.base_config)
+        self.labels = tuple(described.get("labels", ()))
+        self.metrics = ()
+        if not self.has_weights:
+            return
         self.encoder = TextEncoder(
             self.processor,
             max_length=self.data.max_length,
@@ -59,7 +63,6 @@ class TextObjective(RowObjective):
             seq2seq=self.head == "seq2seq-lm",
             chat_template=self.data.chat_template,
         )
-        self.labels = tuple(described.get("labels", ()))
         if not self.labels and self.head == "classifier":
             examples = (*self.train_examples, *self.held_out_examples)
             self.labels = tuple(
@@ -85,7 +88,7 @@ class TextObjective(RowObjective):
             }
         model = self.load_model(HEADS[self.head], source, **labels)
         # Padding is masked everywhere but in a decoder's classifier, which finds its last token by it.
-        if model.config.pad_token_id is None:
+        if self.processor is not None and model.config.pad_token_id is None:
             model.config.pad_token_id = self.processor.pad_token_id
         # Saved with a model trained whole, so that other programs stop where its turns end.
         if self.head != "classifier" and any(example.messages for example in self.train_examples):

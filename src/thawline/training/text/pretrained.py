@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["load_pretrained", "load_processor"]
+__all__ = ["build_without_weights", "load_pretrained", "load_processor"]
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from thawline.errors import ConfigError
 from thawline.files import DAMAGED
@@ -23,6 +24,23 @@ def load_processor(base: TextBase) -> PreTrainedTokenizerBase:
         # Never seen by the loss or by attention, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def build_without_weights(loader: Any, base: TextBase, dtype: torch.dtype, **extra: Any) -> Any:
+    """Build a model of one of transformers' Auto classes on the meta device, from its config alone.
+
+    Args:
+        extra: values over the config's. Raises: ConfigError: in one line.
+    """
+    extra.pop("ignore_mismatched_sizes", None)
+    config = load_pretrained(AutoConfig, base, **extra)
+    with torch.device("meta"):
+        return loader.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=base.attn_implementation,
+            trust_remote_code=base.trust_remote_code,
+        )
 
 
 def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:

@@ -32,6 +32,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import CheckpointError, ConfigError
@@ -237,8 +238,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         state, weight, changes = self._state, self.base_layer.weight, self._changes()
         if state.released or self._is_gathered(weight):
             return
-        if any(change.delta.is_meta for change in changes):
-            return  # not loaded yet: _after_load or the next forward writes
+        if any(change.delta.is_meta or is_fake(change.delta) for change in changes):
+            return  # no data: _after_load or the next forward writes
         if not state.resident.is_in(weight):
             self._check_in_place(weight)
         state.resident.install(weight, changes)

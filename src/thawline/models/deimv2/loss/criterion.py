@@ -83,6 +83,15 @@ class Criterion:
                 terms |= self._denoising_terms(training, training.denoising, packed, n_boxes, balance)
         return terms
 
+    def match(self, cost: Tensor, counts: tuple[int, ...]) -> tuple[Matches, Matches]:
+        """Return the matches of each stage, and those that the box losses of all stages share.
+
+        Args:
+            cost: (S, B, Q, G).        counts: boxes in each image.
+        """
+        own = match_queries(cost, counts)
+        return own, union_of_matches(own, cost.shape[2]) if self.config.union_set else own
+
     def _matched_terms(
         self, training: TrainingOutput, targets: PackedTargets, *, overlap_only: bool
     ) -> tuple[dict[str, Tensor], Count, tuple[float, float]]:
@@ -90,9 +99,7 @@ class Criterion:
         stages = _stack(training, training.layers, training.reference_boxes, training.pre, training.encoder)
         _, batch_size, n_queries, _ = stages.logits.shape
         cost = matching_cost(stages.logits, stages.boxes, targets, overlap_only=overlap_only)
-        own = shared = match_queries(cost, targets.counts)
-        if self.config.union_set:
-            shared = union_of_matches(own, n_queries)
+        own, shared = self.match(cost, targets.counts)
         n_shared = len(shared.image)
         n_boxes, n_union = _mean_over_processes([targets.n_boxes, n_shared], stages.logits.device)
         balance = ddf_balance(n_shared, batch_size * n_queries - n_shared, batch_size)

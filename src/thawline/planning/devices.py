@@ -1,0 +1,158 @@
+"""Devices: how fast they compute and move bytes, measured here or taken from public figures."""
+
+from __future__ import annotations
+
+__all__ = ["DEVICES", "Device", "find_device"]
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thawline.errors import ConfigError, did_you_mean
+from thawline.files import write_text
+from thawline.planning.simulate import StepCost
+
+DEVICES: dict[str, tuple[str, float, float, float]] = {
+    "b200": ("NVIDIA B200", 2250, 75, 8000),
+    "h200": ("NVIDIA H200", 989, 67, 4800),
+    "h100": ("NVIDIA H100 SXM", 989, 67, 3350),
+    "a100-80gb": ("NVIDIA A100 80GB", 312, 19.5, 2039),
+    "a100": ("NVIDIA A100 40GB", 312, 19.5, 1555),
+    "l40s": ("NVIDIA L40S", 362, 91.6, 864),
+    "l4": ("NVIDIA L4", 121, 30.3, 300),
+    "a10": ("NVIDIA A10", 125, 31.2, 600),
+    "t4": ("NVIDIA T4", 65, 8.1, 320),
+    "4090": ("NVIDIA GeForce RTX 4090", 165, 82.6, 1008),
+    "3090": ("NVIDIA GeForce RTX 3090", 71, 35.6, 936),
+}
+"""Name → full name, dense bf16 (T4: fp16) and fp32 TFLOP/s, GB/s of memory; the makers' data sheets."""
+SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.4, 0.7
+"""Assumed shares of the data sheet that training reaches: about what is reported for fine-tuning 7B models."""
+LAUNCH = 6e-6
+"""Seconds per operation that a GPU's process needs at least."""
+CPU_OVERHEAD, CUDA_OVERHEAD = 450 << 20, 600 << 20
+"""Python with torch, transformers and PEFT loaded; a CUDA context with its libraries' workspaces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Rates of a device."""
+
+    name: str
+    on_gpu: bool
+    flops: dict[str, float]
+    """Floating-point operations a second, by type."""
+    bandwidth: float
+    """Bytes a second."""
+    per_op: float
+    """Least seconds of an operation."""
+    overhead: int
+    """Bytes of a process before the first tensor."""
+    precision: str = "bf16"
+    """What `training.precision: auto` means there."""
+    assumptions: tuple[str, ...] = ()
+
+    def seconds(self, cost: StepCost, dtype: torch.dtype) -> float:
+        """Return the time of a forward and backward pass: arithmetic, memory traffic, launches."""
+        half = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
+        busy = cost.flops / self.flops[half] + cost.moved / self.bandwidth
+        return max(busy, cost.n_ops * self.per_op)
+
+    def seconds_to_move(self, n_bytes: int) -> float:
+        """Return the time of reading or writing bytes."""
+        return n_bytes / self.bandwidth
+
+
+def find_device(name: str | None) -> Device:
+    """Return a device by a name of `DEVICES`, or the machine's own: cpu, cuda; None: where it would train.
+
+    Raises: ConfigError: for an unknown name.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu" or (name == "cuda" and torch.cuda.is_available()):
+        return _measured(name)
+    key = "h100" if name == "cuda" else name.lower()
+    if key not in DEVICES:
+        known = ["cpu", "cuda", *DEVICES]
+        raise ConfigError(f"Unknown device '{name}'. {did_you_mean(name, known)}")
+    full, half, single, bandwidth = DEVICES[key]
+    return Device(
+        name=f"{full} (estimated)",
+        on_gpu=True,
+        flops={"bfloat16": half * 1e12 * SHARE_OF_PEAK, "float32": single * 1e12 * SHARE_OF_PEAK},
+        bandwidth=bandwidth * 1e9 * SHARE_OF_BANDWIDTH,
+        per_op=LAUNCH,
+        overhead=CUDA_OVERHEAD,
+        precision="fp16" if key == "t4" else "bf16",
+        assumptions=(
+            f"time: estimated at {SHARE_OF_PEAK:.0%} of the data sheet's arithmetic and "
+            f"{SHARE_OF_BANDWIDTH:.0%} of its bandwidth; nothing was run there",
+            f"overhead: {CUDA_OVERHEAD >> 20} MiB for the CUDA context and workspaces, an assumption",
+        ),
+    )
+
+
+def _measured(kind: str) -> Device:
+    """Return this machine's rates, measured once and kept in the user's cache."""
+    name = torch.cuda.get_device_name() if kind == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thawline" / "rates.json"
+    try:
+        known: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if name not in known:
+        known[name] = _calibrate(torch.device(kind)) | {"date": time.strftime("%Y-%m-%d")}
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_text(cache, json.dumps(known, indent=1) + "\n")
+        except OSError:
+            pass  # a read-only home: measured again next time
+    rates = known[name]
+    overhead = CUDA_OVERHEAD if kind == "cuda" else CPU_OVERHEAD
+    return Device(
+        name=name,
+        on_gpu=kind == "cuda",
+        flops=rates["flops"],
+        bandwidth=rates["bandwidth"],
+        per_op=rates["per_op"],
+        overhead=overhead,
+        assumptions=(
+            f"time: rates measured on this machine on {rates['date']} ({cache})",
+            f"overhead: {overhead >> 20} MiB for the process, an assumption",
+        ),
+    )
+
+
+def _calibrate(device: torch.device) -> dict[str, Any]:
+    """Measure matrix products, an addition of large tensors, and the smallest operation."""
+    side, large = (4096, 1 << 27) if device.type == "cuda" else (512, 1 << 22)
+    flops = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        flops[str(dtype).removeprefix("torch.")] = 2 * side**3 / _seconds(lambda a=a: a @ a, device)
+    x, small = torch.ones(large, device=device), torch.ones(1, device=device)
+    return {
+        "flops": flops,
+        "bandwidth": 3 * x.nbytes / _seconds(lambda: x + x, device),
+        "per_op": _seconds(lambda: small + small, device),
+    }
+
+
+def _seconds(call: Callable[[], object], device: torch.device, n: int = 10) -> float:
+    """Return the least time of a call, over three rounds."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        for _ in range(n):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / n
+
+    return min(once() for _ in range(4))
