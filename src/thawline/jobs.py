@@ -14,6 +14,7 @@ __all__ = [
     "evaluation_recipe",
     "export",
     "is_main_process",
+    "plan",
     "predict",
     "train",
 ]
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from thawline.inference.detector import Prediction
     from thawline.inference.files import Summary
     from thawline.models.deimv2 import DEIMv2
+    from thawline.planning.plan import Plan
     from thawline.run import RunResult
     from thawline.training.evaluation import Evaluation
 
@@ -62,10 +64,35 @@ def train(
     """
     from thawline.run import run
 
-    result = run(load_recipe(recipe, **overrides), resume=resume, dry_run=dry_run)
+    result = run(load_recipe(recipe, **overrides), resume=resume, dry_run=dry_run, plan_memory=True)
     if result.status == "finished":
         _report(result.folder)
     return result
+
+
+def plan(
+    recipe: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    device: str | None = None,
+    devices: int = 1,
+    sharding: str = "ddp",
+    **overrides: Any,
+) -> Plan:
+    """Return the parameters, bytes and time that a run will need, from the base's config alone.
+
+    No weight is read; rows only to count them.
+
+    Args:
+        recipe, overrides: as in `train`.
+        device: cpu, cuda, or a GPU by name (h100, 4090, …), estimated where it is not there. None: the one
+            that `train` would use.
+        devices: number of devices, each with the recipe's batch.
+        sharding: how they share the run: ddp, zero1, zero2, zero3 or fsdp2.
+    Raises: ConfigError: if the recipe cannot work, or the model's step depends on values.
+    """
+    from thawline.planning.plan import plan_run
+
+    return plan_run(load_recipe(recipe, **overrides), device=device, devices=devices, sharding=sharding)
 
 
 def evaluate(

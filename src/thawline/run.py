@@ -28,8 +28,11 @@ from transformers import set_seed
 
 from thawline.analysis.gradients import check_alignable, plain_batch
 from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
-from thawline.errors import CheckpointError, ConfigError
+from thawline.errors import CheckpointError, ConfigError, ThawlineError
 from thawline.files import is_write_failure, write_jsonl
+from thawline.planning.devices import available_bytes
+from thawline.planning.plan import plan_run
+from thawline.planning.tables import short_plan
 from thawline.recipe import RunConfig
 from thawline.run_folder import NO_DATA, RunFolder, RunResult
 from thawline.tables import labelled
@@ -51,7 +54,9 @@ USUAL_BATCH = 8
 """Rows evaluated at a time where the recipe does not say."""
 
 
-def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> RunResult:
+def run(
+    config: RunConfig, *, resume: bool = False, dry_run: bool = False, plan_memory: bool = False
+) -> RunResult:
     """Train and evaluate as a recipe says, in its folder.
 
     Args:
@@ -59,6 +64,7 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         resume: continue from the newest whole checkpoint; bit for bit as if the run had never stopped. Where
             `training.epochs`, `max_steps` or `patience` differ, a new stage begins there, also after the end.
         dry_run: build everything, write plan.json, take no step.
+        plan_memory: say beforehand what the run will need, and warn if that is more than is there.
 
     Raises: CheckpointError: if the folder holds a run and `resume` is False, or none and it is True; if no
         checkpoint to resume from is whole; if there is no room to write a file. ConfigError, DataError: for
@@ -93,6 +99,8 @@ def run(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Ru
         was = ", ".join(f"{key} {before!r}" for key, (before, _) in changed.items())
         plan["overview"]["steps"] += f"; a new stage of them from step {step} on (was: {was})"
         plan["stage"] = stage
+    if plan_memory and plan["trainable_parameters"]:
+        _add_memory(plan, objective, trainer)
     if is_first_process:
         folder.write("plan.json", plan)
     result = RunResult(folder=folder.path, status="planned", trainable=plan["trainable_parameters"])
@@ -301,6 +309,27 @@ def _take_steps(
                 f"{str(error).split('. ')[0]}. Lower `training.batch_size` and raise "
                 "`training.gradient_accumulation`, or set `lean` or `training.gradient_checkpointing`."
             ) from error
+
+
+def _add_memory(plan: dict[str, Any], objective: Objective, trainer: Trainer) -> None:
+    """Add to a run's plan what it needs on each device, and warn if there is less."""
+    args, is_text = trainer.args, objective.config.objective.kind != "detection"
+    longest = max(len(row["input_ids"]) for row in objective.train_rows) if is_text else None
+    try:
+        found = plan_run(objective.config, length=longest, devices=args.world_size, objective=objective)
+    except ThawlineError as error:
+        plan["overview"]["memory"] = f"not planned: {error}"
+        return
+    available = available_bytes(args.device)
+    plan["overview"]["memory"] = short_plan(found, available)
+    plan["memory"] = dict(found.bytes)
+    if not found.fits(available):
+        logger.warning(
+            "The run will probably not fit: %s. Lower `training.batch_size` and raise "
+            "`training.gradient_accumulation`, or set `lean` or `training.gradient_checkpointing`; "
+            "`thawline plan --compare` shows other tuners.",
+            plan["overview"]["memory"],
+        )
 
 
 def _load_tuned(objective: Objective, folder: Path | None) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["choice_lines", "evaluation_table", "show", "show_json", "show_yaml"]
+__all__ = ["choice_lines", "evaluation_table", "recipe_yaml", "show", "show_json", "show_yaml"]
 
 import json
 import sys
@@ -30,7 +30,13 @@ def show_json(value: Any) -> int:
 
 def show_yaml(config: RunConfig) -> int:
     """Write a recipe as YAML that `--config` reads back."""
-    return show(yaml.safe_dump(config.to_mapping(), sort_keys=False, allow_unicode=True))
+    return show(recipe_yaml(config))
+
+
+def recipe_yaml(config: RunConfig) -> str:
+    """Return a recipe as YAML that `--config` reads back."""
+    text: str = yaml.safe_dump(config.to_mapping(), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def evaluation_table(

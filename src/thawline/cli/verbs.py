@@ -23,10 +23,10 @@ from typing import Any
 from thawline import jobs
 from thawline.cli.command import VERBS, verb
 from thawline.cli.options import Argument, argument
-from thawline.cli.printing import choice_lines, evaluation_table, show, show_json, show_yaml
+from thawline.cli.printing import choice_lines, evaluation_table, recipe_yaml, show, show_json, show_yaml
 from thawline.demo import PARTS, run_demo
 from thawline.errors import ConfigError, did_you_mean
-from thawline.files import read_json
+from thawline.files import read_json, write_text
 from thawline.recipe import CHOICES, build_config, list_choices, read_recipe
 from thawline.tables import labelled
 
@@ -40,16 +40,14 @@ OVER_BUDGET = 3
 JSON = argument("--json", action="store_true", help="Print JSON instead of a table.")
 PRINT_CONFIG = argument("--print_config", action="store_true", help="Print the resulting recipe, and exit.")
 
+CONFIG = argument(
+    "--config", action="append", default=[], metavar="RECIPE", help="Recipe (YAML); the last of several wins."
+)
+
 
 @verb(
     "train",
-    argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="RECIPE",
-        help="Recipe (YAML); the last of several wins.",
-    ),
+    CONFIG,
     argument("--resume", action="store_true", help="Continue from the run's newest checkpoint."),
     argument("--dry_run", action="store_true", help="Build everything and print the plan, but take no step."),
     JSON,
@@ -79,6 +77,55 @@ def _train(options: Namespace) -> int:
     show(evaluation_table(result.metrics, result.parts, result.start))
     stopped = f", stopped early: {result.stopped}" if result.stopped else ""
     return show(f"{result.folder}: {result.steps} steps in {result.seconds:.1f} s{stopped}")
+
+
+@verb(
+    "plan",
+    CONFIG,
+    argument("--compare", action="store_true", help="One row per method."),
+    argument("--fit", metavar="MEMORY", help="Largest batch and longest sequence per method in, e.g., 24GB."),
+    argument(
+        "--within",
+        metavar="TIME",
+        help="With --fit: choose a recipe that takes at most, e.g., 2h, and print it.",
+    ),
+    argument("--out", help="With --within: new file for the recipe."),
+    argument("--device", help="cpu, cuda, or a GPU by name (h100, 4090, …). None: where it would train."),
+    argument("--devices", type=int, default=1, help="Devices, each with the recipe's batch. Default: 1."),
+    argument("--sharding", default="ddp", help="ddp, zero1, zero2, zero3 or fsdp2. Default: ddp."),
+    JSON,
+    takes_recipe=True,
+)
+def _plan(options: Namespace) -> int:
+    """Say what a run needs before it is loaded: parameters, bytes by part, time."""
+    config = build_config([*map(read_recipe, options.config), ("", options.fields)], options.known)
+    if options.within is not None and options.fit is None:
+        raise ConfigError("`--within` needs the memory too: --fit 24GB --within 2h.")
+    if options.out is not None and (options.within is None or Path(options.out).exists()):
+        wrong = "is for --within" if options.within is None else f"'{options.out}' already exists"
+        raise ConfigError(f"`--out`: {wrong}.")
+    if options.devices < 1:
+        raise ConfigError(f"`--devices` must be at least 1, got {options.devices}.")
+    from thawline.planning import search
+    from thawline.planning.tables import comparison_table, fit_table, plan_lines
+
+    where = {name: getattr(options, name) for name in ("device", "devices", "sharding")}
+    if options.within is not None:
+        seconds = search.read_seconds(options.within)
+        chosen, found = search.plan_within(config, options.fit, seconds, **where)
+        if options.out is not None:
+            write_text(Path(options.out), recipe_yaml(chosen))
+        logger.info("%s", "\n".join(plan_lines(found)))
+        return show_json(found.to_dict()) if options.json else show_yaml(chosen)
+    if options.fit is not None:
+        sizes = search.fit(config, options.fit, **where)
+        return show_json(sizes) if options.json else show(fit_table(sizes))
+    if options.compare:
+        plans = search.compare(config, **where)
+        rows = {name: one.to_dict() for name, one in plans.items()}
+        return show_json(rows) if options.json else show(comparison_table(plans))
+    one = jobs.plan(config, **where)
+    return show_json(one.to_dict()) if options.json else show("\n".join(plan_lines(one)))
 
 
 @verb(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Blueprint", "draw_blueprint"]
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thawline.errors import ConfigError, DataError
+from thawline.errors import ConfigError
 from thawline.models.deimv2.loss.matcher import Matches
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.variants import get_variant
@@ -23,7 +24,7 @@ from thawline.recipe import Mhr, Paca, RunConfig, Training
 from thawline.training.arguments import training_arguments
 from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.learner import HostTargets, Learner
-from thawline.training.objective import build_objective
+from thawline.training.objective import Objective, build_objective
 from thawline.training.text.rows import read_rows
 from thawline.training.trainer import Trainer
 
@@ -56,19 +57,23 @@ class Blueprint:
     """Whether a moving average of the weights is kept."""
 
 
-def draw_blueprint(config: RunConfig, *, length: int | None = None) -> Blueprint:
+def draw_blueprint(
+    config: RunConfig, *, length: int | None = None, objective: Objective | None = None
+) -> Blueprint:
     """Build the model of a recipe on the meta device, and a full batch for it.
 
     Args:
         length: tokens of a row. None: `data.max_length`.
+        objective: the recipe's, with its rows. None: they are read, where they are there.
     Raises: ConfigError: if the base has no readable config, or the recipe cannot work. DataError: for
         `objective: match` without readable rows, since its batches follow from them.
     """
     config = _without_reading(config)
     if config.objective.kind == "detection":
-        return _detector(config)
-    text = _matcher if config.objective.kind == "match" else _language_model
-    return text(config, length)
+        return _detector(config, objective)
+    if config.objective.kind == "match":
+        return _matcher(config, objective or build_objective(config))
+    return _language_model(config, length, objective)
 
 
 def _without_reading(config: RunConfig) -> RunConfig:
@@ -82,18 +87,19 @@ def _without_reading(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, tuner=dataclasses.replace(tuner, **changed)) if changed else config
 
 
-def _language_model(config: RunConfig, length: int | None) -> Blueprint:
+def _language_model(config: RunConfig, length: int | None, known: Any) -> Blueprint:
+    base: Any = config.base
     data: Any = config.data
-    examples = _examples(config)
+    examples = _examples(config) if known is None else known.train_examples
     tasks = list(dict.fromkeys(example.task for example in examples or ()))
     labels = sorted({label for one in examples or () for label in one.choices or [one.completion]})
-    described = {"tasks": tasks, "labels": labels if config.base.head == "classifier" else []}
+    described = {"tasks": tasks, "labels": labels if base.head == "classifier" else []}
     objective: Any = build_objective(config, read="config", described=described)
     if objective.head == "classifier" and not objective.labels:
         objective.labels = tuple(labels)
     model = objective.build_model()
     length, rows = length or data.max_length, objective.training.batch_size
-    ids = torch.zeros(rows, length, dtype=torch.long)
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     batch = {"input_ids": ids, "labels": torch.zeros_like(ids)}
     if objective.head == "classifier":
         batch["labels"] = torch.zeros(rows, dtype=torch.long)
@@ -108,11 +114,12 @@ def _language_model(config: RunConfig, length: int | None) -> Blueprint:
     )
 
 
-def _matcher(config: RunConfig, length: int | None) -> Blueprint:
-    objective: Any = build_objective(config)
+def _matcher(config: RunConfig, known: Any) -> Blueprint:
+    objective = copy.copy(known)
     objective.has_weights = False
     model = objective.build_model()
-    longest = sorted(objective.train_rows, key=lambda row: len(row["input_ids"]))[-config.training.batch_size :]
+    in_order = sorted(objective.train_rows, key=lambda row: len(row["input_ids"]))
+    longest = in_order[-(config.training.batch_size or 1) :]
     found = objective.collate(longest)
     ids = {name: found.pop(name) for name in ("task_ids", "choice_task_ids") if name in found}
     shape = "{} × {} tokens, {} choices".format(*found["input_ids"].shape, len(found["choice_ids"]))
@@ -130,7 +137,9 @@ def _text(
     config: RunConfig, model: nn.Module, batch: Any, loss: Any, shape: str, n_rows: int | None
 ) -> Blueprint:
     training: Any = config.training
-    plain = dataclasses.replace(training, eval_every="end", save_every="end", best_metric=None, report_to="none")
+    plain = dataclasses.replace(
+        training, eval_every="end", save_every="end", best_metric=None, report_to="none"
+    )
     arguments = training_arguments(plain, folder=config.run_folder, tuner=config.tuner, seed=config.seed)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -151,36 +160,42 @@ def _text(
     )
 
 
-def _detector(config: RunConfig) -> Blueprint:
+def _detector(config: RunConfig, objective: Any) -> Blueprint:
     base: Any = config.base
+    settings: Any = config.objective
     training: Any = config.training
     if isinstance(config.tuner, Mhr):
         raise ConfigError(f"`tuner: {config.tuner.method}` routes tasks, and a detector has one.")
     size = base.size or get_variant(base.variant).config.image_size[0]
     fields: dict[str, Any] = {**base.overrides, "image_size": (size, size)}
-    rows, n_rows, epochs = (training.batch_size or DETECTION_BATCH) // training.gradient_accumulation, None, 72
-    try:
-        objective: Any = build_objective(config)
-    except DataError:
-        pass  # the data may be elsewhere: the detector then has COCO's classes
-    else:
+    rows, n_rows, epochs = (
+        (training.batch_size or DETECTION_BATCH) // training.gradient_accumulation,
+        None,
+        72,
+    )
+    if objective is None and Path(config.data.path).exists():  # type: ignore[arg-type]
+        objective = build_objective(config)
+    if objective is not None:  # else the data are elsewhere, and the detector has COCO's classes
         fields["class_names"] = objective.class_names
         rows, n_rows = objective.device_batch_size, len(objective.records)
         epochs = objective.schedule.epochs
-    detector = DEIMv2.from_variant(base.variant, **fields, criterion={"class_loss": config.objective.class_loss})
+    detector = DEIMv2.from_variant(base.variant, **fields, criterion={"class_loss": settings.class_loss})
     if config.lean:
         apply_lean(detector)
+    detector.to("meta")
     learner = Learner(tune_backbone(detector, config.tuner)).train()
-    learner.criterion.match = _spread_matches  # type: ignore[method-assign]
+    learner.criterion.match = _spread_matches
+    boxes = torch.zeros(BOXES, 4, device="meta")
     targets = [
-        {"labels": torch.zeros(BOXES, dtype=torch.long), "boxes": torch.full((BOXES, 4), 0.5)}
+        # On meta: labels on the processor would be checked, and these have no values.
+        {"labels": torch.zeros(BOXES, dtype=torch.long, device="meta"), "boxes": boxes}
         for _ in range(rows)
     ]
     plain = Training(precision=training.precision)
     arguments = training_arguments(plain, folder=config.run_folder, tuner=config.tuner, seed=config.seed)
     return Blueprint(
         model=learner,
-        batch=torch.zeros(rows, 3, size, size, dtype=torch.uint8),
+        batch=torch.zeros(rows, 3, size, size, dtype=torch.uint8, device="meta"),
         loss=lambda model, pixels: _sum(model(pixels, HostTargets(targets), epoch=0)),  # type: ignore[arg-type]
         autocast=_autocast(arguments),
         optimizer=torch.optim.AdamW,
@@ -191,7 +206,7 @@ def _detector(config: RunConfig) -> Blueprint:
         max_steps=training.max_steps,
         epochs=training.epochs or epochs,
         n_rows=n_rows,
-        averaged=config.objective.ema,
+        averaged=settings.ema,
     )
 
 
@@ -224,6 +239,5 @@ def _spread_matches(cost: Tensor, counts: tuple[int, ...]) -> tuple[Matches, Mat
     target = np.concatenate([np.arange(n) for n in pairs])
     query = np.stack([(target + stage * max(pairs)) % n_queries for stage in range(stages)])
     own = Matches(image, query, np.tile(target, (stages, 1)))
-    return own, Matches(np.tile(image, stages), own.query.reshape(1, -1), own.target.reshape(1, -1))
-
-
+    slots, first = np.unique(image * n_queries + query, return_index=True)
+    return own, Matches(slots // n_queries, slots[None] % n_queries, own.target.reshape(1, -1)[:, first])

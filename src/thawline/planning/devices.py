@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["DEVICES", "Device", "find_device"]
+__all__ = ["DEVICES", "Device", "available_bytes", "find_device"]
 
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 import torch
 
 from thawline.errors import ConfigError, did_you_mean
@@ -33,7 +35,7 @@ DEVICES: dict[str, tuple[str, float, float, float]] = {
 }
 """Name → full name, dense bf16 (T4: fp16) and fp32 TFLOP/s, GB/s of memory; the makers' data sheets."""
 SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.4, 0.7
-"""Assumed shares of the data sheet that training reaches: about what is reported for fine-tuning 7B models."""
+"""Assumed shares of the data sheet that training reaches."""
 LAUNCH = 6e-6
 """Seconds per operation that a GPU's process needs at least."""
 CPU_OVERHEAD, CUDA_OVERHEAD = 450 << 20, 600 << 20
@@ -54,7 +56,7 @@ class Device:
     """Least seconds of an operation."""
     overhead: int
     """Bytes of a process before the first tensor."""
-    precision: str = "bf16"
+    precision: Literal["fp16", "bf16"] = "bf16"
     """What `training.precision: auto` means there."""
     assumptions: tuple[str, ...] = ()
 
@@ -98,6 +100,14 @@ def find_device(name: str | None) -> Device:
     )
 
 
+def available_bytes(device: torch.device) -> int:
+    """Return the bytes that a process may use on a device, what it already uses included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) + CUDA_OVERHEAD
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
 def _measured(kind: str) -> Device:
     """Return this machine's rates, measured once and kept in the user's cache."""
     name = torch.cuda.get_device_name() if kind == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -135,7 +145,7 @@ def _calibrate(device: torch.device) -> dict[str, Any]:
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(side, side, dtype=dtype, device=device)
-        flops[str(dtype).removeprefix("torch.")] = 2 * side**3 / _seconds(lambda a=a: a @ a, device)
+        flops[str(dtype).removeprefix("torch.")] = 2 * side**3 / _seconds(partial(torch.matmul, a, a), device)
     x, small = torch.ones(large, device=device), torch.ones(1, device=device)
     return {
         "flops": flops,

@@ -18,6 +18,7 @@ from thawline.planning.blueprint import Blueprint, draw_blueprint
 from thawline.planning.devices import find_device
 from thawline.planning.simulate import StepCost, simulate_step
 from thawline.recipe import RunConfig
+from thawline.training.objective import Objective
 from thawline.tuners.paca.layer import PacaLayer
 
 SHARDINGS: dict[str, tuple[str, ...]] = {
@@ -29,7 +30,7 @@ SHARDINGS: dict[str, tuple[str, ...]] = {
 }
 """How several devices share a run → the parts that are divided among them."""
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
-"""Bytes of a weight in bitsandbytes' nf4 with double quantisation: blocks of 64, their scales in blocks of 256."""
+"""Bytes of a weight in bitsandbytes' nf4, doubly quantised: blocks of 64, their scales in blocks of 256."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,10 @@ class Plan:
     """Those of them that train."""
     bytes: Mapping[str, int]
     """Bytes by part. `weights`, `quantised`, `buffers`; `tuner`: originals and indices of PaCA's columns;
-    `gradients`; `optimizer`; `average` of the weights; `saved` for backward, the loss's share included; `loss`:
-    what logits and loss need beyond it; `workspace`: other passing tensors; `overhead` of the process;
-    `reused`, negative: gradients that come where backward has freed something; `total`: their sum, the peak."""
+    `gradients`; `optimizer`; `average` of the weights; `saved` for backward, the loss's share included;
+    `loss`: what logits and loss need beyond it; `workspace`: other passing tensors; `overhead` of the
+    process; `reused`, negative: gradients that come where backward has freed something; `total`: their sum,
+    the peak."""
     seconds_per_step: float
     """Time of an optimiser step."""
     steps: int | None
@@ -79,6 +81,7 @@ def plan_run(
     sharding: str = "ddp",
     quantised: bool = False,
     half_adapter: bool = False,
+    objective: Objective | None = None,
 ) -> Plan:
     """Plan a run without reading weights.
 
@@ -89,6 +92,7 @@ def plan_run(
         sharding: how they share the run, a key of `SHARDINGS`.
         quantised: the frozen linear layers have four bits a weight.
         half_adapter: what is trained has the base's type, where PEFT would keep float32.
+        objective: the recipe's, with its rows, if there is one already.
     Raises: ConfigError: if the recipe cannot work, or its model cannot be planned.
     """
     if sharding not in SHARDINGS:
@@ -96,8 +100,8 @@ def plan_run(
     machine = find_device(device)
     if machine.on_gpu and config.training.precision == "auto" and not torch.cuda.is_available():
         training = dataclasses.replace(config.training, precision=machine.precision)
-        config = dataclasses.replace(config, training=training)  # type: ignore[arg-type]
-    blueprint = draw_blueprint(config, length=length)
+        config = dataclasses.replace(config, training=training)
+    blueprint = draw_blueprint(config, length=length, objective=objective)
     if half_adapter:
         _cast_trained(blueprint.model)
     sizes = _sizes(blueprint, quantised=quantised)
@@ -120,7 +124,8 @@ def plan_run(
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in trained),
         bytes=parts | {"total": sum(parts.values())},
-        seconds_per_step=machine.seconds(cost, blueprint.autocast or _dtype(parameters)) * blueprint.accumulation
+        seconds_per_step=machine.seconds(cost, blueprint.autocast or _dtype(parameters))
+        * blueprint.accumulation
         + machine.seconds_to_move(4 * sizes["gradients"] + 2 * sizes["optimizer"]),
         steps=steps,
         shape=blueprint.shape,
@@ -227,5 +232,3 @@ def _is_quantised(module: nn.Linear) -> bool:
 
 def _dtype(parameters: list[nn.Parameter]) -> torch.dtype:
     return parameters[0].dtype if parameters else torch.float32
-
-

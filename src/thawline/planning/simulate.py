@@ -210,7 +210,7 @@ def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fresh = nn.Parameter(_fake(mode, parameter), requires_grad=parameter.requires_grad)
-                module._parameters[name] = known.setdefault(id(parameter), fresh)  # type: ignore[assignment]
+                module._parameters[name] = known.setdefault(id(parameter), fresh)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = known.setdefault(id(buffer), _fake(mode, buffer))
@@ -228,6 +228,7 @@ def _storage_key(tensor: Tensor) -> int:
 @contextlib.contextmanager
 def _readable(model: nn.Module) -> Iterator[None]:
     """Turn what fake tensors cannot do into a ConfigError of one line."""
+    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
     try:
         yield
     except ConfigError:
@@ -235,6 +236,6 @@ def _readable(model: nn.Module) -> Iterator[None]:
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"No plan for {type(model).__name__}: its training step needs the values of tensors ({reason}). "
+            f"No plan for {name}: its training step needs the values of tensors ({reason}). "
             "Start the run with `training.max_steps: 1` to see what it takes."
         ) from error

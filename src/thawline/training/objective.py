@@ -33,8 +33,8 @@ OBJECTIVES = {
 """`objective.kind` of a recipe → module and class, imported when a recipe asks for it."""
 
 ReadRows = Literal["all", "held-out", "none", "config"]
-"""Rows an objective reads: predicting needs none, evaluating the held-out ones. config: no file but the base's
-config; `described` says the rest, and models have no weights (meta device)."""
+"""Rows an objective reads: predicting needs none, evaluating the held-out ones. config: no file but the
+base's config; `described` says the rest, and models have no weights (meta device)."""
 
 
 class Objective(ABC):

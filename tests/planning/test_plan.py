@@ -1,0 +1,282 @@
+"""Plans against what the real training step keeps, allocates and holds."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from torch import nn
+
+import thawline
+from tests.support.text import save_tiny_bert
+from thawline.cli import main
+from thawline.errors import ConfigError
+from thawline.measure import saved_bytes
+from thawline.models.deimv2.model import DEIMv2
+from thawline.planning.plan import plan_run, read_bytes
+from thawline.planning.search import fit, largest, plan_within, read_seconds
+from thawline.recipe import RunConfig
+from thawline.training.detection.backbone import tune_backbone
+from thawline.training.detection.learner import HostTargets, Learner
+from thawline.tuners.build import attach_tuner
+
+ROWS, LENGTH = 2, 12
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+CONFIGS = {
+    "LlamaForCausalLM": lambda: transformers.LlamaConfig(**SIZES, **HEADS),
+    "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(
+        **SIZES, num_attention_heads=4, num_key_value_heads=2
+    ),
+    "Qwen3ForCausalLM": lambda: transformers.Qwen3Config(**SIZES, **HEADS),
+    "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(**SIZES, **HEADS, sliding_window=6),
+    "Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**SIZES, **HEADS, sliding_window=6),
+    "GPT2LMHeadModel": lambda: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4),
+    "BertForSequenceClassification": lambda: transformers.BertConfig(**SIZES, num_attention_heads=4),
+    "RobertaForSequenceClassification": lambda: transformers.RobertaConfig(**SIZES, num_attention_heads=4),
+    "T5ForConditionalGeneration": lambda: transformers.T5Config(
+        vocab_size=97, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
+    ),
+    "MixtralForCausalLM": lambda: transformers.MixtralConfig(**SIZES, **HEADS, num_local_experts=4),
+}
+METHODS = {
+    "full": {"tuner": {"method": "none"}},
+    "lora": {"tuner": {"method": "lora", "r": 4}},
+    "paca": {"tuner": {"method": "paca", "r": 8}},
+    "paca_lean": {"tuner": {"method": "paca", "r": 8}, "lean": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that need no measuring."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rates = {"flops": {"float32": 1e10, "bfloat16": 1e10}, "bandwidth": 1e9, "per_op": 1e-6, "date": "2026"}
+    (tmp_path / "thawline").mkdir()
+    name = f"cpu, {torch.get_num_threads()} threads"
+    (tmp_path / "thawline" / "rates.json").write_text(json.dumps({name: rates}))
+
+
+def base(tmp_path: Path, architecture: str = "LlamaForCausalLM") -> str:
+    """A folder with config.json alone."""
+    config = CONFIGS[architecture]()
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path / architecture)
+    return str(tmp_path / architecture)
+
+
+def recipe(model: str, **sections: object) -> dict:
+    return {
+        "base": {"model": model, "dtype": "float32"},
+        "data": {"path": "elsewhere.jsonl", "max_length": LENGTH},
+        "training": {"batch_size": ROWS},
+        **sections,
+    }
+
+
+def real_model(values: dict) -> nn.Module:
+    config = RunConfig.from_mapping(values)
+    base = transformers.AutoConfig.from_pretrained(config.base.model)
+    model = getattr(transformers, base.architectures[0])._from_config(
+        base, dtype=getattr(torch, config.base.dtype)
+    )
+    if config.lean:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            thawline.apply_lean(model)
+    return attach_tuner(model, config.tuner).train()
+
+
+def step(model: nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, 97, (ROWS, LENGTH))
+    is_classifier = "Classification" in str(model.config.architectures)
+    labels = torch.zeros(ROWS, dtype=torch.long) if is_classifier else ids.clone()
+    return model(input_ids=ids, labels=labels).loss
+
+
+@pytest.mark.filterwarnings("ignore:apply_lean")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_saved_bytes_are_those_of_the_hooks(tmp_path: Path, architecture: str, method: str) -> None:
+    for dtype in ("float32", "bfloat16"):
+        values = recipe(base(tmp_path, architecture), **METHODS[method])
+        values["base"]["dtype"] = dtype
+        plan = thawline.plan(values)
+        model = real_model(values)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        step(model).backward()
+        optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        saved = saved_bytes(lambda model=model: step(model), [*model.parameters(), *model.buffers()])
+        assert plan.bytes["saved"] == pytest.approx(saved, rel=0.01), dtype
+        assert plan.parameters == sum(p.numel() for p in model.parameters())
+        assert plan.trained == sum(p.numel() for p in trained)
+        assert plan.bytes["weights"] == sum(p.nbytes for p in model.parameters())
+        assert plan.bytes["gradients"] == sum(p.nbytes for p in trained)
+        assert plan.bytes["optimizer"] == sum(value.nbytes for value in states)
+        assert sum(plan.bytes.values()) == 2 * plan.bytes["total"]
+
+
+@pytest.mark.parametrize(("variant", "method"), [("atto", "paca"), ("n", "lora"), ("s", "none")])
+def test_saved_bytes_of_a_detector(variant: str, method: str) -> None:
+    size = 64
+    values = {
+        "objective": "detection", "base": {"variant": variant, "size": size}, "tuner": {"method": method},
+        "data": "elsewhere", "training": {"batch_size": 2},
+    }  # fmt: skip
+    plan = thawline.plan(values)
+    config = RunConfig.from_mapping(values)
+    torch.manual_seed(0)
+    detector = tune_backbone(DEIMv2.from_variant(variant, image_size=(size, size)), config.tuner)
+    learner = Learner(detector).train()
+    targets = [{"labels": torch.arange(5), "boxes": torch.rand(5, 4) * 0.3 + 0.3} for _ in range(2)]
+    pixels = torch.randint(255, (2, 3, size, size), dtype=torch.uint8)
+
+    def forward() -> torch.Tensor:
+        return torch.stack(list(learner(pixels, HostTargets(targets), epoch=0).values())).sum()
+
+    saved = saved_bytes(forward, [*learner.parameters(), *learner.buffers()])
+    assert plan.bytes["saved"] == pytest.approx(saved, rel=0.05)
+    assert plan.parameters == sum(p.numel() for p in learner.parameters())
+    assert plan.trained == sum(p.numel() for p in learner.parameters() if p.requires_grad)
+
+
+def test_mixed_precision_checkpointing_and_accumulation_count(tmp_path: Path) -> None:
+    model = base(tmp_path)
+    plain = thawline.plan(recipe(model, tuner="none"))
+    mixed = thawline.plan(recipe(model, tuner="none"), **{"training.precision": "bf16"})
+    autocast = real_model(recipe(model, tuner="none"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        saved = saved_bytes(lambda: step(autocast), [*autocast.parameters(), *autocast.buffers()])
+    assert mixed.bytes["saved"] == saved != plain.bytes["saved"]
+    again = thawline.plan(recipe(model, tuner="none"), **{"training.gradient_checkpointing": True})
+    assert again.bytes["saved"] < 0.6 * plain.bytes["saved"]
+    assert again.bytes["total"] < plain.bytes["total"]
+    twice = thawline.plan(recipe(model, tuner="none"), **{"training.gradient_accumulation": 2})
+    assert twice.bytes["total"] > plain.bytes["total"]
+    assert twice.seconds_per_step > 1.5 * plain.seconds_per_step
+
+
+def test_peak_is_what_a_step_allocates(tmp_path: Path) -> None:
+    values = recipe(base(tmp_path), tuner="none")
+    plan = thawline.plan(values)
+    model, live, peak = real_model(values), 0, 0
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        step(model).backward()
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    static = plan.bytes["weights"] + plan.bytes["buffers"] + plan.bytes["optimizer"] + plan.bytes["overhead"]
+    assert plan.bytes["total"] - static == pytest.approx(peak, rel=0.1)
+
+
+def test_devices_divide_what_they_share(tmp_path: Path) -> None:
+    values = recipe(base(tmp_path), tuner="none")
+    alone = thawline.plan(values)
+    for sharding, divided in {"zero1": {"optimizer"}, "fsdp2": {"optimizer", "gradients", "weights"}}.items():
+        four = thawline.plan(values, devices=4, sharding=sharding)
+        for part in ("optimizer", "gradients", "weights", "saved"):
+            assert four.bytes[part] == alone.bytes[part] // (4 if part in divided else 1), (sharding, part)
+    with pytest.raises(ConfigError, match="Unknown sharding 'zero4'"):
+        thawline.plan(values, sharding="zero4")
+
+
+def test_a_device_that_is_not_there_is_estimated(tmp_path: Path) -> None:
+    plan = thawline.plan(recipe(base(tmp_path, "GPT2LMHeadModel")), device="h100")
+    assert "estimated" in plan.device
+    assert any("40%" in text for text in plan.assumptions)
+    with pytest.raises(ConfigError, match="Unknown device 'h10'"):
+        thawline.plan(recipe(base(tmp_path)), device="h10")
+
+
+def test_rows_that_are_there_give_steps_tasks_and_labels(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"input": "a", "output": "xyz"[i % 3], "task": f"t{i % 2}"} for i in range(10)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = recipe(base(tmp_path), tuner="mhr", data={"path": str(file), "max_length": LENGTH})
+    plan = thawline.plan(values)
+    assert plan.steps == 15  # 10 rows, 2 a step, 3 epochs
+    one_task = thawline.plan(recipe(base(tmp_path), tuner="mhr"))
+    assert plan.trained > one_task.trained
+    values = recipe(base(tmp_path, "BertForSequenceClassification"), tuner="none", data=str(file))
+    values["base"]["head"] = "classifier"
+    two = thawline.plan(recipe(base(tmp_path, "BertForSequenceClassification"), tuner="none"))
+    assert thawline.plan(values).parameters == two.parameters + 32 + 1
+
+
+def test_match_is_planned_from_its_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"input": "ab", "output": "a", "choices": ["a", "b"]}\n' * 4)
+    model = save_tiny_bert(tmp_path)
+    plan = thawline.plan(recipe(str(model), objective="match", data=str(file)))
+    assert "2 choices" in plan.shape
+    assert plan.bytes["saved"] > 0
+
+
+def test_a_model_that_reads_values_ends_in_one_line(tmp_path: Path) -> None:
+    values = recipe(base(tmp_path, "MixtralForCausalLM"))
+    file = tmp_path / "MixtralForCausalLM" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"experts_implementation": "eager"}))
+    with pytest.raises(ConfigError, match="No plan for .*Mixtral.*training.max_steps: 1"):
+        thawline.plan(values)
+
+
+def test_search_finds_the_largest_multiple() -> None:
+    assert largest(lambda n: 10 + 3 * n, 100) == 30
+    assert largest(lambda n: n * n, 10_000, step=8) == 96
+    assert largest(lambda n: 200, 100) == 0
+    assert read_bytes("24GB") == 24 * 10**9
+    assert read_bytes("1.5 GiB") == 3 << 29
+    assert read_seconds("1.5h") == 5400
+    for wrong, read in (("24 apples", read_bytes), ("soon", read_seconds)):
+        with pytest.raises(ConfigError, match=wrong):
+            read(wrong)
+
+
+def test_fit_gives_paca_longer_sequences_than_lora(tmp_path: Path) -> None:
+    config = RunConfig.from_mapping(recipe(base(tmp_path)))
+    sizes = fit(config, 460 << 20, ["LoRA", "PaCA"])
+    assert sizes["PaCA"]["length"] > sizes["LoRA"]["length"] > 0
+    one = RunConfig.from_mapping(recipe(base(tmp_path), tuner={"method": "paca", "r": 16}))
+    length = sizes["PaCA"]["length"]
+    training = {"training": {"batch_size": 1}}
+    for tokens, fits in ((length, True), (length + 64, False)):
+        tried = RunConfig.from_mapping(one.to_mapping() | training)
+        assert plan_run(tried, length=tokens).fits(460 << 20) == fits
+
+
+def test_within_keeps_the_rows_of_a_step(tmp_path: Path) -> None:
+    values = recipe(base(tmp_path), training={"batch_size": 8, "max_steps": 10})
+    values["data"]["max_length"] = 64
+    config = RunConfig.from_mapping(values)
+    full = thawline.plan(values, tuner="none").bytes["total"]
+    chosen, plan = plan_within(config, full - 1_000_000, 3600)
+    assert plan.fits(full - 1_000_000)
+    assert chosen.training.batch_size * chosen.training.gradient_accumulation == 8
+    with pytest.raises(ConfigError, match="No setting fits"):
+        plan_within(config, full, 1e-9)
+
+
+def test_command_prints_the_keys_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(base(tmp_path))))
+    assert main(["plan", "--config", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"parameters", "trained", "bytes", "seconds_per_step"} <= found.keys()
+    parts = {"weights", "gradients", "optimizer", "tuner", "saved", "loss", "total"}
+    assert parts <= found["bytes"].keys()
+    assert main(["plan", "--config", str(file), "--compare"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("full", "LoRA bf16", "PaCA + lean", "QPaCA", "MHR"))
+    out = tmp_path / "chosen.yaml"
+    words = ["--fit", "1GB", "--within", "2h", "--out", str(out), "--training.max_steps", "3"]
+    assert main(["plan", "--config", str(file), *words]) == 0
+    assert RunConfig.from_mapping(yaml.safe_load(out.read_text())).tuner.method == "none"
+    assert main(["plan", "--config", str(file), "--within", "2h"]) == 2
