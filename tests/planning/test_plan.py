@@ -264,6 +264,22 @@ def test_within_keeps_the_rows_of_a_step(tmp_path: Path) -> None:
         plan_within(config, full, 1e-9)
 
 
+def test_training_says_what_it_needs_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"input": "ab", "output": "a", "choices": ["a", "b"]}\n' * 4)
+    values = recipe(
+        str(save_tiny_bert(tmp_path)), objective="match", data=str(file), folder=str(tmp_path / "runs")
+    )
+    monkeypatch.setattr("thawline.run.available_bytes", lambda device: 1000)
+    folder = thawline.train(values, dry_run=True).folder
+    found = json.loads((folder / "plan.json").read_text())
+    assert found["memory"]["total"] > 0
+    assert "of 1000 B available" in found["overview"]["memory"]
+    assert "will probably not fit" in caplog.text
+
+
 def test_command_prints_the_keys_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe(base(tmp_path))))

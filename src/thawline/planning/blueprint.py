@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError
@@ -140,7 +141,7 @@ def _text(
     plain = dataclasses.replace(
         training, eval_every="end", save_every="end", best_metric=None, report_to="none"
     )
-    arguments = training_arguments(plain, folder=config.run_folder, tuner=config.tuner, seed=config.seed)
+    arguments = _arguments(config, plain)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer, fields = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
@@ -192,7 +193,7 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
         for _ in range(rows)
     ]
     plain = Training(precision=training.precision)
-    arguments = training_arguments(plain, folder=config.run_folder, tuner=config.tuner, seed=config.seed)
+    arguments = _arguments(config, plain)
     return Blueprint(
         model=learner,
         batch=torch.zeros(rows, 3, size, size, dtype=torch.uint8, device="meta"),
@@ -216,6 +217,15 @@ def _examples(config: RunConfig) -> Sequence[Any] | None:
     if not all(str(path).startswith("hf://") or Path(path).exists() for path in paths):
         return None
     return read_rows(data, seed=config.seed).train
+
+
+def _arguments(config: RunConfig, training: Training) -> Any:
+    """Return TrainingArguments without their effect: they reset what a trainer in this process relies on."""
+    before = dict(AcceleratorState._shared_state)
+    try:
+        return training_arguments(training, folder=config.run_folder, tuner=config.tuner, seed=config.seed)
+    finally:
+        AcceleratorState._shared_state.update(before)
 
 
 def _autocast(arguments: Any) -> torch.dtype | None:
