@@ -22,16 +22,19 @@ __all__ = [
     "MissingExtraError",
     "RoutingError",
     "ThawlineError",
+    "all_of",
     "did_you_mean",
     "requires_extra",
 ]
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
 LONGEST_LIST = 60
 """Maximum number of names in an error message; of more, only the nearest are listed."""
+SHOWN = 10
+"""Maximum number of errors that one message lists."""
 
 
 class ThawlineError(Exception):
@@ -78,6 +81,15 @@ def requires_extra(what: str, package: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingExtraError(what, package, extra) from error
+
+
+def all_of(errors: Sequence[DataError], what: str) -> DataError:
+    """Return one error that lists several, at most ten, under a line of their number and `what` they are."""
+    if len(errors) == 1:
+        return errors[0]
+    shown = [str(error) for error in errors[:SHOWN]]
+    more = [f"… and {len(errors) - SHOWN:,} more"] if len(errors) > SHOWN else []
+    return DataError("\n".join([f"{len(errors):,} {what}:", *shown, *more]))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

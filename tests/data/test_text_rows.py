@@ -93,7 +93,9 @@ def test_the_template_makes_the_prompt_of_any_field(tmp_path: Path) -> None:
         ("{not json", r"rows.jsonl:2: not JSON: .* at column 2"),
         ("[1]", r"rows.jsonl:2: expected an object with keys, got list"),
         ({"question": "a"}, r"rows.jsonl:2: a row of format 'input-output' needs 'input', got 'question'"),
-        ({"input": "a", "output": 3}, r"rows.jsonl:2: 'output' must be text, got int"),
+        ({"input": "a", "output": 0.5}, r"rows.jsonl:2: 'output' must be text, got float 0.5"),
+        ({"input": "a", "output": True}, r"rows.jsonl:2: 'output' must be text, got bool True"),
+        ({"input": None, "output": "a"}, r"rows.jsonl:2: 'input' must be text, got null"),
         (
             {"input": "a", "output": "b", "choices": ["c"]},
             r"rows.jsonl:2: the answer 'b' is not among .*\['c'\]",
@@ -376,7 +378,7 @@ def test_tasks_and_answers_may_be_class_labels_and_splits_without_any_are_left_o
     # One that lacks some answers is not without labels: the row is named.
     torn = reviews["train"].map(lambda row, i: {"label": -1 if i else row["label"]}, with_indices=True)
     torn.save_to_disk(tmp_path / "torn")
-    with pytest.raises(DataError, match="torn:1: 'output' must be text, got int"):
+    with pytest.raises(DataError, match="torn:1: 'output' must be text, got null"):
         load_examples(tmp_path / "torn", columns=COLUMNS)
 
 
@@ -413,10 +415,10 @@ def test_csv_files_have_tasks_by_column_and_an_empty_one_is_named(tmp_path: Path
     assert summaries(load_examples(file, columns=COLUMNS)) == {
         ("films", "fine, all in all\n", "good", ()), ("books", "dull\n", "bad", ()),
     }  # fmt: skip
-    with pytest.raises(DataError, match=r"reviews.csv:0: `data.columns` asks for 'topic', the row has"):
+    with pytest.raises(DataError, match=r"reviews.csv:2: `data.columns` asks for 'topic', the row has"):
         load_examples(file, columns={**COLUMNS, "task": "topic"})
     file.write_text("sentence,label,source\nfine,good,films\ndull,bad,\n")
-    with pytest.raises(DataError, match=r"reviews.csv:1: the row's task is empty"):
+    with pytest.raises(DataError, match=r"reviews.csv:3: the row's task is empty"):
         load_examples(file, columns=COLUMNS)
     file.write_text("sentence,label,source\nfine,good,0\n")
     [example] = load_examples(file, columns=COLUMNS)
@@ -426,7 +428,9 @@ def test_csv_files_have_tasks_by_column_and_an_empty_one_is_named(tmp_path: Path
     with pytest.raises(DataError, match=r"Cannot load '.*broken.parquet': .*arquet"):
         load_examples(broken)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty' holds no .jsonl, .json, .parquet or .csv file"):
+    with pytest.raises(
+        DataError, match=r"empty' holds no .jsonl, .ndjson, .json, .csv, .tsv or .parquet file"
+    ):
         load_examples(tmp_path / "empty")
 
 
@@ -447,7 +451,7 @@ def test_only_a_line_break_ends_a_row(tmp_path: Path, text: str, answer: str) ->
     ("row", "message"),
     [
         ({"input": "x", "output": "1", "choices": "12"}, "`choices` must be a list of texts, got '12'"),
-        ({"input": "x", "output": "1", "choices": [1, 2]}, "`choices` must be a list of texts"),
+        ({"input": "x", "output": "1", "choices": [0.5]}, "`choices`: each must be text, got float 0.5"),
         (
             {
                 "messages": [

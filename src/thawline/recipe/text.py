@@ -48,7 +48,7 @@ class TextBase:
 
 @dataclass(frozen=True, kw_only=True)
 class TextData:
-    """Rows of text: JSONL, JSON, Parquet or CSV files, or a dataset of the `datasets` library."""
+    """Rows of text: JSONL, JSON, CSV, TSV or Parquet files, or a dataset of the `datasets` library."""
 
     path: str | list[str] = ""
     """File or folder, or several; or a dataset saved by `save_to_disk`, or "hf://OWNER/NAME". Rows with a
@@ -69,6 +69,8 @@ class TextData:
     """For `messages`: a Jinja file, or "plain" (`user: …` lines). None: the tokenizer's own."""
     max_length: int = 512
     """Longest sequence, in tokens. A longer prompt loses its beginning, a longer completion its end."""
+    overlong: Literal["cut", "drop", "error"] = "cut"
+    """Rows longer than `max_length`: cut them, leave them out, or stop. All three say how many there are."""
     max_rows: int | None = None
     """Use this many training rows, drawn by `seed`. None: all."""
     max_eval_rows: int | None = None
@@ -106,6 +108,7 @@ class TextData:
         fraction("data.eval_fraction", self.eval_fraction)
         all_at_least(self, "data", 1, "max_rows", "max_eval_rows", "max_task_eval_rows", "task_cap", "shots")
         one_of("data.sampling", self.sampling, ("each", "size", "temperature", "equal"))
+        one_of("data.overlong", self.overlong, ("cut", "drop", "error"))
         one_of("data.batches", self.batches, ("mixed", "task"))
         one_of("data.shots_per", self.shots_per, ("task", "class"))
         if not self.sampling_temperature > 0:

@@ -6,6 +6,7 @@ __all__ = [
     "FORMATS",
     "IGNORED",
     "Example",
+    "OverlongError",
     "Split",
     "TextEncoder",
     "collate_tokens",
@@ -16,7 +17,7 @@ __all__ = [
     "split_examples",
 ]
 
-from thawline.data.text.encode import IGNORED, TextEncoder, collate_tokens
+from thawline.data.text.encode import IGNORED, OverlongError, TextEncoder, collate_tokens
 from thawline.data.text.rows import (
     FORMATS,
     Example,

@@ -1,8 +1,8 @@
-"""Rows read by the `datasets` library: saved datasets, datasets of the Hub, Parquet and CSV files."""
+"""Rows read by the `datasets` library: saved datasets, datasets of the Hub, Parquet files."""
 
 from __future__ import annotations
 
-__all__ = ["TABLES", "dataset_rows", "is_dataset", "table_rows"]
+__all__ = ["dataset_rows", "is_dataset", "table_rows"]
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -14,9 +14,6 @@ from thawline.errors import DataError, requires_extra
 logger = logging.getLogger(__name__)
 
 HUB = "hf://"
-
-TABLES = ("parquet", "csv")
-"""Suffixes of the files that the library reads, which are also its names for them."""
 
 UNLABELLED = -1
 """Class id of a row without a label, as in the test splits of GLUE."""
@@ -52,7 +49,7 @@ def dataset_rows(
 
 
 def table_rows(file: Path, answers: Collection[str] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield place and content of every row of a Parquet or CSV file, with classes as in `dataset_rows`."""
+    """Yield place and content of every row of a Parquet file, with classes as in `dataset_rows`."""
     return _rows(_load(str(file)), str(file), answers)
 
 
@@ -66,8 +63,10 @@ def _rows(rows: Any, where: str, answers: Collection[str]) -> Iterator[tuple[str
     own = next((names for key, names in classes.items() if key in answers), None)
     choices = {} if own is None else {"choices": own}
     for i, row in enumerate(rows):
-        # A missing class stays a number, which `load_examples` refuses.
-        named = {key: names[row[key]] for key, names in classes.items() if row[key] not in (None, UNLABELLED)}
+        # A missing class becomes None, which `load_examples` refuses.
+        named = {
+            key: None if row[key] in (None, UNLABELLED) else names[row[key]] for key, names in classes.items()
+        }
         yield f"{where}:{i}", {**choices, **row, **named}
 
 
@@ -81,7 +80,7 @@ def _load(path: str) -> Any:
             return datasets.load_dataset("/".join(parts[:2]), "/".join(parts[2:]) or None)
         if Path(path).is_dir():
             return datasets.load_from_disk(path)
-        return datasets.load_dataset(Path(path).suffix[1:], data_files=path, split="train")
+        return datasets.load_dataset("parquet", data_files=path, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ or error  # the library's own message about a broken file gives no reason
         raise DataError(f"Cannot load '{path}': {str(reason).strip().splitlines()[0]}") from error

@@ -11,7 +11,7 @@ its end token, each once, also where the data brings them along.
 
 from __future__ import annotations
 
-__all__ = ["IGNORED", "TextEncoder", "collate_tokens"]
+__all__ = ["IGNORED", "OverlongError", "TextEncoder", "collate_tokens"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -32,6 +32,10 @@ IGNORED = -100
 """Label of a token that is not learned; PyTorch's cross-entropy and transformers skip it."""
 
 
+class OverlongError(DataError):
+    """A row of more tokens than are taken, where it may not be cut."""
+
+
 @dataclass(eq=False)
 class TextEncoder:
     """Convert examples to token ids and labels, for one tokenizer and one kind of model.
@@ -39,6 +43,7 @@ class TextEncoder:
     Args:
         tokenizer: any of transformers' tokenizers.
         max_length: longest sequence; longer prompts are cut at the start, longer completions at the end.
+        cut: cut longer examples; False: raise OverlongError.
         learn_prompt: learn prompts too (and, in chats, the turns of every role).
         seq2seq: prompt to the encoder, completion to the decoder.
         chat_template: Jinja file for `messages`, "plain", or None for the tokenizer's own template.
@@ -47,6 +52,7 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
     _: KW_ONLY
     max_length: int = 512
+    cut: bool = True
     learn_prompt: bool = False
     seq2seq: bool = False
     chat_template: str | None = None
@@ -65,31 +71,53 @@ class TextEncoder:
         """Return the token ids and labels of one example.
 
         Raises: DataError: if no token of the example would be learned, or the chat template drops some.
+            OverlongError: if it is longer than `max_length` and may not be cut.
         """
-        if not example.messages:
-            row = self.join(self._full_prompt(example), self.answer_ids(example.answer))
-        else:
+        if example.messages:
             example = self.chat.without_ends(example)
-            row = self._encode_last_turn(example) if self.seq2seq else self._encode_chat(example)
+        if example.messages and not self.seq2seq:
+            ids, is_learned = self.chat.tokens(example, learn_all=self.learn_prompt)
+            labels = [token if learned else IGNORED for token, learned in zip(ids, is_learned, strict=True)]
+            row = {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+            length = len(ids)
+        else:
+            if example.messages:
+                self._check_last_turn(example)
+            prompt, answer = self._full_prompt(example), self.answer_ids(example.answer)
+            if prompt == self.opening_ids == answer[: len(prompt)] and len(answer) > len(prompt):
+                prompt = []  # the text of the data brings its opening tokens along
+            row = self.join(prompt, answer)
+            length = max(len(prompt), len(answer)) if self.seq2seq else len(prompt) + len(answer)
+        self._check_length(example, length)
         # A causal LM never predicts its first token.
         if all(label == IGNORED for label in row["labels"][not self.seq2seq :]):
             raise DataError(
-                f"{example.where}: nothing is left to learn in max_length={self.max_length} tokens."
+                f"{example.where}: nothing is left to learn in max_length={self.max_length} tokens of "
+                f"{length}. Raise `data.max_length`, or set `data.overlong` to drop."
             )
         return row
 
     def join(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
         """Join the tokens of a prompt and of the answer to learn; too long a prompt is cut at its start."""
         if self.seq2seq:
-            self.n_cut += max(len(prompt), len(answer)) > self.max_length
             return {"input_ids": self._keep_end(prompt, self.max_length), "labels": answer[: self.max_length]}
-        if prompt == self.opening_ids == answer[: len(prompt)] and len(answer) > len(prompt):
-            prompt = []  # the text of the data brings its opening tokens along
-        self.n_cut += len(prompt) + len(answer) > self.max_length
         answer = answer[: self.max_length - bool(prompt)]
         prompt = self._keep_end(prompt, self.max_length - len(answer))
         prompt_labels = prompt if self.learn_prompt else [IGNORED] * len(prompt)
         return {"input_ids": prompt + answer, "labels": prompt_labels + answer}
+
+    def text_ids(self, text: str, example: Example | None = None) -> list[int]:
+        """Return the tokens of a text as an encoder takes it, opened and closed, cut to `max_length`.
+
+        Args:
+            example: the row that the text is of, if its length is to be checked.
+        """
+        ids = list(self.tokenizer(text).input_ids)
+        if example is not None:
+            self._check_length(example, len(ids))
+        if len(ids) > self.max_length:
+            ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
+        return ids
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Return the tokens that an answer continues: opening tokens and prompt, without an end token.
@@ -137,14 +165,17 @@ class TextEncoder:
         ids = self._ids(example.prompt)
         return ids if ids[: len(self.opening_ids)] == self.opening_ids else self.opening_ids + ids
 
-    def _encode_chat(self, example: Example) -> dict[str, list[int]]:
-        ids, is_learned = self.chat.tokens(example, learn_all=self.learn_prompt)
-        self.n_cut += len(ids) > self.max_length
-        labels = [token if learned else IGNORED for token, learned in zip(ids, is_learned, strict=True)]
-        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+    def _check_length(self, example: Example, length: int) -> None:
+        """Count an example that is cut. Raises: OverlongError: if it may not be."""
+        if length > self.max_length:
+            if not self.cut:
+                raise OverlongError(
+                    f"{example.where}: {length} tokens, more than max_length={self.max_length}."
+                )
+            self.n_cut += 1
 
-    def _encode_last_turn(self, example: Example) -> dict[str, list[int]]:
-        """Encode a chat for an encoder-decoder, which learns the last turn alone."""
+    def _check_last_turn(self, example: Example) -> None:
+        """Check a chat for an encoder-decoder, which learns the last turn alone."""
         self.chat.check_complete(example)
         last = example.messages[-1]
         if last["role"] != "assistant" or last.get("tool_calls") or not last.get("weight", 1):
@@ -152,7 +183,6 @@ class TextEncoder:
                 f"{example.where}: an encoder-decoder learns the last turn of a chat, which must be "
                 "the assistant's, of text alone, and not of weight 0."
             )
-        return self.join(self._full_prompt(example), self.answer_ids(example.answer))
 
     def _keep_end(self, ids: list[int], length: int) -> list[int]:
         """Cut `ids` to `length` tokens: the opening tokens, where they stand, and the end of the rest."""

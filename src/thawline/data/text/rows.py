@@ -1,9 +1,9 @@
-"""Text examples read from JSONL, JSON, Parquet, CSV or a `datasets` dataset, whatever their keys are called.
+"""Text examples read from files or a `datasets` dataset, whatever their keys are called.
 
     file or dataset ── load_examples ──► Example(prompt, completion | messages, choices, task, split)
                                              └── split_examples ──► Split(train, held_out)
 
-A faulty row is named by file and line. `encode.py` turns examples into tokens.
+Faulty rows are named by file and line, all at once. `encode.py` turns examples into tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "split_examples",
 ]
 
+import json
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,9 +29,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from thawline.data.text.datasets import TABLES, dataset_rows, is_dataset, table_rows
+from thawline.data.text.datasets import dataset_rows, is_dataset
+from thawline.data.text.files import Rows, data_files, file_name, file_rows, read_text
 from thawline.data.text.turns import parse_json, read_chat
-from thawline.errors import ConfigError, DataError, did_you_mean
+from thawline.errors import ConfigError, DataError, all_of, did_you_mean
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -70,8 +72,20 @@ class Example:
     task: str = ""
     split: str = ""
     format: str = "text"
-    where: str = ""
+    where: str = "the text"
     """File and line, for messages."""
+
+    def __post_init__(self) -> None:
+        """Check that tokenizers can read the text. Raises: DataError: for half of a character."""
+        fields = (self.prompt, self.completion, self.messages, self.tools, self.choices, self.task)
+        try:
+            json.dumps(fields, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            before = error.object[max(error.start - 20, 0) : error.start].rpartition('"')[2]
+            raise DataError(
+                f"{self.where}: half of a character, \\u{ord(error.object[error.start]):04x}, stands behind "
+                f"{before!r}. JSON writes an emoji by two such codes: correct the row, or remove the code."
+            ) from error
 
     @property
     def question(self) -> str:
@@ -100,7 +114,7 @@ def load_examples(
 ) -> list[Example]:
     """Read all rows of files, folders or datasets.
 
-    Of a folder, every JSONL and JSON file below it is read, or every Parquet and CSV file if there are none.
+    Of a folder, every JSON, JSONL, CSV, TSV and Parquet file below it is read, plain or in gzip.
     Its manifest.json, if any, is a list of `{task, choices?, instruction?, type?}`: values that a task's rows
     lack are taken from there, and the template may use `{instruction}`.
 
@@ -111,26 +125,32 @@ def load_examples(
         template: prompt built from a row's fields (`"{input}\\n"`). None: the format's own.
         columns: our key → the rows' key, e.g. {"input": "sentence", "output": "label", "task": "source"}.
 
-    Raises: DataError: naming file and line, for a row that cannot be read.
+    Raises: DataError: naming file and line of the rows that cannot be read.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"Unknown format '{format}'. {did_you_mean(format, FORMATS)}")
     columns = columns or {}
     answers = {columns.get(key, key) for key in ("output", "completion")}
     examples: list[Example] = []
+    faults: list[DataError] = []
     for root in [path] if isinstance(path, (str, Path)) else path:
         manifest = {} if is_dataset(root) else {str(entry["task"]): entry for entry in read_manifest(root)}
         for task, split, rows in _sources(root, answers):
             row_format = format
             for where, row in rows:
-                row = _rename(row, columns, where) if columns else row
-                if row_format == "auto":
-                    row_format = _detect_format(row, where)
-                if row.get("task", task) in (None, ""):
-                    raise DataError(f"{where}: the row's task is empty. Name it, or leave the key out.")
-                name = str(row.get("task", task))
-                shared = {"task": name, "split": str(row.get("split") or split), "where": where}
-                examples.append(_example(row, row_format, template, manifest.get(name, {}), **shared))
+                try:
+                    row = _rename(row, columns, where)
+                    if row_format == "auto":
+                        row_format = _detect_format(row, where)
+                    name = _text(row.get("task", task), f"{where}: the row's task")
+                    if not name:
+                        raise DataError(f"{where}: the row's task is empty. Name it, or leave the key out.")
+                    shared = {"task": name, "split": _split(row.get("split") or split), "where": where}
+                    examples.append(_example(row, row_format, template, manifest.get(name, {}), **shared))
+                except DataError as fault:
+                    faults.append(fault)
+    if faults:
+        raise all_of(faults, "rows cannot be read")
     return examples
 
 
@@ -142,11 +162,11 @@ def read_manifest(root: str | Path) -> list[dict[str, Any]]:
     file = Path(root) / "manifest.json"
     if not file.is_file():
         return []
-    entries = parse_json(file.read_text(encoding="utf-8"), str(file))
+    entries = parse_json(read_text(file), str(file))
     if not isinstance(entries, list) or not all(isinstance(one, dict) and "task" in one for one in entries):
         return []
     for entry in entries:
-        _check_texts(entry.get("choices") or [], f"{file}: `choices` of '{entry['task']}'")
+        _choices(entry.get("choices") or [], f"{file}: `choices` of '{entry['task']}'")
     return entries
 
 
@@ -208,21 +228,17 @@ def prompt_example(
     return Example(prompt=text, **shared)
 
 
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
-"""Place of each row, for messages, and its content."""
-
-
 def _sources(root: str | Path, answers: Collection[str]) -> Iterator[tuple[str, str, Rows]]:
     """Yield task, split and rows of every file or dataset split; rows may name another task or split."""
     if is_dataset(root):
-        for split, rows in dataset_rows(str(root), answers):
-            yield Path(root).name, split, rows
+        for split, found in dataset_rows(str(root), answers):
+            yield Path(root).name, split, found
         return
-    for file in _files(Path(root)):
+    for file in data_files(Path(root)):
         # train.jsonl and the like are splits, and their folder is the task; numbered parts are one file.
-        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)
+        stem = re.sub(r"-\d+-of-\d+$", "", file_name(file))
         is_split = stem in ("train", *HELD_OUT)
-        rows = table_rows(file, answers) if file.suffix[1:] in TABLES else _json_rows(file)
+        rows = file_rows(file, answers)
         first = next(rows, None)
         if first is None:
             raise DataError(f"{file}: no rows.")
@@ -233,46 +249,20 @@ def _sources(root: str | Path, answers: Collection[str]) -> Iterator[tuple[str, 
         )
 
 
-def _files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise DataError(f"No such file or folder: '{root}'.")
-    for suffixes in (("jsonl", "json"), TABLES):
-        found = sorted(file for suffix in suffixes for file in root.rglob(f"*.{suffix}"))
-        if found := [file for file in found if file.name != "manifest.json"]:
-            return found
-    raise DataError(f"'{root}' holds no .jsonl, .json, .parquet or .csv file.")
-
-
-def _json_rows(file: Path) -> Rows:
-    """Yield the rows of a JSONL file, or of a JSON file with a list."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # Windows' editors put a mark in front
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start}).") from error
-    if file.suffix == ".json":
-        rows = parse_json(text, str(file))
-        if not isinstance(rows, list):
-            raise DataError(
-                f"{file}: expected a list of rows, got {type(rows).__name__}. Or use .jsonl, a row per line."
-            )
-        numbered = ((f"{file}: row {i}", row) for i, row in enumerate(rows, 1))
-    else:
-        # Not splitlines(): JSON leaves line separators such as U+2028 unescaped within a text.
-        lines = enumerate(text.split("\n"), 1)
-        numbered = ((f"{file}:{i}", parse_json(line, f"{file}:{i}")) for i, line in lines if line.strip())
-    for where, row in numbered:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object with keys, got {type(row).__name__}.")
-        yield where, row
-
-
-def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+def _rename(row: Mapping[str, Any] | DataError, columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """Return a row under our names. Raises: DataError: if it lacks one, or could not be read."""
+    if isinstance(row, DataError):
+        raise row
     missing = [theirs for theirs in columns.values() if theirs not in row]
     if missing:
         raise DataError(f"{where}: `data.columns` asks for '{missing[0]}', the row has {_quoted(row)}.")
     return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
+def _split(name: object) -> str:
+    """Return a split's name: that in HELD_OUT for `Test`, `test_sft`, `validation_matched` and the like."""
+    first = re.split(r"[^a-z]", str(name).lower())[0]
+    return first if first in HELD_OUT else str(name)
 
 
 def _detect_format(row: Mapping[str, Any], where: str) -> str:
@@ -293,25 +283,35 @@ def _example(
         raise DataError(f"{where}: a row of format '{format}' needs '{missing[0]}', got {_quoted(row)}.")
     if format in ("messages", "conversations") or (format != "text" and isinstance(row.get("prompt"), list)):
         return Example(**read_chat(row, where), format="messages", **shared)
-    keys = FORMATS[format]
-    for key in keys:
-        if not isinstance(row[key], str):
-            raise DataError(f"{where}: '{key}' must be text, got {type(row[key]).__name__}.")
-    completion = row[keys[-1]]
+    texts = {key: _text(row[key], f"{where}: '{key}'") for key in FORMATS[format]}
+    completion = texts[FORMATS[format][-1]]
     if format == "text":
         return Example(completion=completion, **shared)
-    choices = row.get("choices") or task_entry.get("choices") or ()
-    _check_texts(choices, f"{where}: `choices`")
+    choices = _choices(row.get("choices") or task_entry.get("choices") or (), f"{where}: `choices`")
     if choices and completion not in choices:
         raise DataError(f"{where}: the answer {completion!r} is not among the choices {list(choices)!r}.")
     fields = {"instruction": task_entry["instruction"], **row} if "instruction" in task_entry else row
-    prompt = format_prompt(fields, format, template, where)
-    return Example(prompt=prompt, completion=completion, choices=tuple(choices), format=format, **shared)
+    prompt = format_prompt({**fields, **texts}, format, template, where)
+    return Example(prompt=prompt, completion=completion, choices=choices, format=format, **shared)
 
 
-def _check_texts(values: Any, what: str) -> None:
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
+def _text(value: Any, what: str) -> str:
+    """Return a text as it is, and a whole number (a class) as its digits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"{type(value).__name__} {value!r}"
+        raise DataError(f"{what} must be text, got {kind}.")
+    return value
+
+
+def _choices(values: Any, what: str) -> tuple[str, ...]:
+    """Return choices, given as a list of texts or, in a table, as its JSON text."""
+    if isinstance(values, str) and values.startswith("["):
+        values = parse_json(values, what)
+    if not isinstance(values, (list, tuple)):
         raise DataError(f"{what} must be a list of texts, got {values!r}.")
+    return tuple(_text(value, f"{what}: each") for value in values)
 
 
 def _quoted(row: Mapping[str, Any]) -> str:

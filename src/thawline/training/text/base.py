@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Row", "RowObjective", "judged_row"]
 
 import dataclasses
+import logging
 import os
 import random
 from abc import abstractmethod
@@ -18,10 +19,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from thawline.data.text.encode import collate_tokens
+from thawline.data.text.encode import OverlongError, TextEncoder, collate_tokens
 from thawline.data.text.multitask import TaskSampler
 from thawline.data.text.rows import Example, prompt_example
-from thawline.errors import ConfigError, RoutingError, did_you_mean
+from thawline.errors import ConfigError, DataError, RoutingError, all_of, did_you_mean
 from thawline.recipe import Full, Mhr, RunConfig, TextBase, TextData, Training, TunerSettings
 from thawline.tables import AT_START, ZERO_SHOT
 from thawline.training.arguments import choose_precision, training_arguments
@@ -34,6 +35,8 @@ from thawline.training.text.shares import gather, own_share
 from thawline.training.trainer import Trainer
 from thawline.tuners.build import attach_tuner, routed_tasks
 from thawline.tuners.mhr.adapt import parameter_groups
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 8
 """Training batches that PaCA's `activation` and `gradient` selections look at."""
@@ -57,6 +60,7 @@ class RowObjective(Objective):
     base: TextBase
     data: TextData
     training: Training
+    encoder: TextEncoder
     train_rows: Sequence[Row] = ()
     held_out_rows: Sequence[Row] = ()
     smaller_is_better: tuple[str, ...] = ("loss", "macro_loss")
@@ -72,11 +76,13 @@ class RowObjective(Objective):
         self.described = described
         self.task_ids: dict[str, int] | None = None
         self.train_examples, self.held_out_examples = read_rows(self.data, seed=config.seed, read=read)
-        examples = self.train_examples or self.held_out_examples
-        self.tasks = tuple(dict.fromkeys(example.task for example in examples))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
         """Tasks in the order of their first row: those to train or, where none are, to evaluate on."""
-        if not self.has_weights:
-            self.tasks = tuple(described.get("tasks", ()))
+        examples = self.train_examples or self.held_out_examples
+        known = self.described.get("tasks", ()) if not self.has_weights else ()
+        return tuple(dict.fromkeys(example.task for example in examples)) or tuple(known)
 
     @abstractmethod
     def encode(self, example: Example) -> dict[str, Any]:
@@ -93,16 +99,36 @@ class RowObjective(Objective):
         """Answer each example: by one of its choices, where it has some."""
 
     def encode_rows(self) -> None:
-        """Fill `train_rows` and `held_out_rows`."""
-        self.train_rows, self.held_out_rows = (
-            [
-                {**self.encode(example), "task": example.task, "example": example}
-                for example in tqdm(
-                    examples, desc="tokens", unit="row", leave=False, disable=len(examples) < MANY_ROWS
-                )
-            ]
-            for examples in (self.train_examples, self.held_out_examples)
-        )
+        """Fill `train_rows` and `held_out_rows`; say how many rows were cut, or leave them out.
+
+        Raises: DataError: naming the rows that cannot be encoded, or may not be cut.
+        """
+        examples = (*self.train_examples, *self.held_out_examples)
+        rows: list[Row | None] = []
+        faults: list[DataError] = []
+        hidden = len(examples) < MANY_ROWS
+        for example in tqdm(examples, desc="tokens", unit="row", leave=False, disable=hidden):
+            try:
+                rows.append({**self.encode(example), "task": example.task, "example": example})
+            except DataError as fault:
+                rows.append(None)
+                if not (isinstance(fault, OverlongError) and self.data.overlong == "drop"):
+                    faults.append(fault)
+        if faults:
+            raise all_of(faults, "rows cannot be used")
+        n_train = len(self.train_examples)
+        self.train_rows = [row for row in rows[:n_train] if row is not None]
+        self.held_out_rows = [row for row in rows[n_train:] if row is not None]
+        n_dropped, n_cut, length = rows.count(None), self.encoder.n_cut, self.data.max_length
+        if n_dropped or n_cut:
+            what = "left out: they are longer than" if n_dropped else "cut to"
+            logger.warning(
+                "%d of %d rows were %s max_length=%d tokens.", n_dropped or n_cut, len(rows), what, length
+            )
+        if n_train and not self.train_rows:
+            raise DataError(f"All rows are longer than `data.max_length`: {length}. Raise it, or cut them.")
+        self.train_examples = [row["example"] for row in self.train_rows]
+        self.held_out_examples = [row["example"] for row in self.held_out_rows]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
+from thawline.data.text.encode import TextEncoder
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
 from thawline.recipe import MatchSettings, RunConfig
@@ -57,6 +58,9 @@ class MatchObjective(RowObjective):
         if load_pretrained(AutoConfig, base).is_encoder_decoder:
             raise ConfigError(f"`objective: match` needs an encoder; '{base.model}' is an encoder-decoder.")
         self._known_ids: dict[str, list[int]] = {}
+        self.encoder = TextEncoder(
+            self.processor, max_length=self.data.max_length, cut=self.data.overlong == "cut"
+        )
         self.encode_rows()
 
     def load_base(self, source: str | None = None) -> nn.Module:
@@ -117,7 +121,7 @@ class MatchObjective(RowObjective):
                 "folder's manifest.json."
             )
         labels = example.choices.index(example.completion)
-        return {"input_ids": self._text_ids(example.prompt), "labels": labels}
+        return {"input_ids": self._text_ids(example.prompt, example), "labels": labels}
 
     def judge(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[dict[str, Any]]:
         """Judge each row by its nearest choice, with the log-likelihood of the right one."""
@@ -180,10 +184,9 @@ class MatchObjective(RowObjective):
             self._known_ids[choice] = self._text_ids(self.settings.choice_template.format(choice=choice))
         return self._known_ids[choice]
 
-    def _text_ids(self, text: str) -> list[int]:
-        ids = self.processor(text, truncation=True, max_length=self.data.max_length).input_ids
+    def _text_ids(self, text: str, example: Example | None = None) -> list[int]:
         # Not every tokenizer opens or closes a text, and the mean over no tokens has no direction.
-        return list(ids) or [self.processor.pad_token_id]
+        return self.encoder.text_ids(text, example) or [self.processor.pad_token_id]
 
 
 def mean_pooled(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["TextObjective"]
 
-import logging
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
@@ -26,8 +25,6 @@ from thawline.training.objective import ReadRows
 from thawline.training.text.base import Row, RowObjective, judged_row
 from thawline.training.text.pretrained import load_pretrained
 from thawline.training.text.scoring import Score, generate_answers, score_answers, score_labels
-
-logger = logging.getLogger(__name__)
 
 HEADS = {
     "causal-lm": AutoModelForCausalLM,
@@ -59,6 +56,7 @@ class TextObjective(RowObjective):
         self.encoder = TextEncoder(
             self.processor,
             max_length=self.data.max_length,
+            cut=self.data.overlong == "cut",
             learn_prompt=self.settings.loss_on == "all",
             seq2seq=self.head == "seq2seq-lm",
             chat_template=self.data.chat_template,
@@ -69,11 +67,6 @@ class TextObjective(RowObjective):
                 sorted({label for one in examples for label in one.choices or [one.completion]})
             )
         self.encode_rows()
-        if n_cut := self.encoder.n_cut:
-            n_rows = len(self.train_rows) + len(self.held_out_rows)
-            logger.warning(
-                "%d of %d rows were cut to max_length=%d tokens.", n_cut, n_rows, self.data.max_length
-            )
         chosen = self._choose_metrics()
         self.metrics = tuple(name for name in METRICS if name in chosen)
 
@@ -133,7 +126,8 @@ class TextObjective(RowObjective):
             raise DataError(
                 f"{example.where}: a classifier needs a prompt and an answer, got '{example.format}'."
             )
-        return {"input_ids": self._prompt_ids(example), "labels": self.labels.index(example.completion)}
+        ids = self.encoder.text_ids(example.prompt, example)
+        return {"input_ids": ids, "labels": self.labels.index(example.completion)}
 
     def judge(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[dict[str, Any]]:
         """Judge each row by a classifier's label or a language model's answer."""
@@ -149,7 +143,7 @@ class TextObjective(RowObjective):
             sampling: forwarded to `generate` (max_new_tokens, do_sample, temperature, top_p, …).
         """
         if self.head == "classifier":
-            rows = [{"input_ids": self._prompt_ids(one), "task": one.task} for one in examples]
+            rows = [{"input_ids": self.encoder.text_ids(one.prompt), "task": one.task} for one in examples]
             found = score_labels(model, rows, self.collate, batch_size)
             return [self.labels[logits.argmax()] for logits in found]
         if any(example.choices for example in examples):
@@ -224,10 +218,6 @@ class TextObjective(RowObjective):
     def _score(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
         shifted = self.head == "causal-lm"
         return score_answers(model, rows, self.collate, batch_size=batch_size, shifted=shifted)
-
-    def _prompt_ids(self, example: Example) -> list[int]:
-        ids = self.processor(example.prompt, truncation=True, max_length=self.data.max_length).input_ids
-        return list(ids)
 
     def _choose_metrics(self) -> tuple[str, ...]:
         wanted, examples = self.settings.metrics, self.held_out_examples
