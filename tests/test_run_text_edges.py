@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
-from tests.support.text import byte_tokenizer
+import pytest
+
+from tests.support.text import byte_tokenizer, save_tiny_bert, save_tiny_t5
 from tests.support.text_runs import TextRecipes
+from thawline.errors import DataError
+from thawline.recipe import RunConfig
 from thawline.run import run
+from thawline.training.objective import Objective, build_objective
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -46,3 +52,71 @@ def test_a_model_trained_on_chats_is_saved_with_the_end_of_its_turns(tmp_path: P
     result = run(recipe("chats", "none", max_steps=1))
     saved = GenerationConfig.from_pretrained(result.folder / "model").eos_token_id
     assert set(saved) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def built(base: Path, data: str, *, kind: str = "text", head: str = "auto", **settings: object) -> Objective:
+    """Build the objective of a recipe whose data section has `settings`."""
+    return build_objective(
+        RunConfig.from_mapping(
+            {
+                "base": {"model": str(base), "head": head},
+                "data": {"path": data, **settings},
+                "objective": kind,
+            }
+        )
+    )
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> dict[str, dict]:
+    """Bases of every kind, with the settings that they need."""
+    llama = save_llama(tmp_path / "llama", byte_tokenizer())
+    return {
+        "causal": {"base": llama},
+        "classifier": {"base": llama, "head": "classifier"},
+        "seq2seq": {"base": save_tiny_t5(tmp_path / "t5")},
+        "match": {"base": save_tiny_bert(tmp_path / "bert"), "kind": "match"},
+    }
+
+
+@pytest.mark.parametrize("kind", ["causal", "classifier", "seq2seq", "match"])
+def test_overlong_rows_are_cut_dropped_or_named_all(tmp_path: Path, bases, kind: str, caplog) -> None:
+    inputs = ["a", "b" * 40, "c" * 50, "d"]
+    rows = [{"input": text, "output": "x", "choices": ["x", "y"]} for text in inputs]
+    data = write_rows(tmp_path / "rows.jsonl", *rows, {**rows[2], "split": "test"})
+    options = {**bases[kind], "data": data, "max_length": 16}
+    with caplog.at_level(logging.WARNING, "thawline"):
+        cut = built(**options)
+        assert len(cut.train_rows) == 4
+        assert max(len(row["input_ids"]) for row in cut.train_rows) == 16
+        dropped = built(**options, overlong="drop")
+        assert [row["example"].where[-1] for row in dropped.train_rows] == ["1", "4"]
+        assert not dropped.held_out_rows
+    assert [record.message for record in caplog.records] == [
+        "3 of 5 rows were cut to max_length=16 tokens.",
+        "3 of 5 rows were left out: they are longer than max_length=16 tokens.",
+    ]
+    with pytest.raises(
+        DataError, match=r"^3 rows cannot be used:\n.*:2: 4\d tokens, more than.*\n.*:3: .*\n.*:5: "
+    ):
+        built(**options, overlong="error")
+    with pytest.raises(DataError, match="All rows are longer than `data.max_length`: 2"):
+        built(**options | {"max_length": 2}, overlong="drop")
+
+
+def test_rows_that_leave_nothing_to_learn_are_named_all(tmp_path: Path, bases) -> None:
+    chat = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b"}]
+    data = write_rows(tmp_path / "chats.jsonl", *[{"messages": chat}] * 3)
+    options = {**bases["causal"], "data": data, "chat_template": "plain"}
+    with pytest.raises(
+        DataError, match=r"^3 rows cannot be used:\n.*:1: nothing is left to learn in max_length=20"
+    ):
+        built(**options, max_length=20)
+    assert len(built(**options).train_rows) == 3
+
+
+def test_empty_answers_are_said(tmp_path: Path, bases, caplog) -> None:
+    (tmp_path / "rows.csv").write_text("input,output\na,x\nb,\n")
+    with caplog.at_level(logging.WARNING, "thawline"):
+        built(**bases["causal"], data=str(tmp_path / "rows.csv"))
+    assert "1 of 2 rows have an empty answer, first" in caplog.text

@@ -125,6 +125,9 @@ class RowObjective(Objective):
             logger.warning(
                 "%d of %d rows were %s max_length=%d tokens.", n_dropped or n_cut, len(rows), what, length
             )
+        empty = [example.where for example in examples if not example.answer.strip()]
+        if empty:
+            logger.warning("%d of %d rows have an empty answer, first %s.", len(empty), len(rows), empty[0])
         if n_train and not self.train_rows:
             raise DataError(f"All rows are longer than `data.max_length`: {length}. Raise it, or cut them.")
         self.train_examples = [row["example"] for row in self.train_rows]
