@@ -15,7 +15,7 @@ from thawline.data.detection import augment, mosaic
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.geometry import View
 from thawline.data.detection.photometric import Colour
-from thawline.data.draws import Draw
+from thawline.data.draws import Draw, EpochOrder
 from thawline.errors import ConfigError
 from thawline.recipe.resolved import Augmentation, Window
 
@@ -186,7 +186,7 @@ def test_mirroring_zooming_and_cropping_come_with_their_probabilities(
 
 
 def test_mosaics_come_with_their_probability() -> None:
-    lanes = mosaic.Lanes(seed=5, n_images=4000, batch_size=4)
+    lanes = mosaic.Lanes(order=EpochOrder(5, 4000), batch_size=4)
     for prob in (0.3, 0.5):
         share = np.mean([lanes.is_mosaic(Draw(7, position), prob) for position in range(4000)])
         assert share == pytest.approx(prob, abs=4 * (prob * (1 - prob) / 4000) ** 0.5)
@@ -236,7 +236,7 @@ def test_partners_are_at_hand_where_each_worker_has_its_lanes() -> None:
 
 @pytest.mark.parametrize("position", [0, 3, 5, 38, 61, 100])
 def test_a_lanes_history_is_what_a_slow_walk_back_finds(position: int) -> None:
-    lanes = mosaic.Lanes(seed=1, n_images=200, batch_size=5, n_lanes=3)
+    lanes = mosaic.Lanes(order=EpochOrder(1, 200), batch_size=5, n_lanes=3)
     lane = position // 5 % 3
     walk = [p for p in range(position, -1, -1) if p // 5 % 3 == lane]
     assert lanes._before(position, n=20).tolist() == walk[:20]

@@ -24,6 +24,7 @@ from thawline.cli import main
 from thawline.errors import ConfigError, DataError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
+from thawline.recipe import RunConfig
 from thawline.recipe.resolved import TrainingSettings, Window
 from thawline.run import evaluate, run, saved_config
 from thawline.training.detection import schedule as schedules
@@ -293,3 +294,38 @@ def test_the_published_scores_of_s_start_again_where_its_log_does(shared: Path) 
     jumps = [e for e in range(121, 132) if losses[str(e)] > losses[str(e - 1)] + 0.3]
     assert [epoch for epoch in again if epoch < 132] == jumps == [124, 128]
     assert scores.best_step == logs["best_stat"]["epoch"]
+
+
+def test_images_with_rare_classes_come_several_times_an_epoch_and_resuming_repeats_it(
+    recipe, tmp_path
+) -> None:
+    data = shutil.copytree(recipe.data, tmp_path / "rare")
+    content = json.loads((data / "instances_train.json").read_text())
+    # Every image shows all three classes; blue (30) is kept in the first image alone.
+    content["annotations"] = [
+        a for a in content["annotations"] if a["category_id"] < 30 or a["image_id"] == 0
+    ]
+    (data / "instances_train.json").write_text(json.dumps(content))
+
+    def config(name: str) -> RunConfig:
+        plain = recipe(name, save_every=4, keep_checkpoints=9)
+        sampled = replace(plain.data, path=str(data), sampling="repeat", sampling_threshold=1.0)
+        return replace(plain, data=sampled)
+
+    straight = run(config("straight"))
+    # √(1 / (1/6)) = 2.45 times the first image, once the five others: 7 draws, of which 6 make 3 steps.
+    plan = json.loads((straight.folder / "plan.json").read_text())
+    assert plan["sampling"] == {"draws": 7, "images": 6, "repeats": {"blue": 2.449}}
+    assert "; an epoch draws 7 of 6 images (blue × 2.4)" in plan["overview"]["steps"]
+    assert plan["rows"]["train"] == 6
+    assert straight.steps == 9
+    resumed = straight.folder.with_name("resumed")
+    shutil.copytree(straight.folder, resumed)
+    forget_after(resumed, step=4)
+    run(saved_config(resumed), resume=True)
+    assert_same(state_of(resumed / "checkpoint-9"), state_of(straight.folder / "checkpoint-9"))
+
+
+def test_a_threshold_of_sampling_is_a_share(recipe) -> None:
+    with pytest.raises(ConfigError, match=r"`data.sampling_threshold` must be a share of the images.*got 5"):
+        replace(recipe().data, sampling="repeat", sampling_threshold=5)

@@ -173,7 +173,7 @@ def measure_phase(
     epoch = PHASES[phase](schedule.windows)
     settings, ours, theirs = schedule.settings, DetectionDataset(records), PillowFiles(records)
     merged = replace(settings, merged_mosaic=True)
-    one_lane: dict[str, int] = {"batch_size": batch_size, "n_lanes": 1}
+    one_lane: dict[str, Any] = {"batch_size": batch_size, "n_lanes": 1}
     chains: dict[str, TrainingImages] = {
         "pillow": PillowImages(theirs, settings, **one_lane),
         "thawline": TrainingImages(ours, settings, **one_lane),

@@ -7,7 +7,7 @@ run, another number of workers, or a single sample inspected in a notebook all g
 
 from __future__ import annotations
 
-__all__ = ["Draw", "EpochSampler", "coins", "epoch_order", "rng_for"]
+__all__ = ["Draw", "EpochOrder", "EpochSampler", "coins", "rng_for"]
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -32,11 +32,11 @@ class EpochSampler(Sampler[Draw]):
     """Sampler of the draws of one epoch, in order; `set_epoch` selects it, as with DistributedSampler.
 
     Args:
-        n_images: length of an epoch.
+        n_draws: length of an epoch.
     """
 
-    def __init__(self, n_images: int) -> None:
-        self.n_images = n_images
+    def __init__(self, n_draws: int) -> None:
+        self.n_draws = n_draws
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -44,10 +44,10 @@ class EpochSampler(Sampler[Draw]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n_images
+        return self.n_draws
 
     def __iter__(self) -> Iterator[Draw]:
-        return map(Draw, repeat(self.epoch), range(self.n_images))
+        return map(Draw, repeat(self.epoch), range(self.n_draws))
 
 
 def rng_for(seed: int, draw: Draw, stream: int = SAMPLE) -> np.random.Generator:
@@ -56,10 +56,45 @@ def rng_for(seed: int, draw: Draw, stream: int = SAMPLE) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
+class EpochOrder:
+    """Image at each position of an epoch, as a function of a seed.
+
+    Args:
+        seed: seeds every epoch.
+        n_images: number of images.
+        repeats: expected number of times that each image comes in an epoch, (n_images,). None: once.
+    """
+
+    def __init__(self, seed: int, n_images: int, repeats: np.ndarray | None = None) -> None:
+        self.seed, self.n_images = seed, n_images
+        self.n_draws = n_images if repeats is None else round(repeats.sum())
+        # Scaled so that every epoch has the same number of draws.
+        self._repeats = None if repeats is None else repeats * (self.n_draws / repeats.sum())
+
+    def __len__(self) -> int:
+        return self.n_draws
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """Return the images of an epoch in order, (len(self),) int64.
+
+        An image that is expected x times comes ⌊x⌋ or ⌈x⌉ times: systematic sampling (Madow, 1949).
+        """
+        return _order_of(self, epoch)
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """Compute the images of an epoch."""
+        generator = rng_for(self.seed, Draw(epoch, 0), ORDER)
+        images = generator.permutation(self.n_images)
+        if self._repeats is None:
+            return images
+        ends = np.floor(np.cumsum(self._repeats[images]) + generator.random())
+        ends[-1] = self.n_draws  # rounding of the sum aside
+        return generator.permutation(np.repeat(images, np.diff(ends, prepend=0).astype(int)))
+
+
 @lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, n_images: int) -> np.ndarray:
-    """Return the image at each position of an epoch: a permutation, (n_images,) int64."""
-    return rng_for(seed, Draw(epoch, 0), ORDER).permutation(n_images)
+def _order_of(order: EpochOrder, epoch: int) -> np.ndarray:
+    return order.draw(epoch)
 
 
 def coins(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:

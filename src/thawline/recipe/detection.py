@@ -52,6 +52,12 @@ class DetectionData:
     """Split to evaluate on. None: the first of val, valid, validation and test that exists."""
     eval_fraction: float = 0.1
     """Share of the training images to hold out, drawn by `seed`, if there is no evaluation split."""
+    sampling: Literal["each", "repeat"] = "each"
+    """Frequency of the images. each: every image once an epoch; repeat: those with a rare class several times
+    (LVIS' repeat factors), which makes an epoch longer."""
+    sampling_threshold: float = 0.1
+    """For `sampling: repeat`: classes in less than this share of the images are rare. At a share f an image
+    comes √(threshold / f) times; LVIS has 0.001 for 1,203 classes."""
     max_images: int | None = None
     """Use this many training images, drawn by `seed`. None: all."""
     max_eval_images: int | None = None
@@ -60,6 +66,11 @@ class DetectionData:
     def __post_init__(self) -> None:
         require(self.path, "`data.path` is missing: give a folder of labelled images, e.g. `--data set/`.")
         fraction("data.eval_fraction", self.eval_fraction)
+        if not 0 < self.sampling_threshold <= 1:
+            raise ConfigError(
+                f"`data.sampling_threshold` must be a share of the images, above 0 to 1, got "
+                f"{self.sampling_threshold!r}."
+            )
         all_at_least(self, "data", 1, "max_images", "max_eval_images")
 
 

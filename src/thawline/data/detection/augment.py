@@ -26,7 +26,7 @@ from thawline.data.detection.dataset import DetectionDataset, Sample
 from thawline.data.detection.geometry import View, large_enough
 from thawline.data.detection.mosaic import Lanes, Tile, TileCache, compose
 from thawline.data.detection.photometric import Colour
-from thawline.data.draws import Draw, EpochSampler, epoch_order, rng_for
+from thawline.data.draws import Draw, EpochOrder, EpochSampler, rng_for
 from thawline.errors import ConfigError
 from thawline.recipe.resolved import Augmentation
 
@@ -47,6 +47,7 @@ class TrainingImages(Dataset[TrainingSample]):
         seed: seeds everything random.
         batch_size: the loader's, per device. With `n_lanes` it decides which images share a Mosaic.
         n_lanes: a multiple of the worker processes over all devices, if possible.
+        repeats: expected number of times that each image comes in an epoch, (len(images),). None: once.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TrainingImages(Dataset[TrainingSample]):
         seed: int = 0,
         batch_size: int = 1,
         n_lanes: int = 8,
+        repeats: np.ndarray | None = None,
     ) -> None:
         if images.keep_crowd:
             raise ConfigError(
@@ -64,8 +66,8 @@ class TrainingImages(Dataset[TrainingSample]):
             )
         self.images = images
         self.settings = settings
-        self.seed = seed
-        self.lanes = Lanes(seed=seed, n_images=len(images), batch_size=batch_size, n_lanes=n_lanes)
+        self.order = EpochOrder(seed, len(images), repeats)
+        self.lanes = Lanes(order=self.order, batch_size=batch_size, n_lanes=n_lanes)
         self._cache: TileCache | None = None
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class TrainingImages(Dataset[TrainingSample]):
 
     def sampler(self) -> EpochSampler:
         """Return the sampler of an epoch's draws, for a loader."""
-        return EpochSampler(len(self))
+        return EpochSampler(len(self.order))
 
     def __getitem__(self, draw: Draw) -> TrainingSample:
         """Return the augmented image of a draw.
@@ -85,8 +87,8 @@ class TrainingImages(Dataset[TrainingSample]):
                 f"Expected a Draw(epoch, position), got {draw!r}. Give the loader `sampler=data.sampler()`."
             )
         settings, epoch = self.settings, draw.epoch
-        rng = rng_for(self.seed, draw)
-        sample = self.images.sample(int(epoch_order(self.seed, epoch, len(self))[draw.position]))
+        rng = rng_for(self.order.seed, draw)
+        sample = self.images.sample(int(self.order(epoch)[draw.position]))
         view = replace(
             View.of(sample.image),
             hflip=bool(rng.random() < settings.flip_prob),

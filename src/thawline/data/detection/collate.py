@@ -196,12 +196,13 @@ def build_loader(
         workers: number of worker processes; 0 loads in this process.
         pin_memory: pin batches for asynchronous copies to a GPU.
     """
+    sampler = sampler or images.sampler()
     return DataLoader(
         images,
         batch_size=batch_size,
-        sampler=sampler or images.sampler(),
+        sampler=sampler,
         collate_fn=collate,
-        drop_last=len(images) >= batch_size,
+        drop_last=len(sampler) >= batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,

@@ -26,7 +26,7 @@ import numpy as np
 
 from thawline.data.detection.geometry import View, affine_boxes, large_enough, random_affine, shrink
 from thawline.data.detection.images import opencv
-from thawline.data.draws import LANE, Draw, coins, epoch_order, rng_for
+from thawline.data.draws import LANE, Draw, EpochOrder, coins, rng_for
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,8 +82,8 @@ class TileCache:
 class Lanes:
     """Assignment of batches to lanes, which decides the possible partners in a Mosaic."""
 
-    seed: int
-    n_images: int
+    order: EpochOrder
+    """Image at each position of an epoch; its seed decides everything else too."""
     batch_size: int
     """Consecutive positions of an epoch that belong to one lane."""
     n_lanes: int = 8
@@ -93,17 +93,17 @@ class Lanes:
 
     def is_mosaic(self, draw: Draw, prob: float) -> bool:
         """Return whether the draw becomes a Mosaic."""
-        return bool(coins(self.seed, draw.epoch, np.array([draw.position]))[0] < prob)
+        return bool(coins(self.order.seed, draw.epoch, np.array([draw.position]))[0] < prob)
 
     def partners(self, draw: Draw, prob: float, rng: np.random.Generator) -> list[int]:
         """Draw three images, with replacement, from the lane's most recent Mosaics, this one included."""
         epoch, position = draw
         positions = self._before(position, n=int(2 * self.history / max(prob, 0.1)))
-        positions = positions[coins(self.seed, epoch, positions) < prob][: self.history]
-        images = epoch_order(self.seed, epoch, self.n_images)[positions]
+        positions = positions[coins(self.order.seed, epoch, positions) < prob][: self.history]
+        images = self.order(epoch)[positions]
         if len(images) < self.history:
             lane = Draw(epoch, position // self.batch_size % self.n_lanes)
-            fill = rng_for(self.seed, lane, LANE).integers(self.n_images, size=self.history)
+            fill = rng_for(self.order.seed, lane, LANE).integers(self.order.n_images, size=self.history)
             images = np.concatenate([images, fill[len(images) :]])
         return [int(index) for index in rng.choice(images, 3)]
 

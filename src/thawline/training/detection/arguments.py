@@ -6,6 +6,7 @@ __all__ = ["DetectionTrainingData", "detection_arguments"]
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
@@ -36,6 +37,10 @@ class DetectionTrainingData(TrainingData, Protocol):
     @property
     def schedule(self) -> DetectionSchedule:
         """Rates and windows of the run."""
+
+    @property
+    def class_repeats(self) -> np.ndarray | None:
+        """Repeat factor of each class. None: every image comes once an epoch."""
 
     @property
     def train_rows(self) -> TrainingImages:

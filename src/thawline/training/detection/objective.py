@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerCallback
@@ -29,6 +30,7 @@ from thawline.data.detection.collate import Collate
 from thawline.data.detection.dataset import DetectionDataset, load_detection
 from thawline.data.detection.drawing import Panel, panel_grid, save_image
 from thawline.data.detection.records import ImageRecord
+from thawline.data.detection.sampling import class_repeats, image_repeats
 from thawline.data.draws import Draw
 from thawline.errors import ConfigError, DataError
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
@@ -103,9 +105,23 @@ class DetectionObjective(Objective):
         """Rates and windows of the run."""
         schedule = self._published() if self.settings.preset == "published" else self._derived()
         settings = override(schedule.settings, self.base, self.settings, self.training)
-        n_batches = max(1, len(self.records) // self._per_forward(settings.batch_size))
+        n_draws = len(self.records) if self.image_repeats is None else round(self.image_repeats.sum())
+        n_batches = max(1, n_draws // self._per_forward(settings.batch_size))
         steps = math.ceil(math.ceil(n_batches / n_devices()) / self.training.gradient_accumulation)
         return replace(schedule, settings=settings, steps_per_epoch=steps)
+
+    @cached_property
+    def class_repeats(self) -> np.ndarray | None:
+        """Repeat factor of each class. None: every image comes once an epoch."""
+        if self.data.sampling == "each":
+            return None
+        return class_repeats(self.records, len(self.class_names), self.data.sampling_threshold)
+
+    @cached_property
+    def image_repeats(self) -> np.ndarray | None:
+        """Number of times that each image comes in an epoch, on average. None: once."""
+        factors = self.class_repeats
+        return None if factors is None else image_repeats(self.records, factors)
 
     @property
     def device_batch_size(self) -> int:
@@ -128,6 +144,7 @@ class DetectionObjective(Objective):
             seed=self.config.seed,
             batch_size=self.device_batch_size,
             n_lanes=8 * n_devices(),
+            repeats=self.image_repeats,
         )
 
     @cached_property

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["batch_statistics", "schedule_overview"]
+__all__ = ["batch_statistics", "sampling_overview", "sampling_plan", "schedule_overview"]
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from thawline.data.detection.collate import to_float
+from thawline.data.draws import EpochOrder
 from thawline.models.deimv2.config import DEIMv2Config
 from thawline.training.detection.schedule import DetectionSchedule
+
+SHOWN_CLASSES = 3
+"""Rare classes named in the overview."""
 
 
 def schedule_overview(schedule: DetectionSchedule, plan: Mapping[str, Any]) -> dict[str, str]:
@@ -26,6 +31,24 @@ def schedule_overview(schedule: DetectionSchedule, plan: Mapping[str, Any]) -> d
         "epochs": ", ".join(f"{name} {span}" for name, span in windows.items()),
         "boxes": f"not learned with a side under {settings.min_box_size} px of {settings.size}",
     }
+
+
+def sampling_plan(order: EpochOrder, repeats: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return an epoch's length and the repeat factors above 1, the largest first."""
+    rarest = sorted(zip(repeats.tolist(), class_names, strict=True), reverse=True)
+    return {
+        "draws": len(order),
+        "images": order.n_images,
+        "repeats": {name: round(factor, 3) for factor, name in rarest if factor > 1},
+    }
+
+
+def sampling_overview(sampling: Mapping[str, Any]) -> str:
+    """Return the plan of a sampling in words."""
+    repeats = dict(list(sampling["repeats"].items())[:SHOWN_CLASSES])
+    classes = ", ".join(f"{name} × {factor:.1f}" for name, factor in repeats.items())
+    draws = f"an epoch draws {sampling['draws']:,} of {sampling['images']:,} images"
+    return f"{draws} ({classes or 'no class is rare'})"
 
 
 def batch_statistics(

@@ -46,7 +46,12 @@ from thawline.training.detection.callbacks import Speed, TrainingEvents
 from thawline.training.detection.ema import EMA
 from thawline.training.detection.groups import ParameterGroup, build_groups
 from thawline.training.detection.learner import Learner, collate_on_host
-from thawline.training.detection.plan import batch_statistics, schedule_overview
+from thawline.training.detection.plan import (
+    batch_statistics,
+    sampling_overview,
+    sampling_plan,
+    schedule_overview,
+)
 from thawline.training.detection.scores import Scores
 from thawline.training.evaluation import Evaluation
 from thawline.training.trainer import Trainer
@@ -287,7 +292,13 @@ class DetectionTrainer(Trainer):
         start = time.perf_counter()
         batch = self.objective.first_batch()
         seconds = time.perf_counter() - start
+        repeats, names = self.objective.class_repeats, self.objective.class_names
         return {
+            **(
+                {}
+                if repeats is None
+                else {"sampling": sampling_plan(self.objective.train_rows.order, repeats, names)}
+            ),
             "steps": self.schedule.n_steps if self.args.max_steps < 0 else self.args.max_steps,
             "rows_a_step": self.schedule.settings.batch_size,
             "schedule": self.schedule.describe(),
@@ -301,7 +312,10 @@ class DetectionTrainer(Trainer):
 
     def overview(self, plan: Mapping[str, Any]) -> dict[str, str]:
         """Return the schedule of `plan`, in words, under at most four headings."""
-        return schedule_overview(self.schedule, plan)
+        overview = schedule_overview(self.schedule, plan)
+        if (sampling := plan.get("sampling")) is not None:
+            overview["steps"] += f"; {sampling_overview(sampling)}"
+        return overview
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Give the model the averaged weights inside the context."""
