@@ -1,7 +1,7 @@
 """Repeat-factor sampling: images with rare classes come several times an epoch.
 
 f(c) is the share of images with a box of class c, and r(c) = max(1, √(t / f(c))) its repeat factor; that of
-an image is the largest of its classes'. t is the threshold: classes in at least t of the images are left alone.
+an image is the largest of its classes'. Classes in at least t, the threshold, of the images are left alone.
 
 Source: Gupta et al., LVIS, CVPR 2019.
 """
