@@ -1,4 +1,4 @@
-"""RMSNorm and gated MLPs that keep less for backward; their outputs are bit-equal.
+"""RMSNorm and gated MLPs that keep less for backward, bit-equal; losses that never hold all logits.
 
 In a frozen model linear layers keep nothing, so a block's memory is what lies between them:
 
@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from thawline.ops.lean_head import LeanHeadModel, lean_head_form
+
 aten = torch.ops.aten
 
 # Activation and its vector-Jacobian product, the one that autograd calls, so that gradients are bit-equal.
@@ -44,7 +46,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
-def apply_lean(model: nn.Module) -> nn.Module:
+def apply_lean(model: nn.Module, *, loss: bool = False) -> nn.Module:
     """Make every RMSNorm and gated MLP of `model` keep less for backward; its outputs stay bit-equal.
 
     Made for the decoder blocks of Llama, Qwen2, Qwen3, Mistral and Gemma. Works in place, can be undone
@@ -54,12 +56,18 @@ def apply_lean(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; a warning names norms and MLPs of other kinds, which are left alone.
+        loss: also let a language model compute its training loss without holding the logits of all tokens
+            (`thawline.ops.lean_head`): equal within rounding; `logits` of its output are then computed when
+            asked for, without a gradient. The recipe's `lean` does.
     Returns: `model` itself.
     """
     left_alone: dict[str, str] = {}
     n_lean = 0
     for module in model.modules():
         lean = type(module) if isinstance(module, _Lean) else _lean_version(module)
+        if loss and lean is None and (form := lean_head_form(module)) is not None:
+            origin: Any = type(module)
+            lean = _lean_class(origin, _LeanHeadModel, form)
         if lean is not None:
             module.__class__ = lean
             n_lean += 1
@@ -187,10 +195,31 @@ class _LeanMLP(_Lean):
         return self.down_proj(_GatedUnit.apply(self.gate_proj(x), self.up_proj(x), self.lean_form))
 
 
+class _LeanHeadModel(LeanHeadModel, _Lean):
+    """Language model whose loss is computed in chunks."""
+
+
 @functools.cache
 def _lean_class(origin: Any, kind: Any, form: Any) -> type[nn.Module]:
-    body = {"lean_origin": origin, "lean_kind": kind, "lean_form": form, "__module__": __name__}
-    return type(f"Lean{origin.__name__}", (kind, origin), body)
+    body: dict[str, Any] = {
+        "lean_origin": origin,
+        "lean_kind": kind,
+        "lean_form": form,
+        "__module__": __name__,
+    }
+    name = f"Lean{origin.__name__}"
+    if kind is _LeanHeadModel:
+        # Its name goes into a saved config, and Trainer reads the parameters of its forward.
+        name, body["forward"] = origin.__name__, _lean_forward_like(origin.forward)
+    return type(name, (kind, origin), body)
+
+
+def _lean_forward_like(original: Any) -> Any:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return LeanHeadModel.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _empty(origin: Any, kind: Any, form: Any) -> Any:

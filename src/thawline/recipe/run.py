@@ -54,7 +54,8 @@ class RunConfig:
     seed: int = 0
     """Seed of the adapter's initialisation, the order of the data, and dropout."""
     lean: bool = False
-    """Swap norms and gated MLPs for versions that keep less for backward (`thawline.apply_lean`)."""
+    """Swap norms and gated MLPs for versions that keep less for backward (`thawline.apply_lean`), and compute
+    a language model's training loss without holding all logits."""
 
     def __post_init__(self) -> None:
         for section, wanted in section_types(self.objective.kind, self.tuner.method).items():

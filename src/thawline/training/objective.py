@@ -128,7 +128,7 @@ class Objective(ABC):
         """
         model = self.load_base()
         if self.config.lean:
-            model = apply_lean(model)
+            model = apply_lean(model, loss=True)
         return self.attach_tuner(model, tuner or self.config.tuner, saved=saved)
 
     def load_tuned(self, folder: Path | None) -> nn.Module:

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer_utils import EvalLoopOutput
 
 from thawline.files import read_json
+from thawline.ops.lean_head import LeanHeadModel
 from thawline.training.callbacks import MetricsFile, Patience, Progress, ResumedRates
 from thawline.training.checkpoints import WholeCheckpoints, checkpoint_step
 from thawline.training.evaluation import Evaluation, TrainingData
@@ -69,6 +70,11 @@ class Trainer(transformers.Trainer):
                 *callbacks,
             ],
         )
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.label_smoother is not None and isinstance(base, LeanHeadModel):
+            # Transformers' smoother wants the logits, which a lean loss does not hold.
+            base.lean_label_smoothing = args.label_smoothing_factor
+            self.label_smoother: Any = None
         if loss is not None:
             # The loss is a mean over a batch's rows: accumulated batches are averaged, not summed.
             self.model_accepts_loss_kwargs = False
