@@ -38,6 +38,7 @@ class LeanHeadModel(nn.Module):
     lean_origin: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward, with a lean loss where there is one to compute."""
         head = self.get_output_embeddings()
         labels = kwargs.get("labels")
         plain = (

@@ -102,6 +102,13 @@ def _language_model(config: RunConfig, length: int | None, known: Any) -> Bluepr
     length, rows = length or data.max_length, objective.training.batch_size
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     batch = {"input_ids": ids, "labels": torch.zeros_like(ids)}
+    n_rows = None if examples is None else len(examples)
+    if known is not None:
+        n_rows = len(known.train_rows)
+    elif data.packing:
+        n_rows = None  # only a tokenizer could tell how many packs there are
+    if data.packing is True if known is None else known.unpacked_rows:
+        batch |= {"position_ids": torch.zeros_like(ids), "use_cache": False}
     if objective.head == "classifier":
         batch["labels"] = torch.zeros(rows, dtype=torch.long)
     extras = objective.ids_of(_spread(objective.tasks, rows)) if objective.task_ids else {}
@@ -111,7 +118,7 @@ def _language_model(config: RunConfig, length: int | None, known: Any) -> Bluepr
         batch,
         lambda model, batch: model(**batch, **extras),
         f"{rows} × {length} tokens",
-        None if examples is None else len(examples),
+        n_rows,
     )
 
 

@@ -71,6 +71,9 @@ class TextData:
     """Longest sequence, in tokens. A longer prompt loses its beginning, a longer completion its end."""
     overlong: Literal["cut", "drop", "error"] = "cut"
     """Rows longer than `max_length`: cut them, leave them out, or stop. All three say how many there are."""
+    packing: bool | Literal["auto"] = False
+    """Join the training rows of a causal model to sequences of up to `max_length` tokens, none attending to
+    another. auto: where rows fill less than 0.7 of `max_length`."""
     max_rows: int | None = None
     """Use this many training rows, drawn by `seed`. None: all."""
     max_eval_rows: int | None = None
@@ -108,6 +111,11 @@ class TextData:
         fraction("data.eval_fraction", self.eval_fraction)
         all_at_least(self, "data", 1, "max_rows", "max_eval_rows", "max_task_eval_rows", "task_cap", "shots")
         one_of("data.sampling", self.sampling, ("each", "size", "temperature", "equal"))
+        if self.packing is True and self.sampling != "each":
+            raise ConfigError(
+                "`data.packing` joins rows that come once an epoch, and "
+                f"`data.sampling: {self.sampling}` draws tasks. Choose one of them."
+            )
         one_of("data.overlong", self.overlong, ("cut", "drop", "error"))
         one_of("data.batches", self.batches, ("mixed", "task"))
         one_of("data.shots_per", self.shots_per, ("task", "class"))

@@ -62,6 +62,8 @@ class RowObjective(Objective):
     training: Training
     encoder: TextEncoder
     train_rows: Sequence[Row] = ()
+    unpacked_rows: Sequence[Row] = ()
+    """Training rows before they were packed, if they were."""
     held_out_rows: Sequence[Row] = ()
     smaller_is_better: tuple[str, ...] = ("loss", "macro_loss")
     metrics: tuple[str, ...]
@@ -183,7 +185,8 @@ class RowObjective(Objective):
             self.task_ids = None
             return
         self.task_ids = {name: i for i, name in enumerate(tasks)}
-        unknown = {row["task"] for row in (*self.train_rows, *self.held_out_rows)} - set(tasks)
+        rows = (*(self.unpacked_rows or self.train_rows), *self.held_out_rows)
+        unknown = {row["task"] for row in rows} - set(tasks)
         if unknown:
             raise RoutingError(
                 f"No routing for {name_some(sorted(unknown))}: the model was trained on {name_some(tasks)}. "
@@ -242,7 +245,7 @@ class RowObjective(Objective):
         All batches of a task have the same size, so that the mean over them is one over rows.
         """
         found = {}
-        for task, own in group(self.train_rows, itemgetter("task")).items():
+        for task, own in group(self.unpacked_rows or self.train_rows, itemgetter("task")).items():
             drawn = random.Random(f"{self.config.seed} {task}").sample(own, min(ALIGN_ROWS, len(own)))
             size = min(self.training.batch_size, len(drawn))
             starts = range(0, len(drawn) - size + 1, size)

@@ -55,6 +55,10 @@ class MatchObjective(RowObjective):
         base = self.base
         if base.head != "auto":
             raise ConfigError(f"`objective: match` has no head, got `base.head: {base.head}`. Leave it out.")
+        if self.data.packing is True:
+            raise ConfigError(
+                "`data.packing: true` needs a causal language model; `objective: match` has none."
+            )
         if load_pretrained(AutoConfig, base).is_encoder_decoder:
             raise ConfigError(f"`objective: match` needs an encoder; '{base.model}' is an encoder-decoder.")
         self._known_ids: dict[str, list[int]] = {}

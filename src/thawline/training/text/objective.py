@@ -4,6 +4,9 @@ from __future__ import annotations
 
 __all__ = ["TextObjective"]
 
+import inspect
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
@@ -17,6 +20,7 @@ from transformers import (
 )
 
 from thawline.data.text.encode import IGNORED, TextEncoder
+from thawline.data.text.packing import AUTO_FILL, collate_packs, fill, pack_rows
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.metrics.text import METRICS, exact_match, most_likely, rouge_l
@@ -25,6 +29,8 @@ from thawline.training.objective import ReadRows
 from thawline.training.text.base import Row, RowObjective, judged_row
 from thawline.training.text.pretrained import load_pretrained
 from thawline.training.text.scoring import Score, generate_answers, score_answers, score_labels
+
+logger = logging.getLogger(__name__)
 
 HEADS = {
     "causal-lm": AutoModelForCausalLM,
@@ -67,6 +73,8 @@ class TextObjective(RowObjective):
                 sorted({label for one in examples for label in one.choices or [one.completion]})
             )
         self.encode_rows()
+        if self.data.packing and self.train_rows:
+            self._pack()
         chosen = self._choose_metrics()
         self.metrics = tuple(name for name in METRICS if name in chosen)
 
@@ -93,9 +101,17 @@ class TextObjective(RowObjective):
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Build a padded batch: `input_ids`, `attention_mask` (B, T), `labels` (B, L); (B,) for a classifier.
 
-        Where tasks are routed, `task_ids` too.
+        Where tasks are routed, `task_ids` too. Packs have a batch of their own (`collate_packs`), with a task
+        id for every token.
         """
-        return self.pad(rows, "input_ids", "labels")
+        if "position_ids" not in rows[0]:
+            return self.pad(rows, "input_ids", "labels")
+        batch = collate_packs(rows, self.processor.pad_token_id)
+        if self.task_ids is not None:
+            width = batch["input_ids"].shape[1]
+            tasks = [row["tasks"] + row["tasks"][-1:] * (width - len(row["tasks"])) for row in rows]
+            batch["task_ids"] = [[self.task_ids[task] for task in one] for one in tasks]
+        return batch
 
     def preview(self) -> str:
         """Return one training row, decoded: what is learned stands in ⟦ ⟧."""
@@ -218,6 +234,34 @@ class TextObjective(RowObjective):
     def _score(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
         shifted = self.head == "causal-lm"
         return score_answers(model, rows, self.collate, batch_size=batch_size, shifted=shifted)
+
+    def _pack(self) -> None:
+        """Pack the training rows, or say why not. Raises: ConfigError: if they must be and cannot."""
+        length, share = self.data.max_length, fill(self.train_rows, self.data.max_length)
+        refusal = self._why_not_packed()
+        if self.data.packing == "auto" and (refusal or share >= AUTO_FILL):
+            logger.info("packing: off, %s", refusal or f"rows fill {share:.0%} of max_length={length}")
+            return
+        if refusal:
+            raise ConfigError(f"`data.packing: true` needs a causal language model: {refusal}.")
+        self.unpacked_rows = self.train_rows
+        self.train_rows = pack_rows(self.unpacked_rows, length)
+        logger.info(
+            "packing: on, %d rows in %d sequences of up to %d tokens; padding %.0f %%, up to %.0f %% before",
+            len(self.unpacked_rows), len(self.train_rows), length,
+            100 * (1 - fill(self.train_rows, length)), 100 * (1 - share),
+        )  # fmt: skip
+
+    def _why_not_packed(self) -> str | None:
+        if self.head != "causal-lm":
+            return f"'{self.base.model}' is used as a {self.head}"
+        if self.data.sampling != "each":
+            return f"`data.sampling: {self.data.sampling}` draws tasks"
+        kind: Any = AutoModelForCausalLM._model_mapping.get(type(self.base_config), None)
+        source = inspect.getsource(sys.modules[kind.__module__]) if inspect.isclass(kind) else ""
+        if "position_ids=position_ids" not in source or "create_causal_mask" not in source:
+            return f"{getattr(kind, '__name__', 'the model')} does not make masks from positions"
+        return None
 
     def _choose_metrics(self) -> tuple[str, ...]:
         wanted, examples = self.settings.metrics, self.held_out_examples
