@@ -120,7 +120,7 @@ def test_file_over_the_budget_is_not_kept(
     lite.save_pretrained(tmp_path / "weights")
     out = tmp_path / "m.onnx"
     assert main(["export", str(tmp_path / "weights"), "--out", str(out), "--budget", "0"]) == 3
-    assert "more than the budget of 0" in capsys.readouterr().err
+    assert "the budget is 0 pixels" in capsys.readouterr().err
     assert not out.exists()
     assert not json.loads((tmp_path / "m.onnx.report.json").read_text())["passed"]
     assert main(["export", str(tmp_path / "weights"), "--out", str(out), "--budget", "0.1"]) == 0

@@ -13,7 +13,16 @@ Detections that tie with the last one are not judged.
 
 from __future__ import annotations
 
-__all__ = ["BUDGETS", "Detections", "Reference", "Row", "compare", "detect", "generated_images"]
+__all__ = [
+    "BUDGETS",
+    "SCORE_BUDGETS",
+    "Detections",
+    "Reference",
+    "Row",
+    "compare",
+    "detect",
+    "generated_images",
+]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +38,8 @@ from thawline.models.deimv2.model import DEIMv2
 
 BUDGETS = {"fp32": 0.5, "fp16": 4.0}
 """Precision → largest box error in pixels, if the user names none."""
+SCORE_BUDGETS = {"fp32": 2e-3, "fp16": 0.03}
+"""Precision → largest score error."""
 TIES = {"fp32": 1e-4, "fp16": 1e-2}
 """Precision → difference up to which two scores count as equal."""
 SHOWN_SCORE = 0.1
@@ -166,6 +177,7 @@ def _differences(
     """Return the box error, the score error and the agreement of one image."""
     if not all(np.isfinite(values).all() for values in found.values()):
         return _length(expected), 1.0, 0.0
+    rises = np.diff(found["scores"]).max(initial=0)  # they come best first
     cut = max(expected["scores"].min(), found["scores"].min()) + tie
     lowest = cut if is_full else max(cut, SHOWN_SCORE * float(expected["scores"].max()))
     far = _length(expected)
@@ -174,7 +186,8 @@ def _differences(
     if not len(box):  # all detections tie: compare them all
         box, score = np.concatenate([_to_nearest(expected, found, far, -1.0)], axis=1)
     agreed = float((box <= budget).mean())
-    return (float(box.max()) if is_full else float(np.quantile(box, 0.99))), float(score.max()), agreed
+    largest = float(box.max() if is_full else np.quantile(box, 0.99))
+    return largest, max(float(score.max()), float(rises)), agreed
 
 
 def _length(found: Detections) -> float:

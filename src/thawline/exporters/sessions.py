@@ -57,6 +57,7 @@ def open_onnx(model: Path | bytes, threads: int | None = None, also: Sequence[st
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads else "0")
     content = model if isinstance(model, bytes) else model.read_bytes()
     if also:
         opened = onnx.ModelProto.FromString(content)
