@@ -115,7 +115,7 @@ FAULTS: dict[str, Callable[[ModelProto], object]] = {
     ),
     "convolution padded on the wrong side": lambda m: set_attribute(nodes(m, "Conv")[0], pads=[0, 0, 2, 2]),
     "one batch for all": repeat_first_image,
-    "a tensor of weights in few bits": lambda m: change_input(m, nodes(m, "MatMul", "enc_bbox_head")[0], 1, round_off),
+    "weights in few bits": lambda m: change_input(m, nodes(m, "MatMul", "enc_bbox_head")[0], 1, round_off),
 }  # fmt: skip
 
 
