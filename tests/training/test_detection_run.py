@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,3 +330,23 @@ def test_images_with_rare_classes_come_several_times_an_epoch_and_resuming_repea
 def test_a_threshold_of_sampling_is_a_share(recipe) -> None:
     with pytest.raises(ConfigError, match=r"`data.sampling_threshold` must be a share of the images.*got 5"):
         replace(recipe().data, sampling="repeat", sampling_threshold=5)
+
+
+def test_a_run_applies_an_augmentation_of_ones_own_and_evaluating_does_not_import_it(
+    recipe, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "dark_images.py"
+    module.write_text("def dark(sample, rng):\n    sample.image = sample.image // 2\n    return sample\n")
+    plain = {"strong_augmentation": False}
+    config = recipe(objective={**plain, "augmentation": "dark_images:dark"}, epochs=1)
+    bright, dark = (
+        build_objective(c).first_batch()["pixel_values"] for c in (recipe(objective=plain, epochs=1), config)
+    )
+    assert torch.equal(dark, bright // 2)
+    folder = run(config).folder
+    module.write_text("raise RuntimeError('imported')")
+    monkeypatch.delitem(sys.modules, "dark_images")
+    assert evaluate(folder).metrics
+    with pytest.raises(ConfigError, match="cannot import 'dark_images:dark': RuntimeError: imported"):
+        build_objective(config).first_batch()

@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 # Purposes of a generator; the streams of one draw are independent of each other.
-ORDER, LANE, SAMPLE, BATCH = range(4)
+ORDER, LANE, SAMPLE, BATCH, CUSTOM = range(5)
 
 
 class Draw(NamedTuple):

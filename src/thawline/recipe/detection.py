@@ -109,6 +109,10 @@ class DetectionSettings:
     merged_mosaic: bool = TrainingSettings.merged_mosaic
     """Warp each tile of a Mosaic once, bilinearly, instead of in the published steps."""
 
+    augmentation: str | None = None
+    """Own augmentation, applied last: "module:name" of a function or an Albumentations pipeline
+    (docs/training-detection.md). None: none."""
+
     def __post_init__(self) -> None:
         check_probabilities(self, "objective.")
         all_at_least(self, "objective", 1, "min_box_size")

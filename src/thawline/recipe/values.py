@@ -10,6 +10,7 @@ __all__ = ["convert", "describe_type", "field_types", "read_yaml"]
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Mapping
 from functools import cache
 from types import NoneType, UnionType
@@ -48,12 +49,15 @@ def convert(key: str, value: Any, wanted: Any) -> Any:
     """Return `value` as the type `wanted`.
 
     Text is read as YAML where the field takes no text: "8" for an int, "[a, b]" for a list, "null" for None.
+    A function stands for its import path.
 
     Args:
         key: dotted name of the field, for the message.
         wanted: type annotation of the field.
     Raises: ConfigError: if the value does not fit.
     """
+    if callable(value) and not isinstance(value, type):
+        value = _import_path(key, value)
     try:
         return _convert(value, wanted)
     except (ValueError, yaml.YAMLError):
@@ -95,6 +99,20 @@ def _convert(value: Any, wanted: Any) -> Any:
     elif isinstance(kind, type) and type(value) is kind:
         return value
     raise ValueError(value)
+
+
+def _import_path(key: str, value: Any) -> str:
+    """Return "module:name" of a function. Raises: ConfigError: if another process could not import it."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    found: Any = sys.modules.get(module or "")
+    for part in (name or "").split("."):
+        found = getattr(found, part, None)
+    if found is not value or module == "__main__":
+        raise ConfigError(
+            f"'{key}': {value!r} has no import path, by which a recipe names it. Put it into a module, and "
+            'give "module:name".'
+        )
+    return f"{module}:{name}"
 
 
 def _read_text(text: str) -> Any:

@@ -3,6 +3,8 @@
     Draw ──► image ──┬── with three others, a Mosaic ──┬── colour ── flip ── resize ──► TrainingSample
                      └── zoom-out ── IoU crop ─────────┘
 
+An augmentation of one's own (`thawline.data.detection.custom`) comes last.
+
 The epochs of `strong_epochs` have all of it; Mosaic, which replaces zoom-out and crop, only those of
 `mosaic_epochs`, with its probability. Other epochs have flip and resize. Boxes that get too small are
 dropped. All of it runs in OpenCV on uint8; normalisation belongs on the device
@@ -22,11 +24,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
+from thawline.data.detection.custom import CustomAugmentation
 from thawline.data.detection.dataset import DetectionDataset, Sample
 from thawline.data.detection.geometry import View, large_enough
 from thawline.data.detection.mosaic import Lanes, Tile, TileCache, compose
 from thawline.data.detection.photometric import Colour
-from thawline.data.draws import Draw, EpochOrder, EpochSampler, rng_for
+from thawline.data.draws import CUSTOM, Draw, EpochOrder, EpochSampler, rng_for
 from thawline.errors import ConfigError
 from thawline.recipe.resolved import Augmentation
 
@@ -48,6 +51,7 @@ class TrainingImages(Dataset[TrainingSample]):
         batch_size: the loader's, per device. With `n_lanes` it decides which images share a Mosaic.
         n_lanes: a multiple of the worker processes over all devices, if possible.
         repeats: expected number of times that each image comes in an epoch, (len(images),). None: once.
+        custom: an augmentation of one's own, applied last (`thawline.data.detection.custom`).
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class TrainingImages(Dataset[TrainingSample]):
         batch_size: int = 1,
         n_lanes: int = 8,
         repeats: np.ndarray | None = None,
+        custom: CustomAugmentation | None = None,
     ) -> None:
         if images.keep_crowd:
             raise ConfigError(
@@ -66,6 +71,7 @@ class TrainingImages(Dataset[TrainingSample]):
             )
         self.images = images
         self.settings = settings
+        self.custom = custom
         self.order = EpochOrder(seed, len(images), repeats)
         self.lanes = Lanes(order=self.order, batch_size=batch_size, n_lanes=n_lanes)
         self._cache: TileCache | None = None
@@ -107,17 +113,26 @@ class TrainingImages(Dataset[TrainingSample]):
             keep = large_enough(boxes, settings.min_box_size)
             image, boxes = self.paint(sample.image, boxes[keep], view, colour)
             labels = labels[keep]
-        keep = large_enough(boxes, settings.min_box_size)
-        boxes = boxes[keep]
-        return TrainingSample(
+        done = TrainingSample(
             image=image,
             boxes_xyxy=boxes,
-            labels=labels[keep],
-            area=(boxes[:, 2:] - boxes[:, :2]).prod(1),
+            labels=labels,
+            area=_areas(boxes),
             iscrowd=np.zeros(len(boxes), bool),
             index=sample.index,
             orig_size=sample.orig_size,
             draw=draw,
+        )
+        if self.custom is not None:
+            done = self.custom(done, rng_for(self.order.seed, draw, CUSTOM))
+        keep = large_enough(done.boxes_xyxy, settings.min_box_size)
+        boxes = done.boxes_xyxy[keep]
+        return replace(
+            done,
+            boxes_xyxy=boxes,
+            labels=done.labels[keep],
+            area=_areas(boxes),
+            iscrowd=np.zeros(len(boxes), bool),
         )
 
     def paint(
@@ -166,3 +181,7 @@ class TrainingImages(Dataset[TrainingSample]):
 
     def _tile(self, sample: Sample) -> Tile:
         return Tile.of(sample.image, sample.boxes_xyxy, sample.labels, self.settings.mosaic_size)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)

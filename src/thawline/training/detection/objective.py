@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.collate import Collate
+from thawline.data.detection.custom import CustomAugmentation, load_augmentation
 from thawline.data.detection.dataset import DetectionDataset, load_detection
 from thawline.data.detection.drawing import Panel, panel_grid, save_image
 from thawline.data.detection.records import ImageRecord
@@ -145,6 +146,7 @@ class DetectionObjective(Objective):
             batch_size=self.device_batch_size,
             n_lanes=8 * n_devices(),
             repeats=self.image_repeats,
+            custom=self._custom_augmentation(),
         )
 
     @cached_property
@@ -248,6 +250,12 @@ class DetectionObjective(Objective):
     def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
         """Evaluate on the held-out images. In a process group each process takes its share."""
         return to_evaluation(self.held_out_rows, *self.measure(model, batch_size))
+
+    def _custom_augmentation(self) -> CustomAugmentation | None:
+        path = self.settings.augmentation
+        if path is None:
+            return None
+        return CustomAugmentation(load_augmentation(path), path, len(self.class_names))
 
     def _published(self) -> DetectionSchedule:
         schedule, epochs = published_schedule(self.base.variant, 1), self.training.epochs
