@@ -216,10 +216,9 @@ class DetectionObjective(Objective):
     def save_images(self, folder: Path) -> None:
         """Draw training.png: images as the network gets them, from the last epoch of each phase."""
         panels = []
-        for window in (self.schedule.windows[name] for name in ("mosaic", "strong", "stage_2")):
-            if window.start == window.stop:
-                continue
-            epoch = window.stop - 1
+        windows = [self.schedule.windows[name] for name in ("mosaic", "strong", "stage_2")]
+        # A run of one epoch may have none of the phases.
+        for epoch in [stop - 1 for start, stop in windows if start < stop] or [self.schedule.epochs - 1]:
             batch = self.first_batch(epoch)
             panels += [
                 Panel(
