@@ -10,9 +10,9 @@ import pytest
 
 from tests.support.text import byte_tokenizer, save_tiny_bert, save_tiny_t5
 from tests.support.text_runs import TextRecipes
-from thawline.errors import DataError
+from thawline.errors import ConfigError, DataError
 from thawline.recipe import RunConfig
-from thawline.run import run
+from thawline.run import evaluate, predict, run
 from thawline.training.objective import Objective, build_objective
 
 CHATML = (
@@ -94,13 +94,13 @@ def test_overlong_rows_are_cut_dropped_or_named_all(tmp_path: Path, bases, kind:
         assert not dropped.held_out_rows
     assert [record.message for record in caplog.records] == [
         "3 of 5 rows were cut to max_length=16 tokens.",
-        "3 of 5 rows were left out: they are longer than max_length=16 tokens.",
+        "3 of 5 rows are longer than max_length=16 tokens and left out.",
     ]
     with pytest.raises(
         DataError, match=r"^3 rows cannot be used:\n.*:2: 4\d tokens, more than.*\n.*:3: .*\n.*:5: "
     ):
         built(**options, overlong="error")
-    with pytest.raises(DataError, match="All rows are longer than `data.max_length`: 2"):
+    with pytest.raises(DataError, match="All rows are longer than max_length=2 tokens"):
         built(**options | {"max_length": 2}, overlong="drop")
 
 
@@ -120,3 +120,78 @@ def test_empty_answers_are_said(tmp_path: Path, bases, caplog) -> None:
     with caplog.at_level(logging.WARNING, "thawline"):
         built(**bases["causal"], data=str(tmp_path / "rows.csv"))
     assert "1 of 2 rows have an empty answer, first" in caplog.text
+
+
+def save_gpt2(folder: Path, n_positions: int, n_tokens: int | None = None) -> Path:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = GPT2Config(
+        vocab_size=n_tokens or len(tokenizer), n_positions=n_positions, n_embd=8, n_layer=1, n_head=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rows_and_prompts_are_cut_to_the_positions_of_the_base(tmp_path: Path, caplog) -> None:
+    rows = [{"prompt": "p" * 40, "completion": "c" * 5}, {"prompt": "p", "completion": "c"}]
+    data = write_rows(tmp_path / "rows.jsonl", *rows, {**rows[0], "split": "test"})
+    base = save_gpt2(tmp_path / "base", 24)
+    with caplog.at_level(logging.WARNING, "thawline"):
+        result = run(TextRecipes(base, data, tmp_path / "runs")("long", max_steps=1))
+    assert "2 of 3 rows were cut to max_length=24 tokens, all positions of the base." in caplog.text
+    assert evaluate(result.folder).metrics == result.metrics
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "thawline"):
+        predict(result.folder, ["q" * 60, "q"], max_new_tokens=20)
+    assert "1 of 2 texts were cut: the model takes max_length=24 tokens" in caplog.text
+    predict(result.folder, ["q" * 60])
+    with pytest.raises(ConfigError, match=r"`max_new_tokens: 24` leaves no room .* has 24 positions"):
+        predict(result.folder, ["q"], max_new_tokens=24)
+    with pytest.raises(DataError, match="more than max_length=24"):
+        built(base, data, overlong="error")
+
+
+def test_an_encoder_of_few_positions_matches_long_texts(tmp_path: Path, bases, caplog) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", {"input": "a" * 90, "output": "x", "choices": ["x", "y" * 90]})
+    with caplog.at_level(logging.WARNING, "thawline"):
+        objective = built(**bases["match"], data=data)
+    assert "1 of 1 rows were cut to max_length=64 tokens, all positions of the base." in caplog.text
+    model = objective.load_base()
+    assert objective.loss(model, objective.collate(objective.train_rows)).isfinite()
+    assert objective.predict(model, ["b" * 90], choices=["x", "z" * 90])
+
+
+def test_a_token_that_the_base_does_not_know_is_named_before_training(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHATML
+    base = save_llama(tmp_path / "base", byte_tokenizer())
+    tokenizer.save_pretrained(base)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = write_rows(tmp_path / "chats.jsonl", {"messages": chat})
+    message = r"gives .<\|im_(start|end)\|>. the number 2.* embeddings of 259.*resize_token_embeddings\(261\)"
+    with pytest.raises(ConfigError, match=message):
+        built(base, chats)
+    plain = write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
+    result = run(TextRecipes(base, plain, tmp_path / "runs")("plain", max_steps=1))
+    for choices in ([], ["a", "<|im_end|>"]):
+        with pytest.raises(ConfigError, match=message):
+            predict(result.folder, ["a" if choices else "<|im_end|>"], choices=choices)
+
+
+def test_a_padding_token_that_the_base_does_not_know_is_replaced(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    base = save_llama(tmp_path / "base", byte_tokenizer())
+    tokenizer.save_pretrained(base)
+    rows = [
+        {"prompt": "a" * n, "completion": "b", "split": split} for n in (1, 5) for split in ("train", "test")
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", *rows)
+    result = run(TextRecipes(base, data, tmp_path / "runs")("padded", max_steps=1))
+    assert predict(result.folder, ["a", "aaaa"], max_new_tokens=2)

@@ -44,6 +44,7 @@ class TextEncoder:
         tokenizer: any of transformers' tokenizers.
         max_length: longest sequence; longer prompts are cut at the start, longer completions at the end.
         cut: cut longer examples; False: raise OverlongError.
+        n_tokens: number of tokens that the model knows; None: all of the tokenizer's.
         learn_prompt: learn prompts too (and, in chats, the turns of every role).
         seq2seq: prompt to the encoder, completion to the decoder.
         chat_template: Jinja file for `messages`, "plain", or None for the tokenizer's own template.
@@ -53,11 +54,12 @@ class TextEncoder:
     _: KW_ONLY
     max_length: int = 512
     cut: bool = True
+    n_tokens: int | None = None
     learn_prompt: bool = False
     seq2seq: bool = False
     chat_template: str | None = None
     n_cut: int = field(default=0, init=False)
-    """Number of examples cut to `max_length` so far."""
+    """Number of examples and prompts cut so far."""
 
     def __post_init__(self) -> None:
         chosen = self.chat_template
@@ -71,14 +73,15 @@ class TextEncoder:
         """Return the token ids and labels of one example.
 
         Raises: DataError: if no token of the example would be learned, or the chat template drops some.
-            OverlongError: if it is longer than `max_length` and may not be cut.
+            OverlongError: if it is longer than `max_length` and may not be cut. ConfigError: for a token that
+            the model does not know.
         """
         if example.messages:
             example = self.chat.without_ends(example)
         if example.messages and not self.seq2seq:
             ids, is_learned = self.chat.tokens(example, learn_all=self.learn_prompt)
             labels = [token if learned else IGNORED for token, learned in zip(ids, is_learned, strict=True)]
-            row = {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+            row = {"input_ids": self._known(ids[: self.max_length]), "labels": labels[: self.max_length]}
             length = len(ids)
         else:
             if example.messages:
@@ -88,7 +91,7 @@ class TextEncoder:
                 prompt = []  # the text of the data brings its opening tokens along
             row = self.join(prompt, answer)
             length = max(len(prompt), len(answer)) if self.seq2seq else len(prompt) + len(answer)
-        self._check_length(example, length)
+        self._is_long(length, example)
         # A causal LM never predicts its first token.
         if all(label == IGNORED for label in row["labels"][not self.seq2seq :]):
             raise DataError(
@@ -99,6 +102,7 @@ class TextEncoder:
 
     def join(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
         """Join the tokens of a prompt and of the answer to learn; too long a prompt is cut at its start."""
+        self._known([*prompt, *answer])
         if self.seq2seq:
             return {"input_ids": self._keep_end(prompt, self.max_length), "labels": answer[: self.max_length]}
         answer = answer[: self.max_length - bool(prompt)]
@@ -113,18 +117,22 @@ class TextEncoder:
             example: the row that the text is of, if its length is to be checked.
         """
         ids = list(self.tokenizer(text).input_ids)
-        if example is not None:
-            self._check_length(example, len(ids))
-        if len(ids) > self.max_length:
+        if self._is_long(len(ids), example):
             ids = list(self.tokenizer(text, truncation=True, max_length=self.max_length).input_ids)
-        return ids
+        return self._known(ids)
 
-    def prompt_ids(self, example: Example) -> list[int]:
+    def prompt_ids(self, example: Example, max_length: int | None = None) -> list[int]:
         """Return the tokens that an answer continues: opening tokens and prompt, without an end token.
 
         Too long a prompt is cut as in training: it keeps its opening tokens and loses what follows them.
+
+        Args:
+            max_length: most tokens, where the model has no room for more. None: the encoder's.
         """
-        return self._keep_end(self._full_prompt(example), self.max_length)
+        ids = self._full_prompt(example)
+        length = min(self.max_length, max_length or self.max_length)
+        self.n_cut += len(ids) > length
+        return self._known(self._keep_end(ids, length))
 
     def answer_ids(self, text: str) -> list[int]:
         """Return the tokens of an answer, followed by one end-of-sequence token."""
@@ -165,14 +173,27 @@ class TextEncoder:
         ids = self._ids(example.prompt)
         return ids if ids[: len(self.opening_ids)] == self.opening_ids else self.opening_ids + ids
 
-    def _check_length(self, example: Example, length: int) -> None:
-        """Count an example that is cut. Raises: OverlongError: if it may not be."""
+    def _is_long(self, length: int, example: Example | None) -> bool:
+        """Count what has to be cut. Raises: OverlongError: if it is an example that may not be."""
         if length > self.max_length:
-            if not self.cut:
+            if example is not None and not self.cut:
                 raise OverlongError(
                     f"{example.where}: {length} tokens, more than max_length={self.max_length}."
                 )
             self.n_cut += 1
+        return length > self.max_length
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """Return tokens as they are. Raises: ConfigError: for one that the model does not know."""
+        highest = max(ids, default=0)
+        if self.n_tokens is not None and highest >= self.n_tokens:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise ConfigError(
+                f"The tokenizer gives {token!r} the number {highest}, and the base has embeddings of "
+                f"{self.n_tokens} tokens. Give in `base.model` a base with the tokenizer that it was trained "
+                f"with, or save it after `model.resize_token_embeddings({len(self.tokenizer)})`."
+            )
+        return ids
 
     def _check_last_turn(self, example: Example) -> None:
         """Check a chat for an encoder-decoder, which learns the last turn alone."""

@@ -29,6 +29,7 @@ from thawline.training.arguments import choose_precision, training_arguments
 from thawline.training.callbacks import Annealing
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, ReadRows
+from thawline.training.text.limits import Limits, read_limits
 from thawline.training.text.pretrained import build_without_weights, load_pretrained, load_processor
 from thawline.training.text.rows import evaluation_by_task, group, name_some, read_rows
 from thawline.training.text.shares import gather, own_share
@@ -74,7 +75,8 @@ class RowObjective(Objective):
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
         self.has_weights = read != "config"
-        self.processor = load_processor(self.base) if self.has_weights else None
+        self.limits = read_limits(self.base) if self.has_weights else Limits()
+        self.processor = load_processor(self.base, self.limits.tokens) if self.has_weights else None
         self.described = described
         self.task_ids: dict[str, int] | None = None
         self.train_examples, self.held_out_examples = read_rows(self.data, seed=config.seed, read=read)
@@ -85,6 +87,13 @@ class RowObjective(Objective):
         examples = self.train_examples or self.held_out_examples
         known = self.described.get("tasks", ()) if not self.has_weights else ()
         return tuple(dict.fromkeys(example.task for example in examples)) or tuple(known)
+
+    def build_encoder(self, **options: Any) -> TextEncoder:
+        """Build the encoder of the rows, which are no longer than the base can take."""
+        data, positions = self.data, self.limits.positions
+        length = data.max_length if positions is None else min(data.max_length, positions)
+        cut, n_tokens = data.overlong == "cut", self.limits.tokens
+        return TextEncoder(self.processor, max_length=length, cut=cut, n_tokens=n_tokens, **options)
 
     @abstractmethod
     def encode(self, example: Example) -> dict[str, Any]:
@@ -121,19 +130,25 @@ class RowObjective(Objective):
         n_train = len(self.train_examples)
         self.train_rows = [row for row in rows[:n_train] if row is not None]
         self.held_out_rows = [row for row in rows[n_train:] if row is not None]
-        n_dropped, n_cut, length = rows.count(None), self.encoder.n_cut, self.data.max_length
-        if n_dropped or n_cut:
-            what = "left out: they are longer than" if n_dropped else "cut to"
-            logger.warning(
-                "%d of %d rows were %s max_length=%d tokens.", n_dropped or n_cut, len(rows), what, length
-            )
+        n_dropped, length = rows.count(None), self._length
+        if n_dropped:
+            logger.warning("%d of %d rows are longer than %s and left out.", n_dropped, len(rows), length)
+        elif self.encoder.n_cut:
+            logger.warning("%d of %d rows were cut to %s.", self.encoder.n_cut, len(rows), length)
         empty = [example.where for example in examples if not example.answer.strip()]
         if empty:
             logger.warning("%d of %d rows have an empty answer, first %s.", len(empty), len(rows), empty[0])
         if n_train and not self.train_rows:
-            raise DataError(f"All rows are longer than `data.max_length`: {length}. Raise it, or cut them.")
+            raise DataError(f"All rows are longer than {length}. Raise `data.max_length`, or cut them.")
         self.train_examples = [row["example"] for row in self.train_rows]
         self.held_out_examples = [row["example"] for row in self.held_out_rows]
+
+    @property
+    def _length(self) -> str:
+        """The length that rows are cut to, in words."""
+        length = self.encoder.max_length
+        why = ", all positions of the base" if length < self.data.max_length else ""
+        return f"max_length={length} tokens{why}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -303,7 +318,11 @@ class RowObjective(Objective):
             choices = known.get(task, ())
         format, template = self.described.get("format", "text"), self.described.get("template")
         examples = [prompt_example(text, format, template, choices, task) for text in inputs]
-        return self.answer(model, examples, batch_size, **sampling)
+        n_cut = self.encoder.n_cut
+        answers = self.answer(model, examples, batch_size, **sampling)
+        if n_cut := self.encoder.n_cut - n_cut:
+            logger.warning("%d of %d texts were cut: the model takes %s.", n_cut, len(inputs), self._length)
+        return answers
 
     def pad(self, rows: Sequence[Row], *keys: str) -> dict[str, Any]:
         """Build a padded batch of those of `keys` that the rows have, and of `task_ids` where routed."""

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from thawline.data.text.encode import TextEncoder
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
 from thawline.recipe import MatchSettings, RunConfig
@@ -62,9 +61,7 @@ class MatchObjective(RowObjective):
         if load_pretrained(AutoConfig, base).is_encoder_decoder:
             raise ConfigError(f"`objective: match` needs an encoder; '{base.model}' is an encoder-decoder.")
         self._known_ids: dict[str, list[int]] = {}
-        self.encoder = TextEncoder(
-            self.processor, max_length=self.data.max_length, cut=self.data.overlong == "cut"
-        )
+        self.encoder = self.build_encoder()
         self.encode_rows()
 
     def load_base(self, source: str | None = None) -> nn.Module:

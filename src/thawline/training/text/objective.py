@@ -19,7 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from thawline.data.text.encode import IGNORED, TextEncoder
+from thawline.data.text.encode import IGNORED
 from thawline.data.text.packing import AUTO_FILL, collate_packs, fill, pack_rows
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError, did_you_mean
@@ -59,10 +59,7 @@ class TextObjective(RowObjective):
         self.metrics = ()
         if not self.has_weights:
             return
-        self.encoder = TextEncoder(
-            self.processor,
-            max_length=self.data.max_length,
-            cut=self.data.overlong == "cut",
+        self.encoder = self.build_encoder(
             learn_prompt=self.settings.loss_on == "all",
             seq2seq=self.head == "seq2seq-lm",
             chat_template=self.data.chat_template,
@@ -89,7 +86,7 @@ class TextObjective(RowObjective):
             }
         model = self.load_model(HEADS[self.head], source, **labels)
         # Padding is masked everywhere but in a decoder's classifier, which finds its last token by it.
-        if self.processor is not None and model.config.pad_token_id is None:
+        if self.processor is not None:
             model.config.pad_token_id = self.processor.pad_token_id
         # Saved with a model trained whole, so that other programs stop where its turns end.
         if self.head != "classifier" and any(example.messages for example in self.train_examples):
@@ -186,15 +183,25 @@ class TextObjective(RowObjective):
     ) -> list[str]:
         """Return what the model writes after each example's prompt."""
         n_tokens = [sum(label != IGNORED for label in row["labels"]) for row in self.held_out_rows]
-        longest = sampling.pop("max_new_tokens", None) or self.settings.max_new_tokens
+        n_new = sampling.pop("max_new_tokens", None) or self.settings.max_new_tokens
+        positions, room = self.limits.positions, None
+        if n_new is None:
+            n_new = min(max(n_tokens, default=LONGEST_ANSWER), LONGEST_ANSWER, (positions or 2**31) // 2)
+        if positions is not None:
+            if n_new >= positions:
+                raise ConfigError(
+                    f"`max_new_tokens: {n_new}` leaves no room for a prompt: '{self.base.model}' has "
+                    f"{positions} positions. Lower it."
+                )
+            room = None if self.head == "seq2seq-lm" else positions - n_new
         return generate_answers(
             model,
-            [self.encoder.prompt_ids(example) for example in examples],
+            [self.encoder.prompt_ids(example, room) for example in examples],
             self.processor,
             stop_ids=self.encoder.stop_ids(
                 model.generation_config, is_chat=any(e.messages for e in examples)
             ),
-            max_new_tokens=longest or min(max(n_tokens, default=LONGEST_ANSWER), LONGEST_ANSWER),
+            max_new_tokens=n_new,
             batch_size=batch_size,
             extras=self.ids_of(example.task for example in examples),
             **sampling,
@@ -237,7 +244,7 @@ class TextObjective(RowObjective):
 
     def _pack(self) -> None:
         """Pack the training rows, or say why not. Raises: ConfigError: if they must be and cannot."""
-        length, share = self.data.max_length, fill(self.train_rows, self.data.max_length)
+        length, share = self.data.max_length, fill(self.train_rows, self.encoder.max_length)
         refusal = self._why_not_packed()
         if self.data.packing == "auto" and (refusal or share >= AUTO_FILL):
             logger.info("packing: off, %s", refusal or f"rows fill {share:.0%} of max_length={length}")

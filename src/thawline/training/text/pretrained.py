@@ -15,10 +15,14 @@ from thawline.files import DAMAGED
 from thawline.recipe import TextBase
 
 
-def load_processor(base: TextBase) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer, with a padding token. Raises: ConfigError: if there is none."""
+def load_processor(base: TextBase, n_tokens: int | None = None) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer, with a padding token among the first `n_tokens`, which the base knows.
+
+    Raises: ConfigError: if there is none.
+    """
     tokenizer = load_pretrained(AutoTokenizer, base)
-    if tokenizer.pad_token_id is None:
+    padding = tokenizer.pad_token_id
+    if padding is None or (n_tokens is not None and padding >= n_tokens):
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"The tokenizer of '{base.model}' has neither a padding nor an end token.")
         # Never seen by the loss or by attention, so any token will do.
