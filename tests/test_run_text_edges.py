@@ -156,6 +156,15 @@ def test_rows_and_prompts_are_cut_to_the_positions_of_the_base(tmp_path: Path, c
         built(base, data, overlong="error")
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_positions_of_learned_prompts_are_not_for_rows(tmp_path: Path, method: str, caplog) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", {"prompt": "p" * 40, "completion": "c"})
+    recipe = TextRecipes(save_gpt2(tmp_path / "base", 24), data, tmp_path / "runs")
+    result = run(recipe("prompt", {"method": method, "args": {"num_virtual_tokens": 5}}, max_steps=1))
+    assert "cut to max_length=19 tokens, all positions of the base." in caplog.text
+    assert predict(result.folder, ["q" * 60], max_new_tokens=4)
+
+
 def test_an_encoder_of_few_positions_matches_long_texts(tmp_path: Path, bases, caplog) -> None:
     data = write_rows(tmp_path / "rows.jsonl", {"input": "a" * 90, "output": "x", "choices": ["x", "y" * 90]})
     with caplog.at_level(logging.WARNING, "thawline"):

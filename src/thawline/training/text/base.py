@@ -75,7 +75,8 @@ class RowObjective(Objective):
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
         self.has_weights = read != "config"
-        self.limits = read_limits(self.base) if self.has_weights else Limits()
+        n_virtual = getattr(config.tuner, "args", {}).get("num_virtual_tokens", 0)
+        self.limits = read_limits(self.base, n_virtual) if self.has_weights else Limits()
         self.processor = load_processor(self.base, self.limits.tokens) if self.has_weights else None
         self.described = described
         self.task_ids: dict[str, int] | None = None

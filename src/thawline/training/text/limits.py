@@ -29,8 +29,8 @@ class Limits:
     tokens: int | None = None
 
 
-def read_limits(base: TextBase) -> Limits:
-    """Return a base's limits, from its config alone."""
+def read_limits(base: TextBase, n_virtual: int = 0) -> Limits:
+    """Return a base's limits, from its config alone. `n_virtual`: tokens that a tuner puts in front."""
     try:
         model = build_without_weights(AutoModel, base, torch.float32)
         embedding = model.get_input_embeddings()
@@ -48,7 +48,7 @@ def read_limits(base: TextBase) -> Limits:
     stated = getattr(model.config, "max_position_embeddings", None)
     if tables and stated is not None:
         tables.append(stated)
-    return Limits(min(tables, default=None), embedding.weight.shape[0])
+    return Limits(min(tables) - n_virtual if tables else None, embedding.weight.shape[0])
 
 
 def _is_table(name: str) -> bool:
