@@ -244,7 +244,8 @@ class TextObjective(RowObjective):
 
     def _pack(self) -> None:
         """Pack the training rows, or say why not. Raises: ConfigError: if they must be and cannot."""
-        length, share = self.data.max_length, fill(self.train_rows, self.encoder.max_length)
+        length = self.encoder.max_length
+        share = fill(self.train_rows, length)
         refusal = self._why_not_packed()
         if self.data.packing == "auto" and (refusal or share >= AUTO_FILL):
             logger.info("packing: off, %s", refusal or f"rows fill {share:.0%} of max_length={length}")
