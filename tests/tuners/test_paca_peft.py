@@ -210,7 +210,9 @@ def test_safe_merge_refuses_nan_and_leaves_the_model_as_it_was(base, x, value):
     with torch.no_grad():
         good = delta[0, 0].item()
         delta[0, 0] = value
-    with pytest.raises(ValueError, match=r"merged columns of 'first'.*\['default'\]"):
+    with pytest.raises(
+        ValueError, match="NaNs detected in the merged weights. The adapter default .*'first'"
+    ):
         model.merge_adapter(safe_merge=True)
     assert not model.base_model.model.first.merged
     with torch.no_grad():

@@ -39,6 +39,7 @@ class TunerConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self.is_saved = self.peft_version is not None  # read from a file: PEFT fills it in
         super().__post_init__()
         self.peft_type = self.tuner_type
         for name in ("target_modules", "exclude_modules"):  # PEFT compares names as sets

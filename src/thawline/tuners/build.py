@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["attach_tuner", "routed_tasks"]
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -11,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you_mean
 from thawline.files import DAMAGED, read_json
 from thawline.recipe import Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
 from thawline.recipe.checks import check_args
+from thawline.tuners._steps import expect_gradients
+from thawline.tuners._tuner import Tuner
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
 from thawline.tuners.mhr.config import MHR
 from thawline.tuners.mhr.layer import find_layers
 from thawline.tuners.mhr.task_ids import route_by_batch
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
+from thawline.tuners.targets import check_attached
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ def attach_tuner(
         tuned = _new_adapter(model, settings, tasks, batches)
     else:
         tuned = _load_adapter(model, settings.start_from, settings.method, saved)
+    expect_gradients(tuned.get_base_model())
     if isinstance(settings, Mhr):
         if settings.start_from is not None:
             _adapt(tuned, settings, tasks, saved)
@@ -99,14 +105,18 @@ def _new_adapter(
     config = _peft_config(settings, _task_type(model), tasks)
     if batches is not None and isinstance(config, PacaConfig) and _looks_at_data(config):
         config = dataclasses.replace(select_columns(model, config, batches()), selection="explicit")
+    asked = copy.deepcopy(config)  # PEFT turns names into other names
     try:
-        return peft.get_peft_model(model, config)
+        tuned = peft.get_peft_model(model, config)
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"PEFT cannot attach '{settings.method}' to {type(model).__name__}: {error}"
         ) from error
+    if isinstance(tuned.base_model, BaseTuner) and not isinstance(tuned.base_model, Tuner):
+        check_attached(tuned.base_model, asked, config)
+    return tuned
 
 
 def _looks_at_data(config: PacaConfig) -> bool:

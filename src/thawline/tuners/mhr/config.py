@@ -70,8 +70,8 @@ class MHRConfig(MhrFields, TunerConfig):
     """Names of the tasks, in the order of their ids. None: tasks have numbers only."""
     n_heads: int = 1
     """Blocks of features, each with weights of its own, H. It must divide every adapted size."""
-    bias: Literal["none"] = "none"
-    """Biases are not trained: tasks would share them."""
+    bias: Literal["none", "all", "mhr_only"] = "none"
+    """Biases trained as well: of no layer, of every layer, or of the adapted layers. All tasks share them."""
     mode: Literal["train", "full", "z", "mu"] = "train"
     """Written by `start_adaptation`: what has been adapted to, and so what trains. In z only the routing
     table, in mu one averaged adapter without routing."""
@@ -91,7 +91,7 @@ class MHRConfig(MhrFields, TunerConfig):
             check_count(name, getattr(self, name))
         check_number("uniform_mix", self.uniform_mix, lambda x: 0 <= x <= 1, "a fraction from 0 to 1")
         check_choice("mode", self.mode, MODES)
-        check_choice("bias", self.bias, ("none",))
+        check_choice("bias", self.bias, ("none", "all", "mhr_only"))
         self._check_tasks()
 
     def _check_tasks(self) -> None:

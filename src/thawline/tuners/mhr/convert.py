@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["from_loras", "from_mttl", "from_poly"]
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,9 @@ def from_loras(
             odd = sorted(set(lora) ^ modules)[:3]
             raise CheckpointError(f"'{directory}' adapts other modules than '{directories[0]}', e.g. {odd}.")
     r = max(A.shape[0] for lora in loras for A, _ in lora.values())
-    given = {} if config is None else vars(config)
-    fields = {name: value for name, value in given.items() if name not in SET_BY_LORAS}
-    config = MHRConfig(**fields, r=r, alpha=float(r), n_skills=len(loras), target_modules=modules)
+    given = {} if config is None else {field.name: getattr(config, field.name) for field in fields(config)}
+    kept = {name: value for name, value in given.items() if name not in SET_BY_LORAS}
+    config = MHRConfig(**kept, r=r, alpha=float(r), n_skills=len(loras), target_modules=modules)
     weights: dict[str, Tensor] = {}
     for module in modules:
         weights[f"{PREFIX}{module}.mhr_A"] = torch.stack([_pad(lora[module][0].T, r) for lora in loras])

@@ -31,6 +31,7 @@ from thawline.ops.mixing import (
     mix_skills_of_many,
 )
 from thawline.tuners._scaling import ScaledLayer
+from thawline.tuners._tuner import BROKEN
 from thawline.tuners.mhr.config import MHRConfig
 from thawline.tuners.mhr.ids import AVERAGE, Groups, Ids, read_ids
 from thawline.tuners.mhr.routing import Router, logistic_noise
@@ -290,9 +291,7 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
                 continue
             groups, merged = self._single_task(name), self._changed_weight(name, 1)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ConfigError(
-                    f"NaN or infinity in the merged weight of '{self.name}': adapter {name!r} seems broken."
-                )
+                raise ConfigError(BROKEN.format(name, self.name))
             self.set_base_weight(merged)
             self._merged_groups[name] = groups
             self.merged_adapters.append(name)
@@ -359,6 +358,14 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True: one task's update is a LoRA, which `thawline.to_lora` writes exactly."""
         return True
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Keep skills and routing in `dtype`, where a user asks for it (`autocast_adapter_dtype=False`)."""
+        for skills in (self.mhr_A, self.mhr_B):
+            if adapter_name in skills:
+                skills[adapter_name].data = skills[adapter_name].to(dtype)
+        if adapter_name in self.mhr_router:
+            self.mhr_router[adapter_name].to(dtype)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

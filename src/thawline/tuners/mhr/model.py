@@ -7,18 +7,14 @@ __all__ = ["MHRModel", "divisors"]
 import math
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import ConfigError
 from thawline.tuners._config import pattern_value
+from thawline.tuners._tuner import Tuner
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.layer import MHRLinear, linear_sizes
 from thawline.tuners.mhr.routing import ROUTERS, Router
@@ -26,30 +22,24 @@ from thawline.tuners.mhr.state import RoutingState
 from thawline.tuners.mhr.task_ids import follow_forwards, stop_following
 
 
-class MHRModel(BaseTuner):
+class MHRModel(Tuner):
     """The tuner that `get_peft_model(model, MHRConfig(...))` makes."""
 
     prefix = MHR.prefix
     tuner_layer_cls = MHRLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_model(self, peft_config: MHRConfig, model: nn.Module) -> None:
-        self._check_targets(peft_config, model)
+        super()._prepare_model(peft_config, model)
         follow_forwards(model).configs = self.peft_config
 
-    def _check_targets(self, config: MHRConfig, model: nn.Module) -> None:
-        """Check every module before the first is replaced, so that a failure leaves the model unchanged.
-
-        Raises: ConfigError: for a module that is not a linear, or that the heads do not divide.
-        """
-        _maybe_include_all_linear_layers(config, model)
-        targets = {}
-        for name, module in model.named_modules():
-            if name and self._check_target_module_exists(config, name) and ".base_layer" not in name:
-                targets[name] = module.get_base_layer() if isinstance(module, MHRLinear) else module
+    @classmethod
+    def check_targets(cls, config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
+        """Check that `found` are linear layers whose sizes the heads divide."""
+        targets = {
+            name: module.get_base_layer() if isinstance(module, MHRLinear) else module
+            for name, module in found.items()
+        }
         for name, module in targets.items():
-            if isinstance(module, BaseTunerLayer):
-                raise ConfigError(f"'{name}' already has an adapter of another method. Unload it first.")
             if not isinstance(module, nn.Linear | Conv1D) and not hasattr(module, "in_features"):
                 raise ConfigError(
                     f"'{name}' is a {type(module).__name__}; MHR adapts linear layers. Narrow"

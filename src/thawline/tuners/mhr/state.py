@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from thawline.errors import RoutingError
+from thawline.errors import ConfigError, RoutingError
+from thawline.tuners._tuner import OFFLOADED
 from thawline.tuners.mhr.config import MHRConfig
 from thawline.tuners.mhr.ids import Groups, Ids
 from thawline.tuners.mhr.routing import Router
@@ -152,11 +153,14 @@ class RoutingState:
         Args:
             inputs: first tensor with the batch's rows; `None` if no argument is one: layers check their own.
         Raises: RoutingError: if ids are missing, or their number of rows or tokens is not the batch's.
+            ConfigError: if the skills were offloaded.
         """
         ids = self.forward.ids
         if not self.is_off() and self.routed():
             ids = self.current_ids()
             if inputs is not None:
+                if self.device().type == "meta" and not inputs.is_meta:
+                    raise ConfigError(OFFLOADED.format(self.layers[0].name))
                 ids.check_rows(inputs.shape[0], self.generating, "the batch")
                 if ids.tokens is not None and tuple(inputs.shape[1:2]) != (ids.tokens,):
                     raise RoutingError(

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from thawline.errors import ConfigError, DataError
 from thawline.tuners.paca.config import PacaConfig
 from thawline.tuners.paca.layer import column_view
-from thawline.tuners.paca.model import check_target, rank_of, target_names, weight_owners
+from thawline.tuners.paca.model import PacaModel, rank_of
 from thawline.tuners.paca.selection import column_energy, top_columns
 
 
@@ -55,10 +55,7 @@ def select_columns(
         raise ConfigError(
             "The model has adapters already. Call select_columns on the base model, before get_peft_model."
         )
-    owners = weight_owners(model)
-    targets = {name: model.get_submodule(name) for name in target_names(model, config)}
-    for name, module in targets.items():
-        check_target(module, model.get_submodule(name.rpartition(".")[0]), name, owners)
+    targets = PacaModel.checked_targets(copy.deepcopy(config), model)
 
     scores: dict[str, Tensor] = {}
     n_batches = 0

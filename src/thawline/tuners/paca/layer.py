@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.pytorch_utils import Conv1D
@@ -39,11 +39,10 @@ from thawline.errors import CheckpointError, ConfigError
 from thawline.ops.partial_conv import ConvGeometry, conv_columns, tap_channels
 from thawline.ops.partial_linear import tap_columns
 from thawline.tuners._scaling import ScaledLayer
-from thawline.tuners._steps import watch, watched
+from thawline.tuners._steps import watch
+from thawline.tuners._tuner import BROKEN, OFFLOADED
 from thawline.tuners.paca.resident import Change, Resident, is_sharded
-
-HALF = (torch.bfloat16, torch.float16)
-FLOATS = (torch.float32, torch.float64, *HALF)
+from thawline.tuners.paca.weights import HALF
 
 
 class WriteState:
@@ -66,8 +65,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     Args:
         base_layer: the layer, of the type the subclass is for.
         name: its name in the model, for messages.
-    Raises: ConfigError: for weights that cannot be written in place: quantised, sharded, or owned by another
-        PaCA layer.
+    Attributes:
+        in_features, out_features: sizes of the base layer; of a convolution, its channels.
     """
 
     adapter_layer_names = ("thawline_paca_delta",)
@@ -79,6 +78,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.columns_of = column_view(base_layer)
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
@@ -87,7 +87,6 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        _check_weight(base_layer, name)
         self._state = WriteState(Resident(name, self.columns_of))
         watch(self)
         self.register_state_dict_post_hook(_put_original_weight)
@@ -110,6 +109,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         else:
             if state.stale or not state.resident.holds(self._weight(), self._changes()):
                 self.write()
+                self._check_there(x)
             # Built per call: kept on the layer, it would be a reference cycle.
             on_backward = partial(self._before_backward, state.wanted)
         y = self.base_layer(x, *args, **kwargs)
@@ -193,9 +193,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         if safe_merge and not self._state.resident.is_finite():
             self.merged_adapters = self.merged_adapters[: -len(names)]
             self._refresh()
-            raise ConfigError(
-                f"NaN or infinity in the merged columns of '{self.name}': adapter {names} seems broken."
-            )
+            raise ConfigError(BROKEN.format(", ".join(names), self.name))
 
     def unmerge(self) -> None:
         """Return to the active adapters."""
@@ -208,9 +206,10 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         """Return the base layer, with the columns written permanently or with its original weight."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if merge and self.merged:
             self.write()  # pickling may have evicted the columns of merged adapters
             self._state.resident.forget()
-        else:
+        else:  # none of the merged adapters may be in this layer, and the active one in it
             self.evict()
         self._state.released = True
         return self.base_layer
@@ -293,12 +292,21 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         """Return whether FSDP2 shows a gathered copy of the weight, which is freed after this forward.
 
         Such a copy is not written: `after_step` writes the shards, from which it was made.
+
+        Raises: ConfigError: for a weight that other schemes have flattened or partitioned.
         """
         state = self._state
+        is_distributed = torch.distributed.is_initialized()
+        is_flat = weight.dim() == 1 or hasattr(weight, "_fsdp_flattened")
+        if hasattr(weight, "ds_id") or is_flat or (is_distributed and type(weight) is Tensor):
+            raise ConfigError(
+                f"The weight of '{self.name}' was flattened or partitioned (FSDP1 or ZeRO-3). PaCA writes "
+                "columns in place: use FSDP2 (fsdp_version: 2), ZeRO-1, ZeRO-2 or DDP."
+            )
         if is_sharded(weight):
             state.sharded = True
             return False
-        return torch.distributed.is_initialized() and (state.sharded or state.resident.is_elsewhere(weight))
+        return is_distributed and (state.sharded or state.resident.is_elsewhere(weight))
 
     def _check_not_gathered(self) -> None:
         if self._is_gathered(self.base_layer.weight):
@@ -308,17 +316,13 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
                 "adapters."
             )
 
+    def _check_there(self, x: Tensor) -> None:
+        if any(change.delta.is_meta for change in self._changes()) and not x.is_meta:
+            raise ConfigError(OFFLOADED.format(self.name))
+
     def _check_in_place(self, weight: Tensor) -> None:
         if weight.is_meta:
-            raise ConfigError(
-                f"The weight of '{self.name}' is offloaded (meta device). PaCA writes columns in place: "
-                "load the model without CPU or disk offload."
-            )
-        if weight.dim() == 1 or hasattr(weight, "ds_id"):
-            raise ConfigError(
-                f"The weight of '{self.name}' was flattened or partitioned (FSDP1 or ZeRO-3). PaCA writes "
-                "columns in place: use FSDP2, ZeRO-1, ZeRO-2 or DDP."
-            )
+            raise ConfigError(OFFLOADED.format(self.name))
         if is_sharded(weight) and self.columns_of is not _as_stored:
             raise ConfigError(
                 f"'{self.name}' ({type(self.base_layer).__name__}) keeps its inputs on the sharded axis. Use "
@@ -347,6 +351,13 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         super()._apply(keep_master, recurse)
         self.write()
         return self
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Keep δ in `dtype`, where a user asks for that of the base (`autocast_adapter_dtype=False`)."""
+        if adapter_name in self.thawline_paca_delta:
+            delta = self.thawline_paca_delta[adapter_name]
+            delta.data = delta.to(dtype)
+            self.write()
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -463,27 +474,6 @@ def column_view(base_layer: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _as_stored(weight: Tensor) -> Tensor:
     return weight
-
-
-def _check_weight(base_layer: nn.Module, name: str) -> None:
-    """Check that columns can be written. Raises: ConfigError: if not, or if another layer writes them."""
-    weight = base_layer.weight
-    if is_sharded(weight) or hasattr(weight, "ds_id"):
-        raise ConfigError(
-            f"The weight of '{name}' is sharded already. Call get_peft_model first, then shard the model."
-        )
-    if weight.dtype not in FLOATS or type(weight) is not nn.Parameter:
-        raise ConfigError(
-            f"The weight of '{name}' is {type(weight).__name__} of {weight.dtype}: quantised weights have no "
-            "columns to write. Load the base in float32, bfloat16 or float16, or exclude the module."
-        )
-    for other in watched():
-        theirs = other.base_layer.weight
-        if not other._state.released and not weight.is_meta and theirs.data_ptr() == weight.data_ptr():
-            raise ConfigError(
-                f"The weight of '{name}' already holds the columns of another PaCA layer ('{other.name}'). "
-                "Unload that model first (model.unload()), or give each its own copy of the base."
-            )
 
 
 def _put_original_weight(

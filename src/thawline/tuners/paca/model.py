@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-__all__ = ["PacaModel", "target_names"]
+__all__ = ["PacaModel", "rank_of"]
 
-import copy
-from collections import defaultdict
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from thawline.errors import ConfigError
 from thawline.tuners._config import pattern_value
+from thawline.tuners._tuner import Tuner
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.layer import LAYERS, PacaLayer
 from thawline.tuners.paca.selection import choose_columns
+from thawline.tuners.paca.weights import check_weights
 
 
-class PacaModel(BaseTuner):
+class PacaModel(Tuner):
     """Tuner that `get_peft_model(model, PacaConfig(...))` builds."""
 
     prefix = PACA.prefix
     tuner_layer_cls = PacaLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: dict[str, Any]) -> PacaConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(model_config)
-        return peft_config
-
-    def _prepare_model(self, peft_config: PacaConfig, model: nn.Module) -> None:
-        self._owners = weight_owners(model)
+    @classmethod
+    def check_targets(cls, config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
+        """Check that `found` are layers of a kind that has columns, in weights that can be written."""
+        fresh = {name: module for name, module in found.items() if not isinstance(module, PacaLayer)}
+        for name, module in fresh.items():
+            if not isinstance(module, tuple(LAYERS)):
+                kinds = ", ".join(kind.__name__ for kind in LAYERS)
+                raise ConfigError(
+                    f"'{name}' is a {type(module).__name__}; PaCA adapts {kinds}. Change target_modules, or "
+                    "add it to exclude_modules."
+                )
+        check_weights(model, fresh)
 
     def _create_and_replace(
         self,
@@ -52,8 +49,7 @@ class PacaModel(BaseTuner):
         if isinstance(target, PacaLayer):
             add_adapter(target, adapter_name, peft_config, current_key)
             return
-        kind = check_target(target, parent, current_key, self._owners)
-        layer = LAYERS[kind](target, current_key)
+        layer = next(make for kind, make in LAYERS.items() if isinstance(target, kind))(target, current_key)
         layer._active_adapter = [adapter_name]
         add_adapter(layer, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
@@ -88,69 +84,3 @@ def indices_of(config: PacaConfig, name: str) -> list[int] | None:
             "module."
         )
     return columns
-
-
-def target_names(model: nn.Module, config: PacaConfig) -> list[str]:
-    """Return the names of the modules of an unwrapped `model` that `config` would adapt."""
-    config = copy.deepcopy(config)
-    if config.target_modules is None:
-        config.target_modules = default_targets(BaseTuner.get_model_config(model))
-    config = _maybe_include_all_linear_layers(config, model)
-    return [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
-
-
-def default_targets(model_config: dict[str, Any]) -> set[str] | str:
-    """Return PEFT's choice for LoRA on this architecture.
-
-    Raises: ConfigError: if PEFT has none.
-    """
-    model_type = model_config.get("model_type")
-    targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-    if targets is None:
-        raise ConfigError(
-            f"target_modules=None, and PEFT has no default for model type {model_type!r}. "
-            "Set target_modules='all-linear' or a list of module names."
-        )
-    return targets if isinstance(targets, str) else set(targets)
-
-
-def weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Map the id of each parameter to the names of all modules that own it."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)].append(name)
-    return owners
-
-
-def check_target(
-    target: nn.Module, parent: nn.Module, name: str, owners: dict[int, list[str]]
-) -> type[nn.Module]:
-    """Return the key of LAYERS for `target`.
-
-    Raises: ConfigError: if it cannot be adapted, saying why and what to do.
-    """
-    if isinstance(target, BaseTunerLayer):
-        raise ConfigError(
-            f"'{name}' already has an adapter of another method ({type(target).__name__}). Unload it first."
-        )
-    kind = next((kind for kind in LAYERS if isinstance(target, kind)), None)
-    if kind is None:
-        kinds = ", ".join(kind.__name__ for kind in LAYERS)
-        raise ConfigError(
-            f"'{name}' is a {type(target).__name__}; PaCA adapts {kinds}. Change target_modules, or add it "
-            "to exclude_modules."
-        )
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ConfigError(
-            f"'{name}' belongs to nn.MultiheadAttention, which uses the weight without calling the layer, so "
-            "it would never learn. Add it to exclude_modules."
-        )
-    others = [other for other in owners[id(target.weight)] if other != name]
-    if others:
-        raise ConfigError(
-            f"The weight of '{name}' is tied to {others}: writing its columns would change those too. Add it "
-            "to exclude_modules, or untie the weights (tie_word_embeddings=False)."
-        )
-    return kind
