@@ -313,7 +313,9 @@ def test_autocast_and_low_precision_bases_stay_close_to_fp32() -> None:
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_routing_stays_in_fp32_beside_skills_in_bf16(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+def test_adapters_in_the_bases_dtype_have_their_routing_in_it_too(
+    low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
     base, x = lambda: tiny_llama().to(torch.bfloat16), tokens()
     model = get_peft_model(base(), config(), autocast_adapter_dtype=False)
     how = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": low_cpu_mem_usage}
@@ -322,7 +324,8 @@ def test_routing_stays_in_fp32_beside_skills_in_bf16(low_cpu_mem_usage: bool, tm
     for one in (model, loaded):
         for _, layer in find_layers(one):
             assert layer.mhr_A["default"].dtype is torch.bfloat16
-            assert layer.routers["default"].logits.dtype is torch.float32
+            assert layer.routers["default"].logits.dtype is torch.bfloat16
+            assert layer.routers["default"](torch.tensor([0])).dtype is torch.float32
         set_task_ids(one, [0, 1, 2])
     assert torch.equal(logits(loaded, x), logits(model, x))
     loaded.train()(input_ids=x, labels=x).loss.backward()
