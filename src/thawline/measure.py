@@ -25,6 +25,7 @@ import json
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,18 +99,20 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()
         parameters: tensors that exist anyway; they and what shares their storage are not counted.
     """
     parameter_storages = {_storage_key(p) for p in parameters}
-    kept: dict[tuple[torch.device, int], int] = {}
+    kept: list[weakref.ref[Tensor]] = []
 
     def note(tensor: Tensor) -> Tensor:
-        key = _storage_key(tensor)
-        if key not in parameter_storages:
-            kept[key] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # an output would keep its own graph alive
+        twin = tensor.detach()  # an output would keep its own graph alive
+        if _storage_key(tensor) not in parameter_storages:
+            kept.append(weakref.ref(twin))
+        return twin
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         loss = forward()
-    del loss  # until here it held the graph and every storage: no address was reused
-    return sum(kept.values())
+    # A forward may drop parts of its graph, as DoRA drops that of its norms: only what lives counts.
+    alive = [tensor for tensor in (reference() for reference in kept) if tensor is not None]
+    del loss
+    return sum({_storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in alive}.values())
 
 
 def count_ops(call: Callable[[], Any]) -> tuple[int, Any]:

@@ -360,6 +360,7 @@ def _align(options: Namespace) -> int:
 
 
 BENCHES = {
+    "sequence": "longest sequence and throughput of LoRA, DoRA, PaCA, QLoRA, QPaCA within a memory budget",
     "tuners": "step time, bytes kept, operations of full fine-tuning, LoRA, PaCA, Poly, MHR, a frozen floor",
     "loader": "images a second and core through the detection augmentation",
     "detector": "latency and throughput of the detector's sizes, beside transformers' port",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SHARDINGS", "Plan", "plan_run", "read_bytes"]
+__all__ = ["SHARDINGS", "Plan", "cast_trained", "plan_run", "read_bytes"]
 
 import dataclasses
 import re
@@ -103,7 +103,7 @@ def plan_run(
         config = dataclasses.replace(config, training=training)
     blueprint = draw_blueprint(config, length=length, objective=objective)
     if half_adapter:
-        _cast_trained(blueprint.model)
+        cast_trained(blueprint.model)
     sizes = _sizes(blueprint, quantised=quantised)
     keeps = blueprint.accumulation > 1
     cost = simulate_step(
@@ -218,7 +218,8 @@ def _steps(blueprint: Blueprint, devices: int) -> int | None:
     return round(-(-blueprint.n_rows // per_step) * blueprint.epochs)
 
 
-def _cast_trained(model: nn.Module) -> None:
+def cast_trained(model: nn.Module) -> None:
+    """Give trained parameters the type of the frozen ones, where PEFT keeps float32. In place."""
     kept = next((p.dtype for p in model.parameters() if not p.requires_grad), None)
     for parameter in model.parameters():
         if parameter.requires_grad and kept is not None:
