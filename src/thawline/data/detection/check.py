@@ -36,7 +36,8 @@ from thawline.data.detection.drawing import Panel, panel_grid, save_image
 from thawline.data.detection.duplicates import fingerprint, similar_pairs
 from thawline.data.detection.formats import read_raw
 from thawline.data.detection.formats.assemble import assemble
-from thawline.data.detection.formats.raw import RawSet, relative_name
+from thawline.data.detection.formats.places import relative_name
+from thawline.data.detection.formats.raw import RawSet
 from thawline.data.detection.records import (
     ERRORS,
     PROBLEM_KINDS,
@@ -44,6 +45,7 @@ from thawline.data.detection.records import (
     ImageRecord,
     Problem,
     describe,
+    n_learnable,
 )
 from thawline.data.draws import Draw
 from thawline.ops.boxes import cxcywh_to_xyxy
@@ -57,6 +59,8 @@ INPUT = 640
 TINY_SIDE = 8
 """Pixels at `INPUT`; published recipes leave out boxes with a smaller side."""
 N_SAMPLES = 12
+FEWEST_QUERIES = 100
+QUERIES = "queries: Atto 100, Femto 150, Pico 200, N to X 300"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +141,7 @@ def check_detection(
     """
     raw = read_raw(path, format, images)
     data = assemble(raw, decode=True)
-    problems = [*data.problems, *_find_leaks(data), *_check_classes(data)]
+    problems = [*data.problems, *_find_leaks(data), *_check_classes(data), *_check_crowded(data)]
     return DataCheck(
         data=data,
         raw=raw,
@@ -217,6 +221,17 @@ def _find_leaks(data: DetectionSet) -> list[Problem]:
             detail = place_of(data, second, splits[second][b])
             kind = "leak" if is_exact else "near-leak"
             problems.append(Problem(kind=kind, where=where, detail=detail, split=first))
+    return problems
+
+
+def _check_crowded(data: DetectionSet) -> list[Problem]:
+    """Find splits with images that hold more boxes than the smallest detector finds."""
+    problems = []
+    for split, records in data.splits.items():
+        counts = [n for n in map(n_learnable, records) if n > FEWEST_QUERIES]
+        if counts:
+            detail = f"{len(counts)} of {len(records)} images, with up to {max(counts)} boxes; {QUERIES}"
+            problems.append(Problem(kind="many-boxes", where=split, detail=detail, split=split))
     return problems
 
 

@@ -23,7 +23,14 @@ from torch.utils.data import Dataset
 from thawline.data.detection.formats import read_raw
 from thawline.data.detection.formats.assemble import assemble
 from thawline.data.detection.images import read_image
-from thawline.data.detection.records import DetectionSet, ImageRecord, clip_boxes, describe, has_area
+from thawline.data.detection.records import (
+    DetectionSet,
+    ImageRecord,
+    clip_boxes,
+    describe,
+    has_area,
+    learnable,
+)
 from thawline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -125,7 +132,7 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 f"{image.shape[1]}×{image.shape[0]}. Do not change the files during training."
             )
         boxes = clip_boxes(record.boxes_xyxy, record.width, record.height)
-        keep = has_area(boxes) & (self.keep_crowd | ~record.iscrowd)
+        keep = has_area(boxes) if self.keep_crowd else learnable(record)
         return Sample(
             image=image,
             boxes_xyxy=boxes[keep].astype(np.float32),

@@ -1,12 +1,13 @@
 """Image files: a quick look at their headers, and decoding to RGB.
 
-`probe_image` reads a few kilobytes and returns the size, the EXIF orientation and whether the file is
-complete, so that a dataset of 100 000 images is checked in seconds. Truncated files are the most common
-damage, and OpenCV silently fills what is missing with grey; if the end marker is not in place, Pillow decodes
-the file to find out.
+`probe_image` reads a few kilobytes of a JPEG or PNG and returns the size, the EXIF orientation and whether
+the file is complete, so that a dataset of 100 000 images is checked in seconds. Truncated files are the most
+common damage, and OpenCV silently fills what is missing with grey; if the end marker is not in place, Pillow
+decodes the file to find out. Files of all other formats, and those with 16 bits, are decoded as in training.
 
 A camera may store an image on its side and say so in an EXIF tag. Annotation tools differ in whether they
-apply it, so the size stated in the annotation decides (`ImageRecord.oriented`).
+apply it, so the size stated in the annotation decides (`ImageRecord.oriented`). The tag is applied here, not
+by OpenCV, whose versions differ in the formats for which they do.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from __future__ import annotations
 __all__ = ["IMAGE_SUFFIXES", "ImageProbe", "decode_image", "is_image", "opencv", "probe_image", "read_image"]
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from thawline.errors import DataError, requires_extra
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"
+)  # fmt: skip
 
 ORIENTATION = 0x0112
 """The EXIF tag: 1 upright; 2–4 mirrored or upside down; 5–8 on its side."""
@@ -33,6 +38,18 @@ ENDINGS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
 
 TAIL = 1 << 16
 """Bytes at a file's end in which its end marker must lie: cameras append thumbnails and notes."""
+
+PNG_DEPTH = 24
+"""Place of the bit depth in a PNG."""
+
+
+MAX_PIXELS = int(os.environ.get("OPENCV_IO_MAX_IMAGE_PIXELS") or 1 << 30)
+"""Pixels of the largest image that OpenCV decodes."""
+
+LOW_RANGE = 4095
+"""Values of 16-bit images that reach no further have 12 bits or less."""
+
+_PILLOW_LIMIT = Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +61,8 @@ class ImageProbe:
     height: int = 0
     orientation: int = 1
     """EXIF orientation, 1–8."""
+    is_low_range: bool = False
+    """True if 16-bit values use at most 12 bits."""
     fault: str = ""
     """Reason why the file cannot be used; empty if it can."""
 
@@ -59,17 +78,21 @@ def is_image(path: Path) -> bool:
 
 
 def probe_image(path: Path, decode: bool = False) -> ImageProbe:
-    """Look at an image file; with `decode`, decode all of it.
+    """Look at an image file; with `decode`, decode all of it, as training does.
 
     Never raises for a bad file: `fault` says what is wrong with it.
-    Raises: MissingExtraError: without Pillow.
+    Raises: MissingExtraError: without Pillow or OpenCV.
     """
+    _pillow(), opencv()
     try:
-        # Read as a stream: Pillow holds a lazily opened file until the image is gone.
         with path.open("rb") as stream:
-            return _probe(stream, decode)
-    except OSError as error:
-        return ImageProbe(fault=f"{type(error).__name__}: {error}")
+            if not decode and _is_header_enough(stream):
+                return _probe_header(stream)
+            stream.seek(0)
+            return _probe_pixels(stream.read())
+    # Pillow raises what its decoders raise: OSError, SyntaxError, ValueError, struct.error, …
+    except Exception as error:
+        return ImageProbe(fault=_reason(error))
 
 
 def read_image(path: Path, oriented: bool = True) -> np.ndarray:
@@ -94,15 +117,16 @@ def read_image(path: Path, oriented: bool = True) -> np.ndarray:
 
 def decode_image(data: bytes, oriented: bool = True) -> np.ndarray:
     """Decode the bytes of an image file, as `read_image`. Raises: DataError: if truncated, or no image."""
-    cv2 = opencv()
-    stream = io.BytesIO(data)
-    fault = "" if _ends_well(stream) else _probe(stream, decode=True).fault
-    flags = cv2.IMREAD_COLOR if oriented else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = None if fault else cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if image is None:
-        fault = fault or "OpenCV does not support the format"
-        raise DataError(f"cannot be decoded ({fault}). Replace the file, or remove it from the data.")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    cv2, end = opencv(), _end_marker(data)
+    try:
+        if end is not None and end not in data[-TAIL:]:
+            _open(io.BytesIO(data)).load()  # unlike OpenCV, Pillow refuses a truncated file
+        image = cv2.cvtColor(_decode(data), cv2.COLOR_BGR2RGB)
+    except Exception as error:
+        raise DataError(
+            f"cannot be decoded ({_reason(error)}). Replace the file, or remove it from the data."
+        ) from error
+    return _turn(image, _orientation(data)) if oriented else image
 
 
 def opencv() -> ModuleType:
@@ -112,31 +136,112 @@ def opencv() -> ModuleType:
     return cv2
 
 
-def _probe(stream: BinaryIO, decode: bool) -> ImageProbe:
+def _pillow() -> Any:
     with requires_extra("Checking images", "pillow", "detect"):
         import PIL.Image
-    try:
-        stream.seek(0)
-        with PIL.Image.open(stream) as image:
-            width, height = image.size
-            # getexif() on a PNG or TIFF may read the whole file; only JPEGs and WebPs come from cameras.
-            orientation = image.getexif().get(ORIENTATION, 1) if image.format in ("JPEG", "WEBP") else 1
-            if decode or not _ends_well(stream):
-                stream.seek(0)
-                image.load()  # unlike OpenCV, Pillow refuses a truncated file
-    # Pillow raises what its decoders raise: OSError, SyntaxError, ValueError, struct.error,
-    # DecompressionBombError, …
-    except Exception as error:
-        return ImageProbe(fault=f"{type(error).__name__}: {error}")
+    return PIL.Image
+
+
+def _is_header_enough(stream: BinaryIO) -> bool:
+    """Return True for a JPEG, or a PNG of 8 bits, that ends with its end marker."""
+    head = stream.read(PNG_DEPTH + 1)
+    end = _end_marker(head)
+    if end is None or (head.startswith(b"\x89PNG") and head[PNG_DEPTH:] == b"\x10"):
+        return False
+    stream.seek(max(0, stream.seek(0, io.SEEK_END) - TAIL))
+    return end in stream.read()
+
+
+def _probe_header(stream: BinaryIO) -> ImageProbe:
+    with _open(stream) as image:
+        width, height = image.size
+        return ImageProbe(width=width, height=height, orientation=_exif_orientation(image))
+
+
+def _probe_pixels(data: bytes) -> ImageProbe:
+    """Decode an image as training does, and find damage inside a JPEG or PNG, which OpenCV passes over."""
+    if _end_marker(data) is not None:
+        _open(io.BytesIO(data)).load()
+    pixels = _decode(data)
+    height, width = pixels.shape[:2]
+    is_low_range = False
+    if 0 < pixels.max() <= LOW_RANGE >> 8:
+        deep = _decode(data, opencv().IMREAD_ANYDEPTH)
+        is_low_range = deep.dtype == np.uint16 and deep.max() <= LOW_RANGE
     return ImageProbe(
-        width=width, height=height, orientation=orientation if orientation in range(1, 9) else 1
+        width=width, height=height, orientation=_orientation(data), is_low_range=bool(is_low_range)
     )
 
 
-def _ends_well(stream: BinaryIO) -> bool:
-    """Return True if the file is certainly complete; False if only decoding can tell."""
+def _decode(data: bytes, more_flags: int = 0) -> np.ndarray:
+    """Decode to BGR as stored, (H, W, 3). Raises: an error of OpenCV's, or DataError."""
+    cv2 = opencv()
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION | more_flags
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    if image is None:
+        raise DataError(_unsupported(data))
+    return image
+
+
+def _unsupported(data: bytes) -> str:
+    """Say why OpenCV returns nothing."""
+    try:
+        image = _open(io.BytesIO(data))
+        image.load()
+    except Exception as error:
+        return _reason(error)
+    return f"OpenCV does not support {image.format} of mode {image.mode}; convert it to PNG or JPEG"
+
+
+def _open(stream: BinaryIO) -> Any:
+    """Open an image with Pillow, up to the size that OpenCV decodes rather than Pillow's own limit."""
+    module = _pillow()
     stream.seek(0)
-    head = stream.read(8)
-    stream.seek(max(0, stream.seek(0, io.SEEK_END) - TAIL))
-    tail = stream.read()
-    return any(head.startswith(start) and end in tail for start, end in ENDINGS.items())
+    with _PILLOW_LIMIT:
+        limit, module.MAX_IMAGE_PIXELS = module.MAX_IMAGE_PIXELS, None
+        try:
+            image = module.open(stream)
+        finally:
+            module.MAX_IMAGE_PIXELS = limit
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(
+            f"{image.width}×{image.height} pixels are more than OpenCV decodes, {MAX_PIXELS:,}; cut the image"
+        )
+    return image
+
+
+def _orientation(data: bytes) -> int:
+    """Return the EXIF orientation of an image that is decoded by `_decode`, 1–8."""
+    try:
+        return _exif_orientation(_open(io.BytesIO(data)))
+    except Exception:  # OpenCV reads formats that Pillow does not
+        return 1
+
+
+def _exif_orientation(image: Any) -> int:
+    """Return the EXIF orientation in an image's header; 1 for TIFF, which OpenCV turns upright by itself."""
+    exif = _pillow().Exif()
+    try:
+        exif.load(image.info.get("exif", b"") if image.format != "TIFF" else b"")
+        value = exif.get(ORIENTATION, 1)
+    except Exception:  # broken EXIF data does not make an image unreadable
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an image upright, (H, W, 3) or (W, H, 3)."""
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(image[::rows, ::columns])
+
+
+def _end_marker(head: bytes) -> bytes | None:
+    return next((end for start, end in ENDINGS.items() if head.startswith(start)), None)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, DataError) else f"{type(error).__name__}: {text}"

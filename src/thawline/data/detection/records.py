@@ -22,6 +22,8 @@ __all__ = [
     "clip_boxes",
     "describe",
     "has_area",
+    "learnable",
+    "n_learnable",
 ]
 
 from collections import defaultdict
@@ -57,7 +59,7 @@ class ImageRecord:
     area: np.ndarray
     """(N,) float64, pixels²: as annotated (of a mask, in COCO), else width × height of the box."""
     oriented: bool = False
-    """True if the boxes fit the image after its EXIF orientation is applied."""
+    """True if the image has an EXIF orientation and its boxes fit the image after that is applied."""
 
 
 class ProblemKind(NamedTuple):
@@ -74,6 +76,11 @@ ERRORS: dict[str, ProblemKind] = {
     "missing-image": ProblemKind(
         "annotated images are missing", "add the files, or remove the entries", "leaves the images out"
     ),
+    "ambiguous-image": ProblemKind(
+        "annotations fit several images equally well",
+        "rename or move all but one, or write the whole name with its folder",
+        "leaves the images out",
+    ),
     "corrupt-image": ProblemKind(
         "images cannot be decoded", "replace the files, or remove the entries", "leaves the images out"
     ),
@@ -81,6 +88,11 @@ ERRORS: dict[str, ProblemKind] = {
         "images differ in size from their annotations, so their boxes are in other pixels",
         "replace them with the annotated images, or rescale the boxes",
         "rescales the boxes if the aspect ratio is the same, else leaves the images out",
+    ),
+    "box-units": ProblemKind(
+        "images have boxes in fractions of their size, where pixels are expected",
+        "multiply them by the image's width and height",
+        "multiplies them",
     ),
     "unknown-image": ProblemKind(
         "annotations refer to an unknown image", "add the image, or remove them", "leaves them out"
@@ -103,6 +115,13 @@ ERRORS: dict[str, ProblemKind] = {
         "annotations cannot be read",
         "correct or remove them",
         "leaves them out, or the images of whole files",
+    ),
+    "missing-split": ProblemKind("splits are missing", "correct their paths, or remove them from the file"),
+    "missing-labels": ProblemKind(
+        "splits have images, but no labels", "put labels/ beside images/, or each label file beside its image"
+    ),
+    "no-boxes": ProblemKind(
+        "training splits have no box to learn from", "annotate objects, or check where the labels are"
     ),
 }
 """Problems that training must not start with, in the order in which they are reported."""
@@ -130,6 +149,29 @@ WARNINGS: dict[str, ProblemKind] = {
     ),
     "class-alike": ProblemKind("class names differ only in spelling", "merge them if they mean the same"),
     "class-note": ProblemKind("class lists were ambiguous", "check that the class names are right"),
+    "box-tiny": ProblemKind(
+        "images have a box smaller than a pixel in their corner", "check that their boxes are in pixels"
+    ),
+    "many-boxes": ProblemKind(
+        "splits have images with more boxes than a small detector has queries",
+        "set `base.overrides.num_queries`, or choose a larger detector",
+    ),
+    "low-range": ProblemKind(
+        "16-bit images use only the lowest part of their range, so they are read almost black",
+        "multiply their values to fill 16 bits, or save them with 8",
+    ),
+    "unlabelled": ProblemKind(
+        "splits have images without a label file, which count as images without objects",
+        "add an empty label file if that is meant, else the missing one",
+    ),
+    "unused-image": ProblemKind(
+        "folders hold images that no annotation names; they are not used", "annotate them if they are needed"
+    ),
+    "left-out": ProblemKind("files or folders are left out", "move or rename them if they are needed"),
+    "place-note": ProblemKind("paths are not as written", "correct them in the file"),
+    "encoding": ProblemKind(
+        "text files are not UTF-8", "check names with accents, or save the files as UTF-8"
+    ),
 }
 """Problems that training can start with. `check.py` finds those that reading does not."""
 
@@ -213,3 +255,13 @@ def has_area(boxes_xyxy: np.ndarray) -> np.ndarray:
 def clip_boxes(boxes_xyxy: np.ndarray, width: int, height: int) -> np.ndarray:
     """Clip boxes to the image, (N, 4)."""
     return np.clip(boxes_xyxy, 0, np.array([width, height, width, height], boxes_xyxy.dtype))
+
+
+def learnable(record: ImageRecord) -> np.ndarray:
+    """Return True for the boxes that training uses: with an area inside the image, and no crowds, (N,)."""
+    return has_area(clip_boxes(record.boxes_xyxy, record.width, record.height)) & ~record.iscrowd
+
+
+def n_learnable(record: ImageRecord) -> int:
+    """Return the number of boxes that training uses."""
+    return int(learnable(record).sum())

@@ -13,7 +13,7 @@ __all__ = ["write_repaired"]
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import numpy as np
 from thawline.data.detection.check import DataCheck, place_of
 from thawline.data.detection.dataset import load_detection
 from thawline.data.detection.drawing import save_image
-from thawline.data.detection.formats.assemble import assemble, class_shift
+from thawline.data.detection.formats.assemble import assemble, class_shift, in_fractions
 from thawline.data.detection.formats.raw import RawBox, RawImage, RawSet
+from thawline.data.detection.formats.values import to_id
 from thawline.data.detection.images import probe_image, read_image
 from thawline.data.detection.records import (
     PROBLEM_KINDS,
@@ -57,7 +58,8 @@ def write_repaired(check: DataCheck, folder: str | Path) -> DetectionSet:
         raise DataError(
             f"'{check.data.root}' cannot be repaired: only its owner knows which class is meant.\n{lines}"
         )
-    data = assemble(_repaired_annotations(check.raw), decode=True)
+    in_units = {(problem.split, problem.where) for problem in check.problems if problem.kind == "box-units"}
+    data = assemble(_repaired_annotations(check.raw, in_units), decode=True)
     if not any(data.splits.values()):
         raise DataError(f"'{check.data.root}' cannot be repaired: no image is left for a copy.")
     leaked = {problem.where for problem in check.problems if problem.kind == "leak"}
@@ -79,23 +81,30 @@ def _check_target(folder: Path, original: Path) -> None:
         )
 
 
-def _repaired_annotations(raw: RawSet) -> RawSet:
-    """Shift class ids, rescale boxes and merge the entries of one file; leave out what cannot be used."""
+def _repaired_annotations(raw: RawSet, in_units: Container[tuple[str, str]]) -> RawSet:
+    """Shift class ids, rescale boxes and merge the entries of one file; leave out what cannot be used.
+
+    Boxes that are fractions of the images whose (split, place) is in `in_units` are multiplied by their size.
+    """
     shift = class_shift(raw)
     splits = {}
     for split, images in raw.splits.items():
-        n_ids = Counter(image.image_id for image in images)
+        n_ids = Counter(to_id(image.image_id) for image in images)
         n_paths = Counter(image.path for image in images)
         by_path: dict[Path, RawImage] = {}
         for image in images:
             # The boxes of an id that two files share could belong to either.
-            has_own_id = n_ids[image.image_id] == 1 or n_paths[image.path] == n_ids[image.image_id]
-            if image.path is None or image.is_unreadable or not has_own_id:
+            has_own_id = (
+                n_ids[to_id(image.image_id)] == 1 or n_paths[image.path] == n_ids[to_id(image.image_id)]
+            )
+            if image.path is None or image.is_unusable or not has_own_id:
                 continue
             boxes = [
                 box._replace(class_id=box.class_id + shift) if isinstance(box.class_id, int) else box
                 for box in image.boxes
             ]
+            if (split, image.where) in in_units:
+                boxes = _in_pixels(image.path, dataclasses.replace(image, boxes=boxes))
             if (rescaled := _rescale(image.path, dataclasses.replace(image, boxes=boxes))) is None:
                 continue
             first = by_path.setdefault(image.path, rescaled)
@@ -103,6 +112,13 @@ def _repaired_annotations(raw: RawSet) -> RawSet:
                 first.boxes.extend(rescaled.boxes)
         splits[split] = list(by_path.values())
     return dataclasses.replace(raw, splits=splits, problems=[])
+
+
+def _in_pixels(path: Path, image: RawImage) -> list[RawBox]:
+    probe = probe_image(path)
+    size = image.size or (probe.width, probe.height)
+    fractions = in_fractions(image)
+    return [_scale_box(box, *size) if box in fractions else box for box in image.boxes]
 
 
 def _rescale(path: Path, image: RawImage) -> RawImage | None:

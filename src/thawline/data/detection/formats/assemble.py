@@ -6,17 +6,20 @@ collected instead of raised.
 
 from __future__ import annotations
 
-__all__ = ["assemble", "class_shift"]
+__all__ = ["assemble", "class_shift", "in_fractions"]
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
-from thawline.data.detection.formats.raw import ClassId, RawImage, RawSet, relative_name
-from thawline.data.detection.images import ImageProbe, probe_image
+from thawline.data.detection.formats.places import files_in, hidden_images, is_url, relative_name
+from thawline.data.detection.formats.raw import ClassId, RawBox, RawImage, RawSet, listed
+from thawline.data.detection.formats.values import to_id
+from thawline.data.detection.images import IMAGE_SUFFIXES, LOW_RANGE, ImageProbe, probe_image
 from thawline.data.detection.records import (
     DetectionSet,
     ImageRecord,
@@ -24,6 +27,7 @@ from thawline.data.detection.records import (
     box_array,
     clip_boxes,
     has_area,
+    n_learnable,
 )
 
 PROBE_THREADS = 8
@@ -45,6 +49,8 @@ def assemble(raw: RawSet, decode: bool = False) -> DetectionSet:
     raw = dataclasses.replace(raw, problems=list(raw.problems))
     names, ids = _class_list(raw)
     _check_shift(raw)
+    _check_units(raw)
+    _check_unused(raw)
     splits = {}
     for split, images in raw.splits.items():
         label_of = {key: names.index(name) for key, name in raw.classes[split].items() if name in names}
@@ -53,6 +59,8 @@ def assemble(raw: RawSet, decode: bool = False) -> DetectionSet:
             probes = list(pool.map(probe, images))
         records = (_record(raw, split, *pair, label_of) for pair in zip(images, probes, strict=True))
         splits[split] = tuple(record for record in records if record is not None)
+        if split == "train" and splits[split] and not any(map(n_learnable, splits[split])):
+            raw.add_problem("no-boxes", split, f"{len(splits[split])} images", split)
     return DetectionSet(
         format=raw.format,
         root=raw.root,
@@ -84,7 +92,7 @@ def _record(
 
     Boxes of unusable images are checked too, so that all faults are reported at once.
     """
-    if image.is_unreadable:
+    if image.is_unusable:
         return None
     size, oriented = _image_size(raw, split, image, probe)
     boxes = box_array([box.xyxy for box in image.boxes])
@@ -122,11 +130,15 @@ def _image_size(
     if probe is None:
         folders = ", ".join(relative_name(folder, raw.root) for folder in raw.searched.get(split, ()))
         detail = f"no file '{image.name}' in {folders or 'any folder'}"
+        detail += "; download the images first" if is_url(image.name) else ""
         raw.add_problem("missing-image", image.where, detail, split)
     elif probe.fault:
         raw.add_problem("corrupt-image", image.where, f"'{image.path}': {probe.fault}", split)
     else:
+        if probe.is_low_range:
+            raw.add_problem("low-range", image.where, f"values up to {LOW_RANGE} of 65535", split)
         stored = (probe.width, probe.height)
+        oriented = oriented and probe.orientation != 1
         if size is not None:
             # EXIF orientations 2–4 keep the size, so it cannot tell; most tools of these formats ignore them.
             oriented = size != stored and size == probe.upright_size
@@ -168,14 +180,51 @@ def _check_boxes(
 
 
 def _check_repeated(raw: RawSet, split: str) -> None:
-    ids = Counter(image.image_id for image in raw.splits[split])
+    ids = Counter(to_id(image.image_id) for image in raw.splits[split])
     paths = Counter(image.path for image in raw.splits[split])
     for image in raw.splits[split]:
-        repeated = [f"id {image.image_id!r}"] if ids[image.image_id] > 1 else []
+        repeated = [f"id {image.image_id!r}"] if ids[to_id(image.image_id)] > 1 else []
         repeated += [f"file '{image.name}'"] if image.path is not None and paths[image.path] > 1 else []
         if repeated:
             detail = f"{' and '.join(repeated)} more than once"
             raw.add_problem("duplicate-image", image.where, detail, split)
+
+
+def in_fractions(image: RawImage) -> list[RawBox]:
+    """Return the boxes of an image whose corners are all in 0–1, less than a pixel apart."""
+    return [
+        box
+        for box in image.boxes
+        if all(0 <= value <= 1 for value in box.xyxy)
+        and box.xyxy[0] < box.xyxy[2]
+        and box.xyxy[1] < box.xyxy[3]
+    ]
+
+
+def _check_units(raw: RawSet) -> None:
+    """Report boxes in fractions of the image in a format of pixels: an error if they are half or more."""
+    for split, images in raw.splits.items() if not raw.is_relative else ():
+        found = [(image, boxes) for image in images if (boxes := in_fractions(image))]
+        is_unit = 2 * sum(len(boxes) for _, boxes in found) >= sum(len(image.boxes) for image in images)
+        for image, boxes in found:
+            corners = ", ".join(f"{value:g}" for value in boxes[0].xyxy)
+            detail = f"{len(boxes)} of {len(image.boxes)} boxes, e.g. ({corners})"
+            raw.add_problem("box-units" if is_unit else "box-tiny", image.where, detail, split)
+
+
+def _check_unused(raw: RawSet) -> None:
+    """Report images that no annotation names, and those in hidden folders, beside the annotated ones."""
+    used: defaultdict[Path, set[str]] = defaultdict(set)
+    for path in (image.path for images in raw.splits.values() for image in images):
+        if path is not None:
+            used[path.parent].add(path.name)
+    for folder, names in sorted(used.items()):
+        unused = [path.name for path in files_in(folder, *IMAGE_SUFFIXES) if path.name not in names]
+        hidden = [relative_name(path, folder) for path in hidden_images(folder)]
+        for kind, files, what in (("unused-image", unused, "images"), ("left-out", hidden, "hidden images")):
+            if files:
+                detail = f"{len(files)} {what} ({listed(files)})"
+                raw.add_problem(kind, relative_name(folder, raw.root), detail)
 
 
 def _check_shift(raw: RawSet) -> None:

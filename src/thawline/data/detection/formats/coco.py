@@ -2,8 +2,10 @@
 
 Found: `*.json` in the folder, in its `annotations/`, or one folder down (Roboflow:
 `train/_annotations.coco.json`). The split is in the file's or its folder's name; a single file without a
-split is training data. If there are `instances_*` files, others (captions, keypoints) are ignored. Ids may
-be any numbers, sparse, from 0 or 1: labels follow the sorted category ids of the file.
+split is training data. If there are `instances_*` files, others (captions, keypoints) are ignored; a file
+that names a split no other file has, but cannot be read, makes the dataset unreadable. Ids may be any
+numbers or text, sparse, from 0 or 1: labels follow the sorted category ids of the file. An annotation without
+`bbox` gets the box around its polygons.
 """
 
 from __future__ import annotations
@@ -15,40 +17,59 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from thawline.data.detection.formats.raw import (
-    Box,
-    Found,
-    RawBox,
-    RawImage,
-    RawSet,
+from thawline.data.detection.formats.places import (
+    Places,
     existing,
-    find_image,
-    ordered,
-    split_of,
-    split_of_folder,
+    files_in,
+    read_text,
+    relative_name,
+    subfolders,
 )
+from thawline.data.detection.formats.raw import Box, Found, RawBox, RawImage, RawSet, box_around
+from thawline.data.detection.formats.splits import ordered, split_of, split_of_folder
+from thawline.data.detection.formats.values import to_flag, to_id, to_number, to_size, to_text
 from thawline.errors import DataError
 
 HINT = "JSON with `images`, `annotations` and `categories`, in the folder, annotations/ or a split's folder"
 
+KEYS = ("images", "annotations", "categories")
+
 
 def look(path: Path) -> list[Found]:
     """Return the COCO datasets at a path: a JSON file, or a folder."""
-    candidates = [path] if path.is_file() else [*path.glob("*.json"), *path.glob("*/*.json")]
-    files = sorted(file for file in candidates if _is_coco(file))
-    instances = [file for file in files if file.name.startswith("instances")]
     root = path.parent if path.is_file() else path
+    if path.is_file():
+        files = [path] if path.suffix.lower() == ".json" else []
+    else:
+        files = [file for folder in (path, *subfolders(path)) for file in files_in(folder, ".json")]
+    files = [file for file in files if file.name.startswith("instances")] or files
+    n_keys = {file: _count_keys(file) for file in files}
     by_split: defaultdict[str, list[Path]] = defaultdict(list)
-    for file in instances or files:
-        folder = None if file.parent == path else split_of_folder(file.parent.name)
-        by_split[split_of(file.stem) or folder or ""].append(file)
+    for file in files:
+        if n_keys[file] == len(KEYS):
+            by_split[_split_named(file, path) or ""].append(file)
     rest = by_split.pop("", [])
     # A file without a split among files with one ("all.json") would have its images counted twice.
     splits = by_split or ({"train": rest} if rest else {})
-    if not splits:
+    fault = ""
+    for file in files:
+        split = _split_named(file, path)
+        is_named = file == path or file.name.startswith(("instances", "_annotations.coco"))
+        is_missing = split not in splits if split else not splits
+        if n_keys[file] < len(KEYS) and is_missing and (is_named or n_keys[file] > 1 or (split and by_split)):
+            fault = fault or _fault(file)
+    if not splits and not fault:
         return []
-    sorted_splits = {split: tuple(splits[split]) for split in ordered(splits)}
-    return [Found(format="coco", root=root, splits=sorted_splits, is_split=bool(by_split) or path.is_file())]
+    return [
+        Found(
+            format="coco",
+            root=root,
+            splits={split: tuple(splits[split]) for split in ordered(splits)},
+            is_split=bool(by_split) or path.is_file() or not splits,
+            left_out=tuple(rest) if by_split else (),
+            fault=fault,
+        )
+    ]
 
 
 def read(found: Found, images: Path | None = None) -> RawSet:
@@ -60,6 +81,8 @@ def read(found: Found, images: Path | None = None) -> RawSet:
     Raises: DataError: if a file is not COCO JSON, or a split has several.
     """
     raw = RawSet(format="coco", root=found.root)
+    for file in found.left_out:
+        raw.add_problem("left-out", relative_name(file, found.root), "names no split, as others do")
     tables: dict[str, list[dict[str, Any]]] = {}
     for split, files in found.splits.items():
         if len(files) > 1:
@@ -68,74 +91,127 @@ def read(found: Found, images: Path | None = None) -> RawSet:
                 f"'{found.root}' has several COCO files for '{split}': {listed}. Give one of them as the "
                 "path, or move the others away."
             )
-        content = _load(files[0])
+        content = _parse(files[0], raw.read_text(files[0], split))
         raw.searched[split] = [images] if images else _image_folders(found.root, files[0], split)
-        raw.splits[split] = _read_images(content, files[0].name, split, raw)
-        tables[split] = content["categories"]
+        raw.splits[split] = _read_images(content, files[0], split, raw)
+        tables[split] = _categories(content, files[0])
     for split, table in tables.items():
         table = _without_unused_root(table, split, raw)
         table.sort(key=lambda entry: (isinstance(entry["id"], str), entry["id"]))
-        raw.classes[split] = {entry["id"]: str(entry["name"]) for entry in table}
+        raw.classes[split] = {entry["id"]: entry["name"] for entry in table}
         if len(raw.classes[split]) < len(table):
             raw.add_problem("class-list", found.splits[split][0].name, "two categories share an id", split)
     return raw
 
 
-def _is_coco(path: Path) -> bool:
-    text = path.read_bytes()
-    return all(key in text for key in (b'"images"', b'"annotations"', b'"categories"'))
+def _count_keys(file: Path) -> int:
+    text = read_text(file)
+    return sum(f'"{key}"' in text for key in KEYS)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _fault(file: Path) -> str:
+    """Return what is wrong with a file that is not COCO JSON; empty for a detector's results."""
+    text = read_text(file)
     try:
-        content = json.loads(path.read_bytes())
+        _parse(file, text)
+    except DataError as error:
+        return "" if text.lstrip().startswith("[") and '"score"' in text else str(error)
+    return ""
+
+
+def _split_named(file: Path, path: Path) -> str | None:
+    """Return the split that a file's name says, or that of its folder below `path`."""
+    return split_of(file.stem) or (None if file.parent == path else split_of_folder(file.parent.name))
+
+
+def _parse(file: Path, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
     except ValueError as error:
-        raise DataError(f"'{path}' is not JSON: {error}.") from error
+        raise DataError(f"'{file}' is not JSON: {error}. Repair it, or move it away.") from error
     needed = {"images": ("id", "file_name"), "annotations": (), "categories": ("id", "name")}
     for key, names in needed.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f"'{path}' is not a COCO file: expected a list under '{key}'.")
-        for i, entry in enumerate(content[key] if names else ()):
+            raise DataError(f"'{file}' is not a COCO file: expected a list under '{key}'.")
+        for i, entry in enumerate(content[key]):
             if not isinstance(entry, dict) or any(name not in entry for name in names):
                 raise DataError(
-                    f"'{path}': entry {i} of '{key}' must have {' and '.join(names)}, got {entry}."
+                    f"'{file}': entry {i} of '{key}' must have {' and '.join(names) or 'fields'}, "
+                    f"got {entry}."
                 )
     return content
 
 
-def _read_images(content: dict[str, Any], file_name: str, split: str, raw: RawSet) -> list[RawImage]:
+def _categories(content: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+    table = []
+    for i, entry in enumerate(content["categories"]):
+        try:
+            table.append(entry | {"id": to_id(entry["id"]), "name": to_text(entry["name"])})
+        except ValueError as error:
+            raise DataError(f"'{file}': entry {i} of 'categories': id or name {error}.") from error
+    return table
+
+
+def _read_images(content: dict[str, Any], file: Path, split: str, raw: RawSet) -> list[RawImage]:
     images = []
-    by_id: dict[Any, RawImage] = {}
-    for entry in content["images"]:
-        name, has_size = str(entry["file_name"]), entry.get("width") and entry.get("height")
-        image = RawImage(
-            image_id=entry["id"],
-            name=name,
-            path=find_image(name, raw.searched[split]),
-            where=f"{file_name}: {name}",
-            size=(int(entry["width"]), int(entry["height"])) if has_size else None,
-        )
+    by_id: dict[int | str, RawImage] = {}
+    named = split_of(file.stem) or split_of_folder(file.parent.name)
+    places = Places(raw.searched[split], named)
+    for i, entry in enumerate(content["images"]):
+        name, size = entry["file_name"], None
+        try:
+            key = to_id(entry["id"])
+        except ValueError as error:
+            raise DataError(f"'{file}': entry {i} of 'images': id {error}.") from error
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"'{file}': entry {i} of 'images': file_name must be text, got {name!r}.")
+        try:
+            size = to_size(entry.get("width"), entry.get("height"))
+        except ValueError as error:
+            raw.add_problem("malformed", f"{file.name}: {name}", f"width and height {error}", split)
+        image = RawImage(image_id=entry["id"], name=name, where=f"{file.name}: {name}", size=size)
+        raw.locate(image, places.find(name), split)
         images.append(image)
-        by_id.setdefault(image.image_id, image)
+        by_id.setdefault(key, image)
     for i, entry in enumerate(content["annotations"]):
-        where = f"{file_name}: annotation {entry.get('id', f'number {i}')}"
-        image_id, bbox, area = entry.get("image_id"), entry.get("bbox"), entry.get("area")
-        if image_id not in by_id:
-            raw.add_problem("unknown-image", where, f"image_id {image_id!r}", split)
-        elif (xyxy := _to_xyxy(bbox)) is None:
-            raw.add_problem("malformed", where, f"bbox must be [x, y, width, height], got {bbox!r}", split)
-        else:
-            area = None if area is None else float(area)
-            box = RawBox(xyxy, entry.get("category_id"), bool(entry.get("iscrowd", 0)), area)
+        where = f"{file.name}: annotation {entry.get('id', f'number {i}')}"
+        try:
+            image_id, box = to_id(entry.get("image_id")), _read_box(entry)
+        except ValueError as error:
+            raw.add_problem("malformed", where, str(error), split)
+            continue
+        if image_id in by_id:
             by_id[image_id].boxes.append(box)
+        else:
+            raw.add_problem("unknown-image", where, f"image_id {entry['image_id']!r}", split)
     return images
 
 
-def _to_xyxy(bbox: object) -> Box | None:
+def _read_box(entry: dict[str, Any]) -> RawBox:
+    """Read an annotation. Raises: ValueError: with the field that is wrong."""
+    readers = {"category_id": to_id, "iscrowd": to_flag, "area": lambda v: to_number(v) if v != "" else None}
+    values: dict[str, Any] = {"area": None, "iscrowd": False}
+    for name, reader in readers.items():
+        if name == "category_id" or entry.get(name) is not None:
+            try:
+                values[name] = reader(entry.get(name))
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from error
+    return RawBox(_to_xyxy(entry), values["category_id"], values["iscrowd"], values["area"])
+
+
+def _to_xyxy(entry: dict[str, Any]) -> Box:
+    bbox, polygons = entry.get("bbox"), entry.get("segmentation")
     try:
-        x, y, w, h = map(float, bbox if isinstance(bbox, list) else ())
-    except (TypeError, ValueError):
-        return None
+        if bbox in (None, []) and isinstance(polygons, list) and polygons:
+            points = [[*map(to_number, polygon)] for polygon in polygons]
+            return box_around([x for p in points for x in p[::2]], [y for p in points for y in p[1::2]])
+        x, y, w, h = map(to_number, bbox if isinstance(bbox, list) else ())
+    except (TypeError, ValueError) as error:
+        mask = " and polygons cannot be read" if polygons else ""
+        if isinstance(polygons, dict):
+            mask = "; a mask as run lengths has no box of its own: write `bbox`, e.g. pycocotools.mask.toBbox"
+        raise ValueError(f"bbox must be [x, y, width, height], got {bbox!r}{mask}") from error
     return x, y, x + w, y + h
 
 

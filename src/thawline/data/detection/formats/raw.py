@@ -6,37 +6,15 @@ common (labels, image sizes, pixels, problems) happens in `assemble.py`.
 
 from __future__ import annotations
 
-__all__ = [
-    "Box",
-    "ClassId",
-    "Found",
-    "RawBox",
-    "RawImage",
-    "RawSet",
-    "existing",
-    "find_image",
-    "list_images",
-    "ordered",
-    "relative_name",
-    "split_of",
-    "split_of_folder",
-]
+__all__ = ["Box", "ClassId", "Found", "RawBox", "RawImage", "RawSet", "box_around", "listed"]
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
-from thawline.data.detection.images import is_image
+from thawline.data.detection.formats.places import decode_text, relative_name
 from thawline.data.detection.records import Problem
-
-SPLITS = {
-    "train": ("train", "training", "trainval"),
-    "val": ("val", "valid", "validation", "dev", "eval"),
-    "test": ("test", "testing"),
-}
-"""Name of a split → words for it in names of files and folders."""
 
 ClassId = int | str
 Box = tuple[float, float, float, float]
@@ -54,6 +32,10 @@ class Found:
     """True if the files themselves say which images are for training."""
     index: Path | None = None
     """The one file that names all the others, if the format has one (YOLO's data.yaml)."""
+    left_out: tuple[Path, ...] = ()
+    """Files of the format that belong to no split."""
+    fault: str = ""
+    """Reason why its files cannot be read; empty if they can."""
 
     def __str__(self) -> str:
         parts = ", ".join(
@@ -81,15 +63,16 @@ class RawImage:
     image_id: int | str
     name: str
     """Name in the annotations."""
-    path: Path | None
-    """None: not found."""
     where: str
     """Start of every message about it."""
+    path: Path | None = None
+    """None: not found."""
     size: tuple[int, int] | None = None
     """(width, height) stated by the annotations, if any."""
     boxes: list[RawBox] = field(default_factory=list)
-    is_unreadable: bool = False
-    """True if its annotations are unknown, so that it is not even a negative; the reader reports why."""
+    is_unusable: bool = False
+    """True if its file or its annotations are unknown, so that it is not even a negative; the reader reports
+    why."""
 
 
 @dataclass(kw_only=True)
@@ -113,47 +96,33 @@ class RawSet:
         """Append to `problems`."""
         self.problems.append(Problem(kind=kind, where=where, detail=detail, split=split))
 
+    def locate(self, image: RawImage, files: Sequence[Path], split: str) -> None:
+        """Give an image its file, or report that several files could be it."""
+        if len(files) > 1:
+            names = ", ".join(relative_name(file, self.root) for file in files)
+            self.add_problem("ambiguous-image", image.where, f"'{image.name}' may be {names}", split)
+            image.is_unusable = True
+        image.path = files[0] if len(files) == 1 else None
+
+    def read_text(self, file: Path, split: str = "") -> str:
+        """Read a text file, and report one whose encoding is a guess."""
+        text, is_certain = decode_text(file.read_bytes())
+        if not is_certain:
+            self.add_problem("encoding", relative_name(file, self.root), "read as Windows-1252", split)
+        return text
+
     def used_ids(self, split: str) -> set[ClassId]:
         """Return the class ids of a split's boxes."""
         return {box.class_id for image in self.splits[split] for box in image.boxes}
 
 
-def split_of(name: str) -> str | None:
-    """Return the split named in a file's or folder's name: "instances_val2017" → "val"."""
-    for word in re.findall("[a-z]+", name.lower()):
-        for split, words in SPLITS.items():
-            if word in words:
-                return split
-    return None
+def listed(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first of some names, comma-separated."""
+    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
 
 
-def split_of_folder(name: str) -> str | None:
-    """Return the split of a folder named like a split and nothing else: "valid", "train2017"."""
-    return split_of(name) if re.fullmatch(r"[a-zA-Z]+[\d_-]*", name) else None
-
-
-def ordered(splits: Iterable[str]) -> list[str]:
-    """Sort splits in their usual order: the class list of the first counts for all."""
-    return sorted(splits, key=[*SPLITS].index)
-
-
-def existing(folders: Iterable[Path]) -> list[Path]:
-    """Return the folders that exist, each once."""
-    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
-
-
-def relative_name(path: Path, root: Path) -> str:
-    """Return a path for messages: relative to the dataset's folder if it lies inside."""
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if is_image(path))
-
-
-def find_image(name: str, folders: Iterable[Path]) -> Path | None:
-    """Return the first file of that name in the folders; full paths also match by their last part."""
-    names = dict.fromkeys((name, PureWindowsPath(name).name))
-    paths = (folder / candidate for candidate in names for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
+def box_around(xs: Sequence[float], ys: Sequence[float]) -> Box:
+    """Return the box around the corners of a polygon. Raises: ValueError: if there are fewer than three."""
+    if len(xs) != len(ys) or len(xs) < 3:
+        raise ValueError(f"a polygon must have three corners or more, got {len(xs)} x and {len(ys)} y")
+    return min(xs), min(ys), max(xs), max(ys)

@@ -4,31 +4,34 @@
     annotations/a.xml  images/a.jpg                                 without lists: all images are `train`
     train/a.xml        train/a.jpg       valid/…                    Roboflow's layout
 
-The image is the one with the name of the XML file, as in the devkit; else the one in `filename`, which many
-tools leave unchanged when files are renamed. The format has no ids, so labels follow the sorted class names.
-Corners are pixel edges counted from 0, as today's tools write them. The VOC challenges' own files count
-pixels from 1 and include the last: if `<source>` names VOC20xx, 1 is subtracted from xmin and ymin. Objects
-marked `difficult` are kept.
+The image is the one in `filename` if it has the name of the XML file, else the one with that name, as in the
+devkit, else the one in `filename`, which many tools leave unchanged when files are renamed. The format has no
+ids, so labels follow the sorted class names. Corners are pixel edges counted from 0, as today's tools write
+them. The VOC challenges' own files count pixels from 1 and include the last: if `<source>` names VOC20xx, 1
+is subtracted from xmin and ymin. An object without `bndbox` gets the box around its polygon. Objects marked
+`difficult` are kept.
 """
 
 from __future__ import annotations
 
 __all__ = ["HINT", "look", "read"]
 
-from pathlib import Path
+import re
+from pathlib import Path, PureWindowsPath
 from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
-from thawline.data.detection.formats.raw import (
-    Found,
-    RawBox,
-    RawImage,
-    RawSet,
+from thawline.data.detection.formats.places import (
+    Places,
     existing,
-    find_image,
-    ordered,
+    files_in,
+    read_text,
     relative_name,
-    split_of,
+    subfolders,
 )
+from thawline.data.detection.formats.raw import Found, RawBox, RawImage, RawSet, box_around
+from thawline.data.detection.formats.splits import ordered, split_of
+from thawline.data.detection.formats.values import to_number, to_size
 from thawline.data.detection.images import is_image
 
 HINT = "XML files in Annotations/ (or annotations/), or next to the images in train/ and valid/"
@@ -45,8 +48,8 @@ def look(path: Path) -> list[Found]:
     if annotations is not None:
         by_split = _split_lists(path)
     else:
-        for folder in sorted(path.iterdir()):
-            if folder.is_dir() and (split := split_of(folder.name)) and _has_voc(folder):
+        for folder in subfolders(path):
+            if (split := split_of(folder.name)) and _has_voc(folder):
                 by_split[split] = folder
         annotations = path if _has_voc(path) else None
     splits = by_split or ({"train": annotations} if annotations else {})
@@ -60,55 +63,55 @@ def read(found: Found, images: Path | None = None) -> RawSet:
     """Read what `look` found; `images` is the folder of the images, if it is not near the XML files."""
     raw = RawSet(format="voc", root=found.root)
     for split, (source,) in found.splits.items():
-        folder, files = _xml_files(source, found.root)
+        folder = source if source.is_dir() else existing(found.root / name for name in XML_FOLDERS)[0]
+        files = files_in(folder, ".xml") if source.is_dir() else _listed(source, folder, split, raw)
         folders = [images] if images is not None else _image_folders(found.root, folder, split)
-        by_stem = {path.stem: path for base in reversed(folders) for path in base.iterdir() if is_image(path)}
+        places = Places(folders, split if found.is_split and source.is_dir() else None)
         raw.searched[split] = folders
-        raw.splits[split] = [_read_image(i, file, by_stem, split, raw) for i, file in enumerate(files)]
+        raw.splits[split] = [_read_image(i, file, places, split, raw) for i, file in enumerate(files)]
     names = sorted(str(name) for name in set().union(*map(raw.used_ids, raw.splits)))
     raw.classes = {split: dict(zip(names, names, strict=True)) for split in raw.splits}
     return raw
 
 
-def _read_image(i: int, file: Path, by_stem: dict[str, Path], split: str, raw: RawSet) -> RawImage:
+def _read_image(i: int, file: Path, places: Places, split: str, raw: RawSet) -> RawImage:
     where = relative_name(file, raw.root)
-    image = RawImage(image_id=i, name=file.stem, path=by_stem.get(file.stem), where=where)
+    image = RawImage(image_id=i, name=file.stem, where=where)
     if file.is_file():
-        faults = _read_xml(file, image)
+        faults = _read_xml(file, image, raw, split)
     else:
         # Listed in ImageSets without annotations: its content is unknown, so it is not a negative.
         faults = ["listed in ImageSets, but there is no such file"]
-        image.is_unreadable = True
+        image.is_unusable = True
     for fault in faults:
         raw.add_problem("malformed", where, fault, split)
-    if image.path is None:
-        image.path = find_image(image.name, raw.searched[split])
+    has_own_name = PureWindowsPath(image.name).stem == file.stem
+    same_stem = places.find(image.name) if has_own_name else []
+    raw.locate(image, same_stem or places.find(file.stem) or places.find(image.name), split)
     return image
 
 
-def _read_xml(path: Path, image: RawImage) -> list[str]:
+def _read_xml(path: Path, image: RawImage, raw: RawSet, split: str) -> list[str]:
     """Read an XML file's image name, size and boxes into `image`. Returns: what is wrong, one line each."""
     try:
-        root = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, UnicodeDecodeError) as error:
-        image.is_unreadable = True
+        root = _parse(path, raw, split)
+    except (ElementTree.ParseError, LookupError) as error:
+        image.is_unusable = True
         return [f"not XML: {error}"]
     image.name = (root.findtext("filename") or "").strip() or image.name
+    faults = []
     try:
-        width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
-        image.size = (width, height) if width > 0 and height > 0 else None
-    except ValueError:
-        return [f"size must be numbers, got {[child.text for child in root.iterfind('size/*')]}"]
+        image.size = to_size(root.findtext("size/width"), root.findtext("size/height"))
+    except ValueError as error:
+        faults.append(f"size {error}")
     source = " ".join(node.text or "" for node in root.iterfind("source/*"))
     first = 1.0 if "VOC20" in source else 0.0
-    faults = []
     for number, node in enumerate(root.iterfind("object"), start=1):
         name = (node.findtext("name") or "").strip()
-        corners = [node.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         try:
-            x1, y1, x2, y2 = (float(corner or "") for corner in corners)
-        except ValueError:
-            faults.append(f"object {number}: bndbox must be four numbers, got {corners}")
+            x1, y1, x2, y2 = _corners(node)
+        except ValueError as error:
+            faults.append(f"object {number}: {error}")
             continue
         if name:
             image.boxes.append(RawBox((x1 - first, y1 - first, x2, y2), name))
@@ -117,9 +120,38 @@ def _read_xml(path: Path, image: RawImage) -> list[str]:
     return faults
 
 
+def _parse(path: Path, raw: RawSet, split: str) -> Element:
+    """Parse an XML file; one that is not in the encoding that it names is read as text of another."""
+    data = path.read_bytes()
+    try:
+        return ElementTree.fromstring(data)
+    except (ElementTree.ParseError, ValueError):
+        named = re.match(rb"""[^>]*encoding=["']([\w-]+)""", data)
+        encoding = named[1].decode() if named else "utf-8"
+        if encoding.lower().startswith("utf"):
+            return ElementTree.fromstring(raw.read_text(path, split))
+        return ElementTree.fromstring(data.decode(encoding, errors="replace"))
+
+
+def _corners(node: Element) -> tuple[float, float, float, float]:
+    """Return the corners of an object's box, or of the box around its polygon. Raises: ValueError."""
+    polygon = node.find("polygon")
+    if node.find("bndbox") is None and polygon is not None:
+        xs, ys = (
+            [to_number(child.text) for child in polygon.iter() if re.fullmatch(rf"{axis}\d*", child.tag)]
+            for axis in "xy"
+        )
+        return box_around(xs, ys)
+    corners = [node.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        x1, y1, x2, y2 = map(to_number, corners)
+    except ValueError as error:
+        raise ValueError(f"bndbox must be four numbers, got {corners}") from error
+    return x1, y1, x2, y2
+
+
 def _has_voc(folder: Path) -> bool:
-    first = next(folder.glob("*.xml"), None)
-    return first is not None and b"<annotation" in first.read_bytes()[:2048]
+    return any("<annotation" in read_text(file)[:2048] for file in files_in(folder, ".xml"))
 
 
 def _split_lists(root: Path) -> dict[str, Path]:
@@ -133,13 +165,16 @@ def _split_lists(root: Path) -> dict[str, Path]:
     return lists
 
 
-def _xml_files(source: Path, root: Path) -> tuple[Path, list[Path]]:
-    """Return the folder of the XML files, and those of a split: all in it, or those of a list."""
-    if source.is_dir():
-        return source, sorted(source.glob("*.xml"))
-    folder = existing(root / name for name in XML_FOLDERS)[0]
-    stems = [line.split()[0] for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return folder, [folder / f"{stem}.xml" for stem in stems]
+def _listed(source: Path, folder: Path, split: str, raw: RawSet) -> list[Path]:
+    """Return the XML files of a list, whose lines are names, with spaces or not, and maybe a number."""
+    places = Places([folder], suffixes=(".xml",))
+    files = []
+    for line in filter(None, map(str.strip, raw.read_text(source, split).splitlines())):
+        names = [line, re.sub(r"\s+-?\d+$", "", line)]
+        names += [str(PureWindowsPath(name).with_suffix("")) for name in names if is_image(Path(name))]
+        found = next((found for name in names if (found := places.find(f"{name}.xml"))), None)
+        files.append(found[0] if found else folder / f"{names[1]}.xml")
+    return files
 
 
 def _image_folders(root: Path, folder: Path, split: str) -> list[Path]:
