@@ -76,8 +76,7 @@ def write_yolo(root: Path, images_first: bool = True, names: object = list(NAMES
                 f"{(x2 - x1) / width!r} {(y2 - y1) / height!r}\n"
                 for label, (x1, y1, x2, y2) in boxes
             ]
-            if lines:
-                (labels / f"{name}.txt").write_text("".join(lines))
+            (labels / f"{name}.txt").write_text("".join(lines))
     folder = "images/{}" if images_first else "{}/images"
     save_yaml(root / "data.yaml", {split: folder.format(split) for split in SETS} | {"nc": 3, "names": names})
     return root

@@ -56,4 +56,4 @@ def to_text(value: object) -> str:
     is_name = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     if not is_name or not str(value).strip():
         raise ValueError(f"must be text, got {value!r}")
-    return str(value).strip()
+    return str(value)
