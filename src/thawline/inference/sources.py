@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from thawline.data.detection.images import IMAGE_SUFFIXES, is_image
+from thawline.data.detection.formats.places import list_images
+from thawline.data.detection.images import IMAGE_SUFFIXES
 from thawline.errors import DataError
 from thawline.files import read_jsonl
 from thawline.inference.frames import Frame, Source
@@ -81,7 +82,7 @@ def _frame(item: Any, name: str, path: Path | None = None) -> Frame:
 def _find(source: str) -> list[Path]:
     root = Path(_fixed_part(source))
     if Path(source).is_dir():
-        found = sorted(path for path in root.rglob("*") if path.is_file() and is_image(path))
+        found = list_images(root)
         nothing = f"No images in '{source}': looked for {', '.join(IMAGE_SUFFIXES)}."
     else:
         found = sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())

@@ -138,7 +138,8 @@ def class_colours() -> supervision.ColorPalette:
 
 def save_image(path: Path, image: np.ndarray) -> Path:
     """Write an RGB image, in the format of the path's suffix, and return the path."""
-    _, data = opencv().imencode(path.suffix, np.ascontiguousarray(image[..., ::-1]))
+    suffix = ".jpg" if path.suffix.lower() == ".jfif" else path.suffix
+    _, data = opencv().imencode(suffix, np.ascontiguousarray(image[..., ::-1]))
     with atomic_file(path) as temporary:
         temporary.write_bytes(data.tobytes())
     return path

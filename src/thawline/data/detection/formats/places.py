@@ -74,11 +74,9 @@ class Places:
     def _files(self) -> defaultdict[str, list[tuple[int, Path, list[str]]]]:
         """Order of the folder, path and plain parts below the folder of all files, by plain name and stem."""
         files: defaultdict[str, list[tuple[int, Path, list[str]]]] = defaultdict(list)
-        seen = set[Path]()
         for order, folder in enumerate(self.folders):
             for path in _walk(folder):
-                if path.suffix.lower() in self.suffixes and path not in seen:
-                    seen.add(path)
+                if path.suffix.lower() in self.suffixes:
                     parts = plain_parts(str(path.relative_to(folder)))
                     for key in (parts[-1], PurePath(parts[-1]).stem):
                         files[key].append((order, path, parts))
@@ -185,7 +183,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         is_new = real not in seen
         seen.add(real)
         folders[:] = sorted(name for name in folders if is_new and not _is_hidden(name))
-        yield from (Path(top, name) for name in files if is_new and not _is_hidden(name))
+        yield from (Path(top, name) for name in sorted(files) if is_new and not _is_hidden(name))
 
 
 def _descend(folder: Path, parts: Sequence[str]) -> Path | None:

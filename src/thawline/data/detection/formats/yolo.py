@@ -27,6 +27,7 @@ import yaml
 
 from thawline.data.detection.formats.places import (
     Places,
+    existing,
     files_in,
     find_path,
     is_url,
@@ -221,7 +222,7 @@ def _list_images(source: Path, split: str, raw: RawSet, start: int) -> list[RawI
     if source.is_dir():
         found = [(relative_name(path, raw.root), [path]) for path in list_images(source)]
     else:
-        places = Places([source.parent, raw.root], split)
+        places = Places(existing([source.parent, raw.root, raw.root / "images"]), split)
         lines = map(str.strip, raw.read_text(source, split).splitlines())
         found = [(line, places.find(line)) for line in lines if line]
     images = []
