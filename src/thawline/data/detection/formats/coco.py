@@ -14,8 +14,9 @@ __all__ = ["HINT", "look", "read"]
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from thawline.data.detection.formats.places import (
     Places,
@@ -31,6 +32,8 @@ from thawline.data.detection.formats.values import to_flag, to_id, to_number, to
 from thawline.errors import DataError
 
 HINT = "JSON with `images`, `annotations` and `categories`, in the folder, annotations/ or a split's folder"
+
+Value = TypeVar("Value")
 
 KEYS = ("images", "annotations", "categories")
 
@@ -176,7 +179,7 @@ def _read_images(content: dict[str, Any], file: Path, split: str, raw: RawSet) -
     for i, entry in enumerate(content["annotations"]):
         where = f"{file.name}: annotation {entry.get('id', f'number {i}')}"
         try:
-            image_id, box = to_id(entry.get("image_id")), _read_box(entry)
+            image_id, box = _field(entry, "image_id", to_id), _read_box(entry)
         except ValueError as error:
             raw.add_problem("malformed", where, str(error), split)
             continue
@@ -189,15 +192,20 @@ def _read_images(content: dict[str, Any], file: Path, split: str, raw: RawSet) -
 
 def _read_box(entry: dict[str, Any]) -> RawBox:
     """Read an annotation. Raises: ValueError: with the field that is wrong."""
-    readers = {"category_id": to_id, "iscrowd": to_flag, "area": lambda v: to_number(v) if v != "" else None}
-    values: dict[str, Any] = {"area": None, "iscrowd": False}
-    for name, reader in readers.items():
-        if name == "category_id" or entry.get(name) is not None:
-            try:
-                values[name] = reader(entry.get(name))
-            except ValueError as error:
-                raise ValueError(f"{name} {error}") from error
-    return RawBox(_to_xyxy(entry), values["category_id"], values["iscrowd"], values["area"])
+    area = entry.get("area")
+    return RawBox(
+        _to_xyxy(entry),
+        _field(entry, "category_id", to_id),
+        _field(entry, "iscrowd", to_flag),
+        None if area in (None, "") else _field(entry, "area", to_number),
+    )
+
+
+def _field(entry: dict[str, Any], name: str, reader: Callable[[object], Value]) -> Value:
+    try:
+        return reader(entry.get(name))
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
 
 
 def _to_xyxy(entry: dict[str, Any]) -> Box:
