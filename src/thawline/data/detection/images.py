@@ -165,9 +165,9 @@ def _probe_pixels(data: bytes) -> ImageProbe:
     pixels = _decode(data)
     height, width = pixels.shape[:2]
     is_low_range = False
-    if 0 < pixels.max() <= LOW_RANGE >> 8:
+    if pixels.max() <= (LOW_RANGE + 1) >> 8:
         deep = _decode(data, opencv().IMREAD_ANYDEPTH)
-        is_low_range = deep.dtype == np.uint16 and deep.max() <= LOW_RANGE
+        is_low_range = deep.dtype == np.uint16 and 0 < deep.max() <= LOW_RANGE
     return ImageProbe(
         width=width, height=height, orientation=_orientation(data), is_low_range=bool(is_low_range)
     )
