@@ -135,8 +135,13 @@ def evaluation_recipe(
     from thawline.run import saved_config
 
     saved = dotted_values(saved_config(model).to_mapping())
-    if "data.path" in dotted_values(overrides) and "data.eval_path" in saved:
+    path = dotted_values(overrides).get("data.path")
+    if path is not None and "data.eval_path" in saved:
         saved["data.eval_path"] = None
+    elif path is not None and Path(path).resolve() != Path(saved["data.path"]).resolve():
+        # What the run's own images need says nothing about others; without a split, all of them are judged.
+        saved = {key: value for key, value in saved.items() if not key.startswith("data.")}
+        saved["data.eval_fraction"] = 1.0
     if "tuner.adapt" in saved:  # start from the trained adapter, so that it can be adapted without training
         saved["tuner.start_from"] = str(model)
     return build_config([(str(model), saved), (source, overrides)], options)

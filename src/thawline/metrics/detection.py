@@ -21,16 +21,18 @@ __all__ = [
     "Detections",
 ]
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from thawline.errors import DataError, requires_extra
+from thawline.errors import ConfigError, DataError, requires_extra
 from thawline.metrics.mistakes import (
     ImageMistakes,
     OperatingPoint,
@@ -50,8 +52,11 @@ RECALLS = tuple(round(0.01 * i, 2) for i in range(101))
 
 ALL, SMALL, MEDIUM, LARGE = range(4)
 """Indices of the area ranges in COCO's arrays: all, below 32², to 96², above."""
-AT_MOST_100 = 2
+AT_MOST_1, AT_MOST_10, AT_MOST_100, AT_MOST_MAX = 0, 1, 2, -1
+"""Indices of the limits of detections in COCO's arrays."""
 IOU_50, IOU_75 = 0, 5
+
+logger = logging.getLogger(__name__)
 
 
 class AnnotatedImage(Protocol):
@@ -149,11 +154,19 @@ class DetectionEvaluator:
     Args:
         images: annotations of all evaluated images, in the dataset's order; the same in every process.
         class_names: name of label 0, 1, ….
-    Raises: DataError: if a label has no name. MissingExtraError: without faster-coco-eval.
+        max_dets: detections per image and class that count, best first, at least 100, which is COCO's number
+            (AR1, AR10 and AR100 have their own).
+    Raises: DataError: if a label has no name. ConfigError: for a lower `max_dets`. MissingExtraError:
+        without faster-coco-eval.
     """
 
-    def __init__(self, images: Sequence[AnnotatedImage], class_names: Sequence[str]) -> None:
+    def __init__(
+        self, images: Sequence[AnnotatedImage], class_names: Sequence[str], max_dets: int = 100
+    ) -> None:
         _coco_tools()
+        if max_dets < 100:
+            raise ConfigError(f"`max_dets` must be at least 100, got {max_dets}.")
+        self.max_dets = max_dets
         self.images = tuple(images)
         self.class_names = tuple(class_names)
         highest = max((int(image.labels.max()) for image in self.images if len(image.labels)), default=-1)
@@ -200,9 +213,10 @@ class DetectionEvaluator:
         ]
         point = operating_point(matched, n_classes)
         confusion, images = count_mistakes(matched, point.threshold, n_classes)
-        statistics, precision, recall = _evaluate_coco(self.images, results, n_classes)
+        self._remark_crowded()
+        precision, recall = _evaluate_coco(self.images, results, n_classes, self.max_dets)
         return DetectionMetrics(
-            statistics=dict(zip(STATISTICS, statistics, strict=True)),
+            statistics=_statistics(precision, recall),
             classes=tuple(
                 _class_metrics(k, name, precision[:, :, k], recall[:, k], point)
                 for k, name in enumerate(self.class_names)
@@ -230,6 +244,16 @@ class DetectionEvaluator:
             for index, found in sorted(self._detections.items())
             for label, bbox, score in _coco_rows(found, found.scores)
         ]
+
+    def _remark_crowded(self) -> None:
+        """Say that images hold more boxes of a class than detections count."""
+        counts = [int(np.bincount(image.labels[~image.iscrowd], minlength=1).max()) for image in self.images]
+        crowded = [n for n in counts if n > self.max_dets]
+        if crowded:
+            _warn_once(
+                f"{len(crowded)} of {len(counts)} images hold more than {self.max_dets} boxes of a class, up to "
+                f"{max(crowded)}, and no more detections count, which lowers AP. Set `objective.max_dets`."
+            )
 
     def _check_index(self, index: int | torch.Tensor) -> int:
         index = int(index)
@@ -268,11 +292,17 @@ class DetectionEvaluator:
         return merged
 
 
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning, but not again after every epoch."""
+    logger.warning(message)
+
+
 def _class_metrics(
     k: int, name: str, precision: np.ndarray, recall: np.ndarray, point: OperatingPoint
 ) -> ClassMetrics:
     """Summarise class k. `precision`: (T, R, A, M), `recall`: (T, A, M), as in `_evaluate_coco`."""
-    precision, recall = precision[..., AT_MOST_100], recall[..., AT_MOST_100]
+    at_most_100, precision = recall[:, ALL, AT_MOST_100], precision[..., AT_MOST_MAX]
     return ClassMetrics(
         name=name,
         n_boxes=int(point.n_boxes[k]),
@@ -282,7 +312,7 @@ def _class_metrics(
         AP_small=_mean(precision[..., SMALL]),
         AP_medium=_mean(precision[..., MEDIUM]),
         AP_large=_mean(precision[..., LARGE]),
-        AR100=_mean(recall[..., ALL]),
+        AR100=_mean(at_most_100),
         precision=float(point.precisions[k]),
         recall=float(point.recalls[k]),
         f1=float(point.f1s[k]),
@@ -291,12 +321,12 @@ def _class_metrics(
 
 
 def _evaluate_coco(
-    images: Sequence[AnnotatedImage], results: Sequence[Detections], n_classes: int
-) -> tuple[list[float], np.ndarray, np.ndarray]:
+    images: Sequence[AnnotatedImage], results: Sequence[Detections], n_classes: int, max_dets: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Run faster-coco-eval; NaN where there is nothing to measure.
 
-    Returns: `STATISTICS`, precision (T, R, K, A, M) and recall (T, K, A, M), for T IoU thresholds, R recalls,
-        K classes, A areas, M limits of detections.
+    Returns: precision (T, R, K, A, M) and recall (T, K, A, M), for T IoU thresholds, R recalls, K classes, A
+        areas, M limits of detections: 1, 10, 100 and, if it is another, `max_dets`.
     """
     coco, evaluate = _coco_tools()
     truth = [
@@ -318,14 +348,25 @@ def _evaluate_coco(
     }
     datasets = (coco({**shared, "annotations": entries}) for entries in (truth, found))
     evaluator = evaluate(*datasets, "bbox")
-    evaluator.run()
-    shape = (10, len(RECALLS), n_classes, 4, 3)
-    statistics, precision, recall = (
+    evaluator.params.maxDets = sorted({1, 10, 100, max_dets})
+    evaluator.evaluate()
+    evaluator.accumulate()
+    shape = (10, len(RECALLS), n_classes, 4, len(evaluator.params.maxDets))
+    precision, recall = (
         np.where(np.asarray(values) < 0, math.nan, values)
-        for values in (evaluator.stats, evaluator.eval["precision"], evaluator.eval["recall"])
+        for values in (evaluator.eval["precision"], evaluator.eval["recall"])
     )
-    twelve = statistics[: len(STATISTICS)].tolist()
-    return twelve, precision.reshape(shape), recall.reshape(shape[:1] + shape[2:])
+    return precision.reshape(shape), recall.reshape(shape[:1] + shape[2:])
+
+
+def _statistics(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+    """Return `STATISTICS`: means over all that is defined, as in COCO's tools."""
+    best, found = precision[..., AT_MOST_MAX], recall[..., AT_MOST_MAX]
+    values = [best[..., ALL], best[IOU_50, ..., ALL], best[IOU_75, ..., ALL]]
+    values += [best[..., size] for size in (SMALL, MEDIUM, LARGE)]
+    values += [recall[..., ALL, limit] for limit in (AT_MOST_1, AT_MOST_10, AT_MOST_100)]
+    values += [found[..., size] for size in (SMALL, MEDIUM, LARGE)]
+    return dict(zip(STATISTICS, map(_mean, values), strict=True))
 
 
 def _coco_tools() -> tuple[Any, Any]:

@@ -41,10 +41,10 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> None:
         raise ConfigError(f"`{name}` must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}.")
 
 
-def fraction(name: str, value: float) -> None:
-    """Check that a value is a number from 0 to below 1. Raises: ConfigError."""
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(f"`{name}` must be in [0, 1), got {value!r}.")
+def fraction(name: str, value: float, *, may_be_one: bool = False) -> None:
+    """Check that a value is a number from 0 to below 1, or to 1. Raises: ConfigError."""
+    if not isinstance(value, (int, float)) or not (0 <= value < 1 or (may_be_one and value == 1)):
+        raise ConfigError(f"`{name}` must be in [0, 1{']' if may_be_one else ')'}, got {value!r}.")
 
 
 def check_patience(training: Any) -> None:

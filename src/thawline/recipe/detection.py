@@ -51,7 +51,8 @@ class DetectionData:
     eval_split: str | None = None
     """Split to evaluate on. None: the first of val, valid, validation and test that exists."""
     eval_fraction: float = 0.1
-    """Share of the training images to hold out, drawn by `seed`, if there is no evaluation split."""
+    """Share of the training images to hold out, drawn by `seed`, if there is no evaluation split: at least
+    one image, unless it is 0. 1: all, to evaluate only."""
     sampling: Literal["each", "repeat"] = "each"
     """Frequency of the images. each: every image once an epoch; repeat: those with a rare class several times
     (LVIS' repeat factors), which makes an epoch longer."""
@@ -65,7 +66,7 @@ class DetectionData:
 
     def __post_init__(self) -> None:
         require(self.path, "`data.path` is missing: give a folder of labelled images, e.g. `--data set/`.")
-        fraction("data.eval_fraction", self.eval_fraction)
+        fraction("data.eval_fraction", self.eval_fraction, may_be_one=True)
         if not 0 < self.sampling_threshold <= 1:
             raise ConfigError(
                 f"`data.sampling_threshold` must be a share of the images, above 0 to 1, got "
@@ -108,6 +109,8 @@ class DetectionSettings:
     less if that would leave out more than a twentieth of the boxes."""
     merged_mosaic: bool = TrainingSettings.merged_mosaic
     """Warp each tile of a Mosaic once, bilinearly, instead of in the published steps."""
+    max_dets: int = 100
+    """Detections per image and class that count in an evaluation, at least 100, which is COCO's number."""
 
     augmentation: str | None = None
     """Own augmentation, applied last: "module:name" of a function or an Albumentations pipeline
@@ -116,6 +119,7 @@ class DetectionSettings:
     def __post_init__(self) -> None:
         check_probabilities(self, "objective.")
         all_at_least(self, "objective", 1, "min_box_size")
+        all_at_least(self, "objective", 100, "max_dets")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ image in its third hour.
 
 from __future__ import annotations
 
-__all__ = ["DetectionDataset", "Sample", "load_detection", "read_detection", "to_tensors"]
+__all__ = ["DetectionDataset", "Sample", "check_usable", "load_detection", "read_detection", "to_tensors"]
 
 import logging
 from collections.abc import Callable, Sequence
@@ -49,17 +49,34 @@ def load_detection(
     Raises: DataError: naming all errors, by kind, with what to do. Degenerate boxes and the like are logged.
     """
     data = read_detection(path, format, images, decode)
-    if data.errors:
-        first = f"'{path}' ({data.format}) cannot be trained on:"
+    check_usable(data, path)
+    return data
+
+
+def check_usable(data: DetectionSet, path: str | Path, judged: str | None = None) -> None:
+    """Raise an error if anything is wrong with a dataset, and log what is remarkable.
+
+    Args:
+        data: the dataset.        path: its path, for messages.
+        judged: the only split of interest, to evaluate on. None: all of them, to train on.
+    Raises: DataError: naming all errors, by kind, with what to do.
+    """
+    errors, warnings = data.errors, data.warnings
+    if judged is not None:
+        errors, warnings = (
+            tuple(one for one in problems if one.split in ("", judged) and one.kind != "no-boxes")
+            for problems in (errors, warnings)
+        )
+    if errors:
+        first = f"'{path}' ({data.format}) cannot be {'trained' if judged is None else 'evaluated'} on:"
         last = f"`thawline data check {path} --fix NEW_FOLDER` writes a repaired copy."
-        raise DataError("\n".join([first, *describe(data.errors), last]))
+        raise DataError("\n".join([first, *describe(errors), last]))
     if not any(data.splits.values()):
         raise DataError(
             f"'{path}' ({data.format}) contains no image. Check its paths, or choose another `format`."
         )
-    for line in describe(data.warnings, shown=1):
+    for line in describe(warnings, shown=1):
         logger.warning("'%s': %s", path, line)
-    return data
 
 
 def read_detection(

@@ -74,6 +74,12 @@ def detection_arguments(config: RunConfig, data: DetectionTrainingData) -> Train
             "`training.eval_every`."
         )
     common: dict[str, Any] = {name: getattr(training, name) for name in _COMMON}
+    if not data.held_out_rows:
+        if schedule.published:
+            raise ConfigError(
+                "`objective.preset: published` chooses its best epoch by held-out images, and there are none."
+            )
+        common["eval_every"] = "end"
     settings = Training(
         **common,
         epochs=schedule.epochs,

@@ -36,6 +36,7 @@ def measure_detector(
     size: int,
     batch_size: int,
     workers: int = 0,
+    max_dets: int = 100,
 ) -> tuple[DetectionMetrics, DetectionEvaluator]:
     """Compute every metric of a detector. In a process group each process detects on its share of the images.
 
@@ -46,6 +47,7 @@ def measure_detector(
         size: side of the square input, pixels.
         batch_size: images per device.
         workers: processes that load images.
+        max_dets: detections per image and class that count.
     Returns: the metrics, and the evaluator with the detections.
     """
 
@@ -63,7 +65,7 @@ def measure_detector(
         collate_fn=_stack,
         generator=torch.Generator(),  # leaves the run's own random state alone
     )
-    evaluator = DetectionEvaluator(records, class_names)
+    evaluator = DetectionEvaluator(records, class_names, max_dets)
     model.eval()
     bar = tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=len(loader) < 20 or None)
     with torch.no_grad():
@@ -74,10 +76,16 @@ def measure_detector(
 
 
 def to_evaluation(
-    records: Sequence[ImageRecord], metrics: DetectionMetrics, evaluator: DetectionEvaluator
+    records: Sequence[ImageRecord],
+    metrics: DetectionMetrics,
+    evaluator: DetectionEvaluator,
+    class_ids: Mapping[str, int | str],
 ) -> Evaluation:
-    """Convert the results of `measure_detector` to a run's evaluation: metrics overall and by class."""
-    names = [entry.name for entry in metrics.classes]
+    """Convert the results of `measure_detector` to a run's evaluation: metrics overall and by class.
+
+    `class_ids`: id of each class in the annotation files; its rows have those of the images, too.
+    """
+    classes = [{"class": entry.name, "category_id": class_ids.get(entry.name)} for entry in metrics.classes]
     return Evaluation(
         metrics=_finite(metrics.statistics),
         parts={
@@ -85,7 +93,11 @@ def to_evaluation(
             for entry in metrics.classes
         },
         rows=[
-            {"image": record.path.name, "detections": _shown(evaluator, index, names)}
+            {
+                "image": record.path.name,
+                "image_id": record.image_id,
+                "detections": _shown(evaluator, index, classes),
+            }
             for index, record in enumerate(records)
         ],
         files={"detection_metrics.json": metrics.to_dict()},
@@ -98,10 +110,12 @@ def n_devices() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _shown(evaluator: DetectionEvaluator, index: int, class_names: Sequence[str]) -> list[dict[str, Any]]:
+def _shown(
+    evaluator: DetectionEvaluator, index: int, classes: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     found = evaluator.detections(index)
     return [
-        {"class": class_names[label], "score": round(score, 4), "xyxy": [round(v, 1) for v in box]}
+        {**classes[label], "score": round(score, 4), "xyxy": [round(v, 1) for v in box]}
         for box, score, label in zip(
             found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["DetectionObjective"]
 
+import logging
 import math
 import os
 from collections import Counter
@@ -28,9 +29,9 @@ from transformers import TrainerCallback
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.collate import Collate
 from thawline.data.detection.custom import CustomAugmentation, load_augmentation
-from thawline.data.detection.dataset import DetectionDataset, load_detection
+from thawline.data.detection.dataset import DetectionDataset, check_usable, read_detection
 from thawline.data.detection.drawing import Panel, panel_grid, save_image
-from thawline.data.detection.records import ImageRecord
+from thawline.data.detection.records import ImageRecord, n_learnable
 from thawline.data.detection.sampling import class_repeats, image_repeats
 from thawline.data.draws import Draw
 from thawline.errors import ConfigError, DataError
@@ -58,10 +59,18 @@ from thawline.training.detection.schedule import (
     override,
     published_schedule,
 )
-from thawline.training.detection.split import shorter_sides, split_images
+from thawline.training.detection.split import (
+    evaluated_split,
+    join_classes,
+    shorter_sides,
+    split_images,
+    warn_of_crowded,
+)
 from thawline.training.detection.trainer import DetectionTrainer
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, ReadRows
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 72
 """Epochs of a derived run: N needs them from a pretrained backbone on a few hundred images."""
@@ -79,6 +88,8 @@ class DetectionObjective(Objective):
     data: DetectionData
     training: DetectionTraining
     held_out_rows: Sequence[ImageRecord] = ()
+    class_ids: Mapping[str, int | str] = {}
+    """Id of each class in the files that were read."""
 
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
@@ -88,18 +99,27 @@ class DetectionObjective(Objective):
         self.class_names = tuple(described.get("class_names", ()))
         if read == "none":
             return
-        found = load_detection(data.path, None if data.format == "auto" else data.format, data.images)
-        if self.class_names and self.class_names != found.class_names:
-            raise DataError(
-                f"'{data.path}' has the classes {', '.join(found.class_names)}; the detector was trained on "
-                f"{', '.join(self.class_names)}. Evaluate on data with the same classes, in the same order."
-            )
-        self.class_names = found.class_names
+        found = read_detection(data.path, None if data.format == "auto" else data.format, data.images)
+        judged = evaluated_split(found, data)
+        check_usable(found, data.path, None if read == "all" else judged or data.train_split)
+        self.class_ids = dict(zip(found.class_names, found.class_ids, strict=True))
         records, self.held_out_rows = split_images(found, data, config.seed)
+        if self.class_names and self.class_names != found.class_names:
+            self.held_out_rows = join_classes(self.held_out_rows, found.class_names, self.class_names)
+        self.class_names = self.class_names or found.class_names
         if read == "all":
             self.records = records
-            if not records:
-                raise DataError(f"'{data.path}' holds no image to train on: all are held out.")
+            if not found.records(data.train_split):
+                raise DataError(f"'{data.path}': the split '{data.train_split}' has no images.")
+            if not any(map(n_learnable, records)):
+                what = "no box to learn from in the images that are trained on"
+                raise DataError(f"'{data.path}' holds {what if records else 'no image to train on'}.")
+        elif judged is not None:
+            others = [name for name in found.splits if name != judged]
+            logger.info(
+                "'%s': judged on %s, %d images%s.", data.path, judged, len(self.held_out_rows),
+                f"; not on {', '.join(others)} (`data.eval_split`)" if others else "",
+            )  # fmt: skip
 
     @cached_property
     def schedule(self) -> DetectionSchedule:
@@ -182,8 +202,11 @@ class DetectionObjective(Objective):
             },
         }
         if self.base.weights is None:
-            return DEIMv2.from_variant(self.base.variant, **overrides)
-        return DEIMv2.from_pretrained(self.base.weights, self.base.variant, **overrides)
+            model = DEIMv2.from_variant(self.base.variant, **overrides)
+        else:
+            model = DEIMv2.from_pretrained(self.base.weights, self.base.variant, **overrides)
+        warn_of_crowded(self.records, model.config.decoder.num_queries)
+        return model
 
     def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
         """Apply the tuner to the backbone; the rest trains.
@@ -244,11 +267,12 @@ class DetectionObjective(Objective):
             size=self.size,
             batch_size=batch_size,
             workers=self.workers,
+            max_dets=self.settings.max_dets,
         )
 
     def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
         """Evaluate on the held-out images. In a process group each process takes its share."""
-        return to_evaluation(self.held_out_rows, *self.measure(model, batch_size))
+        return to_evaluation(self.held_out_rows, *self.measure(model, batch_size), class_ids=self.class_ids)
 
     def _custom_augmentation(self) -> CustomAugmentation | None:
         path = self.settings.augmentation
