@@ -251,8 +251,8 @@ class DetectionEvaluator:
         crowded = [n for n in counts if n > self.max_dets]
         if crowded:
             _warn_once(
-                f"{len(crowded)} of {len(counts)} images hold more than {self.max_dets} boxes of a class, up to "
-                f"{max(crowded)}, and no more detections count, which lowers AP. Set `objective.max_dets`."
+                f"{len(crowded)} of {len(counts)} images hold more than {self.max_dets} boxes of a class, up "
+                f"to {max(crowded)}, and no more detections count, which lowers AP. Set `objective.max_dets`."
             )
 
     def _check_index(self, index: int | torch.Tensor) -> int:

@@ -68,8 +68,8 @@ def join_classes(
     used = sorted({int(label) for record in records for label in record.labels})
     if unknown := [names[label] for label in used if names[label] not in wanted]:
         raise DataError(
-            f"There are boxes of {', '.join(unknown)}, and the detector knows {', '.join(wanted)}. Rename or "
-            "remove these classes."
+            f"There are boxes of {', '.join(unknown)}, and the detector was trained on {', '.join(wanted)}. "
+            "Rename or remove these classes."
         )
     labels = np.array([wanted.index(name) if name in wanted else -1 for name in names], np.int64)
     return tuple(replace(record, labels=labels[record.labels]) for record in records)
