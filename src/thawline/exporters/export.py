@@ -29,7 +29,15 @@ from thawline.data.detection.images import read_image
 from thawline.data.detection.records import ImageRecord
 from thawline.errors import BudgetError, ConfigError, requires_extra
 from thawline.exporters.bisect import Parting, first_partings
-from thawline.exporters.certificate import BUDGETS, SCORE_BUDGETS, Reference, Row, compare, generated_images
+from thawline.exporters.certificate import (
+    BUDGETS,
+    SCORE_BUDGETS,
+    Reference,
+    Row,
+    average_precisions,
+    compare,
+    generated_images,
+)
 from thawline.exporters.forms import Sampling, build_graph
 from thawline.exporters.onnx_graph import OPSETS, Translated, to_onnx
 from thawline.exporters.sessions import OUTPUTS, Session, open_onnx, open_session
@@ -209,7 +217,7 @@ class _Job:
     """One export: the program, the reference, and the report so far."""
 
     def __init__(self, model: DEIMv2, settings: Settings, samples: Samples, path: Path) -> None:
-        self.settings, self.config = settings, model.config
+        self.settings, self.config, self.model, self.samples = settings, model.config, model, samples
         self.reference = Reference(model, samples.images[:N_IMAGES], samples.sizes[:N_IMAGES])
         self.program = _trace(model, settings)
         topk = next(node for node in self.program.graph.nodes if node.target is torch.ops.aten.topk.default)
@@ -241,6 +249,11 @@ class _Job:
             for batch in ((settings.batch,) if settings.batch else TRIED)
         ]
         self.report.rows = [row for row in self.report.rows if row.precision != precision] + rows
+        if self.samples.records:
+            whole = Reference(self.model, self.samples.images, self.samples.sizes)
+            names = self.config.class_names or [f"class {i}" for i in range(self.config.num_classes)]
+            batch = self.settings.batch or 1
+            self.report.ap = average_precisions(plain, whole, batch, self.samples.records, names)
         self.report.passed = all(
             row.box_error_px <= limit and row.score_error <= SCORE_BUDGETS[precision] for row in rows
         )
