@@ -36,6 +36,6 @@ def test_every_command_runs(
         program, *words = shlex.split(command)
         assert program == "thawline"
         assert main(words) == 0, f"{command}\n{capsys.readouterr().err}"
-    for name in ("atto.onnx", "atto.xml", "atto.pt2", "web.onnx", "half.onnx"):
+    for name in ("atto.onnx", "atto.xml", "atto.pt2", "web.onnx"):
         assert (tmp_path / "deployed" / f"{name}.report.json").is_file()
         assert (tmp_path / "deployed" / name).is_file()

@@ -306,7 +306,9 @@ def _to_half(job: _Job, translated: Translated) -> Any:
         if job.judge(partial(open_onnx, model.SerializeToString()), "fp16", translated.names[job.queries]):
             return model
         report.first_partings = job.part(model, translated, "fp16")
-        parted = [parting.node for parting in report.first_partings if parting.node not in report.kept_fp32]
+        own = {output: node.name for node in translated.model.graph.node for output in node.output}
+        nodes = [own.get(parting.value, parting.node) for parting in report.first_partings]
+        parted = [node for node in nodes if node not in report.kept_fp32]
         if not parted:
             break
         report.kept_fp32 += parted
