@@ -260,9 +260,12 @@ def export(
     data: str | Path | None = None,
     variant: str | None = None,
     weights: Literal["pretrained", "random"] = "pretrained",
+    task: str | None = None,
     **settings: Any,
-) -> ExportReport:
+) -> ExportReport | list[Path]:
     """Write a detector for another runtime, with a certificate of how far it equals the model in torch.
+
+    With `format` merged, lora or gguf-ready: write the language model of a run for serving.
 
     Args:
         model: a detector, or what `DEIMv2.from_pretrained` reads: a run's folder, weights, a size.
@@ -270,11 +273,14 @@ def export(
         data: labelled images to compare on. None: the run's held-out images, else generated ones.
         variant: the size, for weights that do not determine it.
         weights: "random" builds the size untrained, to try things out.
+        task: of a text run that serves several: one of them, or "all".
         settings: `format` (onnx, openvino, tensorrt or pt2), `batch`, `opset`, `sampling`, `half`,
             `single_input`, `budget`: fields of `thawline.exporters.export.Settings`.
-    Returns: the report, which is also written as PATH.report.json.
+    Returns: the report, which is also written as PATH.report.json; for text the folders.
     Raises: BudgetError: the detections differ by more than the budget; no file is kept.
     """
+    if settings.get("format") in ("merged", "lora", "gguf-ready"):
+        return _export_text(str(model), out, settings.pop("format"), task, settings)
     from thawline.exporters.export import Settings, export_detector, read_samples
     from thawline.models.deimv2 import DEIMv2
 
@@ -295,6 +301,25 @@ def export(
     if is_run:
         _report(Path(str(model)))
     return report
+
+
+def _export_text(
+    run: str, out: str | Path | None, format: str, task: str | None, rest: Mapping[str, Any]
+) -> list[Path]:
+    from thawline.exporters.text import export_text
+    from thawline.run import load_tuned
+
+    if given := [name for name, value in rest.items() if value]:
+        raise ConfigError(f"`{given[0]}` is for detectors, not for {format}.")
+
+    def load() -> tuple[Any, Any]:
+        objective, model = load_tuned(run)
+        tokenizer = getattr(objective, "processor", None)
+        if tokenizer is None:
+            raise ConfigError(f"'{run}' is no text run: {format} is for language models.")
+        return model, tokenizer
+
+    return export_text(load, Path(out or Path(run) / "exports" / format), format, task)
 
 
 def _held_out(model: str, data: str | Path | None) -> Sequence[ImageRecord]:

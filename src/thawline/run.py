@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "RunResult",
     "evaluate",
+    "load_tuned",
     "measure_alignment",
     "predict",
     "run",
@@ -178,10 +179,19 @@ def predict(
         batch_size: texts per forward pass.
         sampling: forwarded to `generate` (do_sample, temperature, top_p, …).
     """
+    objective, tuned = load_tuned(model, config)
+    return objective.predict(tuned, texts, choices=choices, task=task, batch_size=batch_size, **sampling)
+
+
+def load_tuned(model: str | Path, config: RunConfig | None = None) -> tuple[Objective, nn.Module]:
+    """Load the tuned model of a run's folder, with the objective it was trained for.
+
+    Args:
+        config: as for `evaluate`.
+    """
     folder = RunFolder(Path(model))
     objective = build_objective(config or folder.config(), read="none", described=folder.described())
-    tuned = _load_tuned(objective, folder.weights())
-    return objective.predict(tuned, texts, choices=choices, task=task, batch_size=batch_size, **sampling)
+    return objective, _load_tuned(objective, folder.weights())
 
 
 def measure_alignment(folder: str | Path) -> list[dict[str, Any]]:

@@ -98,6 +98,25 @@ def test_half_precision_keeps_inputs_and_outputs_in_float32(lite: DEIMv2, tmp_pa
     assert sum(w.data_type == onnx.TensorProto.FLOAT16 for w in weights) > 50
 
 
+@pytest.mark.parametrize(("format", "name"), [("openvino", "m.xml"), ("pt2", "m.pt2")])
+def test_other_formats_give_torchs_detections_too(format: str, name: str, tmp_path: Path) -> None:
+    report = export_detector(build_detector("hgnet"), tmp_path / name, Settings(format=format))
+    assert [row.batch for row in report.rows] == [1, 3]
+    assert max(row.box_error_px for row in report.rows) < 0.05
+    assert (tmp_path / name).is_file()
+
+
+def test_tensorrt_is_told_the_exact_command_where_it_is_missing(
+    lite: DEIMv2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    report = export_detector(lite, tmp_path / "m.engine", Settings(format="tensorrt"))
+    assert report.path == tmp_path / "m.onnx"
+    assert report.path.is_file()
+    (note,) = report.notes
+    assert "trtexec --onnx=m.onnx --saveEngine=m.engine --minShapes=images:1x3x64x64,orig_target" in note
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

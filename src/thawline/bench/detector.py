@@ -7,6 +7,8 @@ Measured in paired rounds (`thawline.measure`), from normalised pixels to boxes 
     port        `Deimv2ForObjectDetection`, eager, with transformers' post-processing: the reference
     eager       `DEIMv2`                              compiled         the same under torch.compile
     fused       `DEIMv2.fuse()`                       compiled_fused   the same under torch.compile
+    onnx        the exported ONNX file in onnxruntime
+    openvino    the exported IR in OpenVINO           pt2              torch's exported program, eager
     product     a product of two square matrices: the speed of the machine in that round
 
 A CPU is timed by the wall clock, because its threads work at the same time; a GPU by CUDA events. With
@@ -21,11 +23,13 @@ __all__ = ["FORMS", "main", "measure_size"]
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -34,11 +38,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from thawline.bench.harness import bench_parser, bench_results, markdown, use_device
 from thawline.bench.port import build_port
 from thawline.errors import ConfigError
+from thawline.exporters.export import Settings, export_detector
+from thawline.exporters.sessions import open_session
 from thawline.files import read_json
 from thawline.measure import Sample, median_ratio, median_seconds, paired_rounds, write_results
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 
 FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")
+EXPORTED = ("onnx", "openvino", "pt2")
+"""Forms that are files, with post-processing inside; on a CPU in fp32."""
 UNCOMPILED = {"compiled": "eager", "compiled_fused": "fused"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 N_OPERATORS = 8
@@ -154,12 +162,27 @@ def _detector(
             )
 
         return detect_as_port
+    if form in EXPORTED:
+        return _exported(form, model)
     ours = model.fuse() if form.endswith("fused") else model
     ours = ours.to(device, dtype)
     network = torch.compile(ours, fullgraph=True) if form in UNCOMPILED else ours
 
     def detect(pixels: Tensor) -> object:
         return ours.postprocess(network(pixels), [(480, 640)] * len(pixels))
+
+    return detect
+
+
+def _exported(form: str, model: DEIMv2) -> Callable[[Tensor], object]:
+    """Export the model, and open the file with as many threads as torch has."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = export_detector(model, folder, Settings(format=form))  # type: ignore[arg-type]
+        session = open_session(report.path, form, torch.get_num_threads())
+
+    def detect(pixels: Tensor) -> object:
+        sizes = np.full((len(pixels), 2), 640)
+        return session({"images": pixels.numpy(), "orig_target_sizes": sizes})
 
     return detect
 
@@ -284,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", nargs="+", choices=VARIANTS, default=["atto"], help="Default: atto.")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="Images per call. Default: 1.")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="bf16, fp16 need a GPU.")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["port", "eager", "fused"])
+    parser.add_argument("--forms", nargs="+", choices=(*FORMS, *EXPORTED), default=["port", "eager", "fused"])
     parser.add_argument("--calls", type=int, default=1, help="Calls of each form per round, for small sizes.")
     parser.add_argument("--profile", action="store_true", help="Name the operators that take the time.")
     return parser

@@ -283,7 +283,7 @@ def _convert(options: Namespace) -> int:
 
 
 EXPORT_OPTIONS = [
-    argument("--format", help="onnx, openvino, tensorrt or pt2. Default: onnx."),
+    argument("--format", help="onnx, openvino, tensorrt, pt2; of a text run merged, lora, gguf-ready."),
     argument("--out", help="File to write, or a folder. Default: exports/ in a run's folder, or here."),
     argument("--batch", type=int, help="Fixed number of images in a call. Default: any."),
     argument("--opset", type=int, help="Opset of the ONNX graph: 17, 18 or 19. Default: 17."),
@@ -292,6 +292,7 @@ EXPORT_OPTIONS = [
     argument("--single_input", action="store_true", help="One input, images; boxes are in 0-1."),
     argument("--budget", type=float, help="Largest box error in pixels. Default: 0.5; 4 with --half."),
     argument("--data", help="Labelled images to compare on. Default: a run's held-out images, or generated."),
+    argument("--task", help="Of a text run that serves several: one of them, or all."),
     argument("--variant", help="Size of the detector, where the weights do not say."),
     argument("--weights", choices=["pretrained", "random"], help="Default: pretrained."),
 ]
@@ -304,8 +305,10 @@ EXPORT_OPTIONS = [
     JSON,
 )
 def _export(options: Namespace) -> int:
-    """Write a detector for another runtime, with a certificate of how far it equals the model."""
-    report = jobs.export(options.model, **_given(options, EXPORT_OPTIONS))
+    """Write a detector for another runtime, with a certificate; or a text run's model for serving."""
+    report: Any = jobs.export(options.model, **_given(options, EXPORT_OPTIONS))
+    if isinstance(report, list):
+        return show_json(report) if options.json else show("\n".join(map(str, report)))
     return show_json(report.to_dict()) if options.json else show("\n".join(report.lines()))
 
 

@@ -23,6 +23,8 @@ from thawline.exporters.sessions import open_onnx
 
 LARGEST = 4_000_000
 """Values of more elements are passed over: the attention of a large size would fill the memory."""
+JUMPS = {"Floor"}
+"""Operations that turn a rounding error into a whole step; what follows them makes up for it."""
 SHOWN = 5
 """Number of nodes that are named."""
 
@@ -72,6 +74,8 @@ def first_partings(
     compared, partings = set(errors), []
     for value, error in errors.items():
         sources = _sources(produced[value], produced, compared)
+        if produced[value].op_type in JUMPS:
+            continue
         if error > tolerance and not any(errors[source] > tolerance for source in sources):
             partings.append(Parting(node=produced[value].name, value=value, error=error))
     return partings[:SHOWN]

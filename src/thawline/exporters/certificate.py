@@ -19,12 +19,13 @@ __all__ = [
     "Detections",
     "Reference",
     "Row",
+    "average_precisions",
     "compare",
     "detect",
     "generated_images",
 ]
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thawline.exporters.sessions import OUTPUTS, Session
+from thawline.metrics.detection import AnnotatedImage, DetectionEvaluator
 from thawline.models.deimv2.model import DEIMv2
 
 BUDGETS = {"fp32": 0.5, "fp16": 4.0}
@@ -150,6 +152,30 @@ def compare(
         precision=precision, batch=batch, images=len(rows), box_error_px=float(boxes.max()),
         score_error=float(scores.max()), agreement=float(agreements.mean()),
     )  # fmt: skip
+
+
+def average_precisions(
+    session: Session,
+    reference: Reference,
+    batch: int,
+    records: Sequence[AnnotatedImage],
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Measure AP on annotated images in torch and in a session.
+
+    Args:
+        records: annotations of the reference's images.        names: of the classes.
+    """
+    expected = [reference.detect(index, None)[0] for index in range(len(records))]
+    ap: dict[str, float] = {}
+    for name, detections in (("torch", expected), ("file", detect(session, reference.inputs, batch))):
+        evaluator = DetectionEvaluator(records, names)
+        tensors = [{key: torch.from_numpy(value) for key, value in found.items()} for found in detections]
+        evaluator.update(
+            range(len(records)), [{**found, "labels": found["labels"].long()} for found in tensors]
+        )
+        ap[name] = evaluator.compute().statistics["AP"]
+    return {**ap, "difference": ap["file"] - ap["torch"]}
 
 
 def detect(session: Session, inputs: Mapping[str, np.ndarray], batch: int) -> Iterator[Detections]:

@@ -12,6 +12,8 @@ __all__ = ["FORMATS", "ExportReport", "Format", "Samples", "Settings", "export_d
 
 import json
 import logging
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -29,7 +31,15 @@ from thawline.data.detection.images import read_image
 from thawline.data.detection.records import ImageRecord
 from thawline.errors import BudgetError, ConfigError, requires_extra
 from thawline.exporters.bisect import Parting, first_partings
-from thawline.exporters.certificate import BUDGETS, SCORE_BUDGETS, Reference, Row, compare, generated_images
+from thawline.exporters.certificate import (
+    BUDGETS,
+    SCORE_BUDGETS,
+    Reference,
+    Row,
+    average_precisions,
+    compare,
+    generated_images,
+)
 from thawline.exporters.forms import Sampling, build_graph
 from thawline.exporters.onnx_graph import OPSETS, Translated, to_onnx
 from thawline.exporters.sessions import OUTPUTS, Session, open_onnx, open_session
@@ -45,6 +55,7 @@ FORMATS = {"onnx": ".onnx", "openvino": ".xml", "tensorrt": ".engine", "pt2": ".
 """Format → suffix of its file."""
 TRACED, TRIED = 2, (1, 3)
 """Batch size that a dynamic graph is traced with, and those it is judged with."""
+CONTROL_FLOW = {"If", "Loop", "Scan"}
 N_IMAGES, N_LABELLED = 6, 100
 """Images that are compared box by box, and those that AP is measured on."""
 ROUNDS = 6
@@ -209,7 +220,7 @@ class _Job:
     """One export: the program, the reference, and the report so far."""
 
     def __init__(self, model: DEIMv2, settings: Settings, samples: Samples, path: Path) -> None:
-        self.settings, self.config = settings, model.config
+        self.settings, self.config, self.model, self.samples = settings, model.config, model, samples
         self.reference = Reference(model, samples.images[:N_IMAGES], samples.sizes[:N_IMAGES])
         self.program = _trace(model, settings)
         topk = next(node for node in self.program.graph.nodes if node.target is torch.ops.aten.topk.default)
@@ -241,6 +252,11 @@ class _Job:
             for batch in ((settings.batch,) if settings.batch else TRIED)
         ]
         self.report.rows = [row for row in self.report.rows if row.precision != precision] + rows
+        if self.samples.records:
+            whole = Reference(self.model, self.samples.images, self.samples.sizes)
+            names = self.config.class_names or [f"class {i}" for i in range(self.config.num_classes)]
+            batch = self.settings.batch or 1
+            self.report.ap = average_precisions(plain, whole, batch, self.samples.records, names)
         self.report.passed = all(
             row.box_error_px <= limit and row.score_error <= SCORE_BUDGETS[precision] for row in rows
         )
@@ -290,7 +306,9 @@ def _to_half(job: _Job, translated: Translated) -> Any:
         if job.judge(partial(open_onnx, model.SerializeToString()), "fp16", translated.names[job.queries]):
             return model
         report.first_partings = job.part(model, translated, "fp16")
-        parted = [parting.node for parting in report.first_partings if parting.node not in report.kept_fp32]
+        own = {output: node.name for node in translated.model.graph.node for output in node.output}
+        nodes = [own.get(parting.value, parting.node) for parting in report.first_partings]
+        parted = [node for node in nodes if node not in report.kept_fp32]
         if not parted:
             break
         report.kept_fp32 += parted
@@ -312,6 +330,47 @@ def _write_openvino(job: _Job, path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")]
 
 
+def _write_tensorrt(job: _Job, path: Path) -> list[Path]:
+    """Write the ONNX file, and let TensorRT's own tool build the engine where it is installed."""
+    files = _write_onnx(job, path.with_suffix(".onnx"))
+    report, (height, width) = job.report, job.config.image_size
+    words = ["trtexec", f"--onnx={files[0].name}", f"--saveEngine={path.name}"]
+    if job.settings.batch is None:
+        for kind, n in (("min", 1), ("opt", 1), ("max", 8)):
+            sizes = "" if job.settings.single_input else f",orig_target_sizes:{n}x2"
+            words.append(f"--{kind}Shapes=images:{n}x3x{height}x{width}{sizes}")
+    words += ["--fp16"] if job.settings.half else []
+    report.notes += [f"Trap: {trap}" for trap in tensorrt_traps(files[0].read_bytes())]
+    if not report.passed or shutil.which("trtexec") is None:
+        report.path = report.path.with_suffix(".onnx")
+        report.notes.append(f"TensorRT is not installed here. Where it is: {' '.join(words)}")
+        return files
+    built = subprocess.run(words, cwd=path.parent, capture_output=True, text=True)
+    if built.returncode:
+        raise ConfigError(
+            f"trtexec failed: {built.stderr.strip().splitlines()[-1:]}. Command: {' '.join(words)}"
+        )
+    report.notes.append("The certificate is of the ONNX file that the engine was built from.")
+    return [*files, path]
+
+
+def tensorrt_traps(content: bytes) -> list[str]:
+    """Return what TensorRT is known to refuse or to compute wrongly in an ONNX model."""
+    import onnx
+
+    model = onnx.ModelProto.FromString(content)
+    (opset,) = (entry.version for entry in model.opset_import if not entry.domain)
+    ops = {node.op_type for node in model.graph.node}
+    inner = {dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim[1:]}
+    traps = {
+        "GridSample of opset 20 samples wrongly (TensorRT issue 4646)": opset >= 20 and "GridSample" in ops,
+        f"control flow is slow: {', '.join(sorted(ops & CONTROL_FLOW))}": bool(ops & CONTROL_FLOW),
+        "only the batch may be dynamic": inner != {""},
+        "another domain than ONNX's own": any(node.domain for node in model.graph.node),
+    }
+    return [trap for trap, is_there in traps.items() if is_there]
+
+
 def _write_pt2(job: _Job, path: Path) -> list[Path]:
     if job.settings.half:
         raise ConfigError("`half` is not available for pt2: load the program and call `.half()` on a GPU.")
@@ -324,6 +383,7 @@ WRITERS: dict[str, Callable[[_Job, Path], list[Path]]] = {
     "onnx": _write_onnx,
     "openvino": _write_openvino,
     "pt2": _write_pt2,
+    "tensorrt": _write_tensorrt,
 }
 
 

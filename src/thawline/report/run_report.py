@@ -79,7 +79,7 @@ def build_report(folder: str | Path) -> Path:
     try:
         training, more_curves = _curves(folder)
         sections = [*_result(folder), *training, *_detection(folder), *_predictions(folder)]
-        sections += [*_images(folder), *more_curves, *_settings(folder)]
+        sections += [*_images(folder), *_exports(folder), *more_curves, *_settings(folder)]
         headline = _headline(folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"A file in '{folder}' is damaged: {type(error).__name__}: {error}.") from error
@@ -300,6 +300,27 @@ def _images(folder: Path) -> Iterator[Section]:
         yield Section(title="Images", parts=parts, note=note)
     if files := _files(folder / ALIGN):
         yield Section(title="Routing and alignment", parts=[Picture(path=file) for file in files])
+
+
+def _exports(folder: Path) -> Iterator[Section]:
+    """Show the certificates of the run's exported files."""
+    reports = [(file, read_json(file)) for file in sorted(folder.glob("exports/*.report.json"))]
+    if not reports:
+        return
+    header = ("precision", "batch", "images", "box_error_px", "score_error", "agreement")
+    rows = [
+        [Path(report["path"]).name, *(row[key] for key in header)]
+        for _, report in reports
+        for row in report["rows"]
+    ]
+    parts: list[Part] = [Table(header=("file", *header), rows=rows)]
+    if aps := [(report["path"], report["ap"]) for _, report in reports if report["ap"]]:
+        keys = ("torch", "file", "difference")
+        rows = [[Path(path).name, *(ap[key] for key in keys)] for path, ap in aps]
+        parts.append(Table(header=("AP", *keys), rows=rows))
+    refused = [Path(report["path"]).name for _, report in reports if not report["passed"]]
+    note = f"Over the budget, not kept: {', '.join(refused)}." if refused else ""
+    yield Section(title="Exports, compared with torch", parts=parts, note=note)
 
 
 def _settings(folder: Path) -> Iterator[Section]:
