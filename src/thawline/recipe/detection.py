@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thawline.errors import ConfigError
-from thawline.recipe.checks import all_at_least, check_patience, fraction, require
-from thawline.recipe.resolved import TrainingSettings, check_probabilities
+from thawline.recipe.checks import all_at_least, check_patience, fraction, height_width, require
+from thawline.recipe.resolved import COARSEST_STRIDE, TrainingSettings, check_probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +21,14 @@ class DetectionBase:
     weights: str | None = None
     """Initial weights: a detector (a run's folder, a file, a folder, a Hub id; the name of a size for its
     published weights) or a pretrained backbone. None: random weights."""
-    size: int | None = None
-    """Side of the square input in pixels, a multiple of 32. None: the published one."""
+    size: int | list[int] | None = None
+    """Size of the input in pixels, multiples of 32: side of a square or [height, width]. None: published."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Other settings of the network, by the names of its config (`{num_queries: 500}`)."""
 
     def __post_init__(self) -> None:
-        if self.size is not None and (self.size < 32 or self.size % 32):
-            raise ConfigError(f"`base.size` must be a multiple of 32, got {self.size}: 320, 416, 640, …")
+        if self.size is not None:
+            height_width("base.size", self.size, COARSEST_STRIDE)
 
     @property
     def label(self) -> str:

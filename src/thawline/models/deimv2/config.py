@@ -17,6 +17,7 @@ from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config
 from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
 from thawline.models.deimv2.network.lite_encoder import LiteEncoderConfig
 from thawline.models.deimv2.network.sta import AdaptedViTConfig
+from thawline.recipe.checks import height_width
 
 BackboneConfig: TypeAlias = HGNetV2Config | AdaptedViTConfig
 EncoderConfig: TypeAlias = HybridEncoderConfig | LiteEncoderConfig
@@ -116,11 +117,7 @@ class DEIMv2Config:
                 f"`decoder.num_points={self.decoder.num_points}` must name points for each of the strides "
                 f"{self.strides}."
             )
-        if any(side < 1 or side % self.strides[-1] for side in self.image_size):
-            raise ConfigError(
-                f"`image_size={self.image_size}`: expected a height and a width that are multiples of "
-                f"{self.strides[-1]}."
-            )
+        height_width("image_size", self.image_size, self.strides[-1])
 
     @property
     def strides(self) -> tuple[int, ...]:
