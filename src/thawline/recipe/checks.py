@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
-    "all_at_least", "at_least", "check_args", "check_patience", "fraction", "height_width", "one_of", "require",
+    "all_at_least", "at_least", "check_args", "check_patience", "fraction", "height_width", "one_of",
+    "require",
 ]  # fmt: skip
 
 from collections.abc import Container, Iterable, Sequence

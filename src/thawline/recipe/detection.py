@@ -4,12 +4,23 @@ from __future__ import annotations
 
 __all__ = ["DetectionBase", "DetectionData", "DetectionSettings", "DetectionTraining"]
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thawline.errors import ConfigError
 from thawline.recipe.checks import all_at_least, check_patience, fraction, height_width, require
 from thawline.recipe.resolved import COARSEST_STRIDE, TrainingSettings, check_probabilities
+
+NO_OVERRIDES = {
+    "variant": "is `base.variant`",
+    "image_size": "is `base.size`",
+    "num_classes": "follows from the classes of the data",
+    "class_names": "follows from the classes of the data",
+    "class_loss": "is `objective.class_loss`",
+    "matcher_change_epoch": "follows from `training.epochs`",
+}
+"""Settings of the network that a recipe's other fields decide → how."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +40,9 @@ class DetectionBase:
     def __post_init__(self) -> None:
         if self.size is not None:
             height_width("base.size", self.size, COARSEST_STRIDE)
+        for name in _names(self.overrides):
+            if name in NO_OVERRIDES:
+                raise ConfigError(f"`base.overrides`: `{name}` {NO_OVERRIDES[name]}.")
 
     @property
     def label(self) -> str:
@@ -179,3 +193,11 @@ class DetectionTraining:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"`training.{name}` must be positive, got {value}. None derives it.")
+
+
+def _names(overrides: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of all settings, also those in parts."""
+    for name, value in overrides.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from _names(value)

@@ -182,10 +182,8 @@ class DetectionObjective(Objective):
             **self._position_order(),
             "class_names": self.class_names,
             "image_size": self.size,
-            "criterion": {
-                "class_loss": self.settings.class_loss,
-                "matcher_change_epoch": self.schedule.settings.matcher_change_epoch,
-            },
+            "class_loss": self.settings.class_loss,
+            "matcher_change_epoch": self.schedule.settings.matcher_change_epoch,
         }
         if self.base.weights is None:
             return DEIMv2.from_variant(self.base.variant, **overrides)

@@ -279,7 +279,11 @@ def derive_schedule(
 def override(
     settings: TrainingSettings, base: DetectionBase, objective: DetectionSettings, training: DetectionTraining
 ) -> TrainingSettings:
-    """Return `settings` with the values that a recipe gives: fields of the same name that are not None."""
+    """Return `settings` with the values that a recipe gives: fields of the same name that are not None.
+
+    Raises: ConfigError: one is given that nothing reads, in this size or with what is switched off.
+    """
+    _check_augmentation(base.variant, objective)
     names = {field.name for field in fields(settings)}
     given: dict[str, Any] = {
         name: value
@@ -296,6 +300,25 @@ def override(
         given["mosaic_epochs"] = Window(start, start)
         given["mixup_epochs"] = given["copyblend_epochs"] = NEVER
     return replace(settings, **given)
+
+
+def _check_augmentation(variant: str, objective: DetectionSettings) -> None:
+    """Refuse settings of augmentation that nothing reads."""
+    published = _published(variant)
+    off = [name for name in ("strong_augmentation", "dense_o2o") if not getattr(objective, name)]
+    reason = {name: f"`objective.{off[0]}` is off" for name in ("mosaic_prob", "merged_mosaic") if off}
+    if off[:1] == ["strong_augmentation"]:
+        reason["colour_prob"] = "`objective.strong_augmentation` is off"
+    for name, window in (
+        ("mixup_prob", published.mixup_epochs),
+        ("copyblend_prob", published.copyblend_epochs),
+    ):
+        if off or window == NEVER:
+            reason[name] = f"`objective.{off[0]}` is off" if off else f"'{variant}' is trained without it"
+    for name, why in reason.items():
+        value = getattr(objective, name)
+        if value and value != getattr(DetectionSettings, name):
+            raise ConfigError(f"`objective.{name}={value}`: nothing reads it, since {why}. Leave it out.")
 
 
 def _published(variant: str) -> TrainingSettings:
