@@ -86,8 +86,9 @@ class DEIMv2(
         Args:
             path: a file, a folder, a run folder, a size for its published weights, or a hub id.
             variant: the size, for files of a backbone alone, which do not determine it.
-            overrides: settings to change, as in `from_variant`. Another number of classes (`num_classes`,
-                or `class_names`) re-initialises the layers sized by it, and nothing else.
+            overrides: settings to change, as in `from_variant`. With other `class_names` the heads' rows go
+                by name, and classes that the checkpoint lacks are new; another number of classes without
+                a name in common re-initialises the layers sized by it, and nothing else.
         Raises: CheckpointError: unreadable, or missing, unexpected or misshapen tensors, all listed.
         """
         checkpoint = read_checkpoint(path)
