@@ -235,16 +235,9 @@ def _confusion(metrics: DetectionMetrics) -> Part:
             row_label="true",
             column_label="detected",
         )
-    cells = (
-        (count, names[i], names[j])
-        for i, row in enumerate(metrics.confusion)
-        for j, count in enumerate(row)
-        if i != j and count
-    )
-    top = sorted(cells, key=lambda cell: -cell[0])[:TOP_CONFUSIONS]
     return Table(
         header=("annotated", "detected", "times"),
-        rows=[[true, found, count] for count, true, found in top],
+        rows=[[names[c.true], names[c.detected], c.count] for c in metrics.confusions[:TOP_CONFUSIONS]],
         caption=f"Most frequent confusions at score {metrics.threshold:.2f}",
     )
 
