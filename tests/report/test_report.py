@@ -171,7 +171,7 @@ def test_nothing_to_report_and_damaged_files_are_named(tmp_path: Path, capsys) -
         build_report(tmp_path)
     (tmp_path / "result.json").write_text('{"metrics": ')
     assert main(["report", str(tmp_path)]) == 1
-    assert "is damaged: JSONDecodeError" in capsys.readouterr().err
+    assert "result.json' is damaged: Expecting value" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 
