@@ -263,7 +263,7 @@ class Detects:
 class PortRows:
     """Images as the port's Trainer takes them: resized, flipped at random, 0 to 1."""
 
-    def __init__(self, records: Any, size: int) -> None:
+    def __init__(self, records: Any, size: tuple[int, int]) -> None:
         from thawline.data.detection.dataset import DetectionDataset
 
         self.images, self.size = DetectionDataset(records), size
@@ -278,7 +278,10 @@ class PortRows:
 
         sample = self.images.sample(index)
         height, width = sample.image.shape[:2]
-        pixels = torch.from_numpy(resize(sample.image, self.size, self.size)).permute(2, 0, 1) / 255
+        pixels = (
+            torch.from_numpy(resize(sample.image, height=self.size[0], width=self.size[1])).permute(2, 0, 1)
+            / 255
+        )
         x1, y1, x2, y2 = torch.from_numpy(sample.boxes_xyxy).unbind(1)
         boxes = torch.stack(
             [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height], 1

@@ -131,11 +131,19 @@ def evaluation_recipe(
 
     Args:
         source, options: of the overrides, as in `build_config`.
+    Raises: ConfigError: an override that evaluating does not read.
     """
     from thawline.run import saved_config
 
-    saved = dotted_values(saved_config(model).to_mapping())
-    path = dotted_values(overrides).get("data.path")
+    saved, given = dotted_values(saved_config(model).to_mapping()), dotted_values(overrides)
+    if saved["objective.kind"] == "detection":
+        trained = ("base.variant", "base.weights", "base.overrides", "tuner.")
+        if unread := [key for key in given if key.startswith(trained) and saved.get(key) != given[key]]:
+            raise ConfigError(
+                f"`{unread[0]}`: the detector of '{model}' is evaluated as it was trained. Train another, or "
+                "give the path of other weights in its place."
+            )
+    path = given.get("data.path")
     if path is not None and "data.eval_path" in saved:
         saved["data.eval_path"] = None
     elif path is not None and Path(path).resolve() != Path(saved["data.path"]).resolve():

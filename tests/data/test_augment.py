@@ -41,15 +41,20 @@ def test_plain_pictures_are_the_images_resized_and_maybe_mirrored(images: Painte
     assert 0 < mirrored < len(images)
 
 
+@pytest.mark.parametrize("size", [160, (96, 160), (160, 96)])
 @pytest.mark.parametrize("scale", [0.4, 1.0, 3.3])
-def test_boxes_follow_pixels_through_zoom_out_crop_and_flips(scale: float) -> None:
-    data = TrainingImages(Painted(scale=scale), replace(STRONG, vertical_flip_prob=0.5))
+def test_boxes_follow_pixels_through_zoom_out_crop_and_flips(
+    scale: float, size: int | tuple[int, int]
+) -> None:
+    data = TrainingImages(Painted(scale=scale), replace(STRONG, vertical_flip_prob=0.5, size=size))
+    height, width = data.settings.height_width
     n_boxes = Counter()
     for epoch, position in itertools.product(range(10, 20), range(len(data))):
         sample = data[Draw(epoch, position)]
         n_boxes[len(sample.labels)] += 1
+        assert sample.image.shape == (height, width, 3)
         assert sample.boxes_xyxy.min(initial=0) >= 0
-        assert sample.boxes_xyxy.max(initial=0) <= 160
+        assert (sample.boxes_xyxy <= [width, height, width, height]).all()
         # What a crop cut out because its centre lies outside is painted and has no box.
         for label in range(3):
             chosen = sample.labels == label
@@ -67,13 +72,36 @@ def _only(label: int) -> np.ndarray:
     return np.arange(3) == label
 
 
+@pytest.mark.parametrize("size", [240, (160, 240), (240, 160)])
 @pytest.mark.parametrize("merged", [False, True])
-def test_boxes_follow_pixels_through_a_mosaic(images: Painted, merged: bool) -> None:
-    data = TrainingImages(images, replace(STRONG, mosaic_prob=1.0, merged_mosaic=merged, size=240))
+def test_boxes_follow_pixels_through_a_mosaic(
+    images: Painted, merged: bool, size: int | tuple[int, int]
+) -> None:
+    settings = replace(STRONG, mosaic_prob=1.0, merged_mosaic=merged, vertical_flip_prob=0.5, size=size)
+    data = TrainingImages(images, settings)
     for epoch, position in itertools.product(range(4), range(len(data))):
         sample = data[Draw(epoch, position)]
         assert len(sample.labels) <= 12
+        assert sample.image.shape[:2] == settings.height_width
         assert_boxes_follow_pixels(sample.image, sample.boxes_xyxy, sample.labels, within=2.5)
+
+
+def test_a_rectangle_with_equal_sides_is_the_square(images: Painted) -> None:
+    square = replace(STRONG, vertical_flip_prob=0.5, colour_prob=0.5)
+    for merged in (False, True):
+        one = TrainingImages(images, replace(square, merged_mosaic=merged))
+        other = TrainingImages(images, replace(square, merged_mosaic=merged, size=(160, 160)))
+        for epoch, position in itertools.product((MOSAIC, NO_MOSAIC, PLAIN), range(9)):
+            a, b = one[Draw(epoch, position)], other[Draw(epoch, position)]
+            assert np.array_equal(a.image, b.image)
+            assert np.array_equal(a.boxes_xyxy, b.boxes_xyxy)
+
+
+def test_tiles_of_a_mosaic_cover_a_quarter_of_the_input() -> None:
+    no_boxes = np.zeros((0, 4)), np.zeros(0, np.int64)
+    for shape, expected in (((100, 300), (80, 240)), ((300, 100), (480, 160)), ((50, 100), (80, 160))):
+        tile = mosaic.Tile.of(np.zeros((*shape, 3), np.uint8), *no_boxes, (80, 160))
+        assert tile.image.shape[:2] == expected
 
 
 def test_merged_mosaic_is_the_published_picture_up_to_interpolation(images: Painted) -> None:

@@ -100,6 +100,25 @@ def test_copyblend_blends_the_copied_pixels_in() -> None:
     assert images[1].sum() == 0  # the border it brought along was black
 
 
+def test_batches_of_a_rectangle_paste_inside_and_give_boxes_as_shares_of_each_side() -> None:
+    settings = replace(BOTH, size=(64, 160), mixup_prob=0.0, copyblend_prob=1.0)
+    data = TrainingImages(Painted(5), settings)
+    samples = [data[Draw(2, position)] for position in range(5)]
+    shapes = set()
+    for position in range(12):
+        batch = Collate(settings)(at(samples, 2, position))
+        shapes.add(tuple(batch["pixel_values"].shape[-2:]))
+        for sample, target in zip(samples, batch["targets"], strict=True):
+            centre, size = target["boxes"].split(2, dim=1)
+            corners = torch.cat([centre - size / 2, centre + size / 2], dim=1)
+            assert corners.min() >= -1e-6
+            assert corners.max() <= 1 + 1e-6
+            own = corners[: len(sample.labels)] * torch.tensor([160, 64, 160, 64])
+            torch.testing.assert_close(own, torch.from_numpy(sample.boxes_xyxy), rtol=0, atol=1e-4)
+            assert len(target["labels"]) == len(sample.labels) + 3
+    assert shapes == {(64, 128), (64, 160), (64, 192)}
+
+
 def test_copyblend_leaves_small_objects_alone() -> None:
     images = np.full((2, 50, 50, 3), 9, np.uint8)
     boxes = [np.array([[10, 5, 19.9, 15]], np.float32), np.array([[0, 0, 9, 11]], np.float32)]
@@ -136,8 +155,18 @@ def test_mixup_comes_first_and_copyblend_for_half_of_the_rest(samples: list[Trai
 def test_multi_scale_sizes_are_those_of_the_authors_log(shared: Path) -> None:
     notes = json.loads((shared / "fixtures/deimv2/published_runs.json").read_text())["dinov3_s"]["notes"]
     (line,) = [note for note in notes if note.startswith("Multi-scales@")]
-    assert list(multi_scale_sizes(640, 20)) == json.loads(line.removeprefix("Multi-scales@"))
-    assert len(multi_scale_sizes(640, 3)) == 13
+    published = json.loads(line.removeprefix("Multi-scales@"))
+    assert list(multi_scale_sizes((640, 640), 20)) == [(side, side) for side in published]
+    assert len(multi_scale_sizes((640, 640), 3)) == 13
+
+
+def test_multi_scale_keeps_the_shape_of_a_rectangle() -> None:
+    sizes = multi_scale_sizes((320, 640), 2)
+    assert [width for _, width in sizes] == [width for width, _ in multi_scale_sizes((640, 640), 2)]
+    assert all(height % 32 == 0 and abs(height / width - 0.5) < 0.034 for height, width in sizes)
+    assert sizes.count((320, 640)) == 2
+    assert [size[::-1] for size in sizes] == list(multi_scale_sizes((640, 320), 2))
+    assert set(multi_scale_sizes((32, 160), 1)) == {(32, 96), (32, 128), (32, 160), (32, 192)}
 
 
 def test_multi_scale_draws_each_size_as_often_as_it_is_listed_and_stops(
@@ -154,7 +183,7 @@ def test_published_multi_scale_takes_the_nearest_pixel_as_torch_does(samples: li
     plain = Collate()(samples)["pixel_values"]
     for size in (64, 128, 75):
         nearest = Collate(Augmentation(multi_scale_repeat=1, stop_epoch=1, published=True))
-        nearest.sizes = (size,)
+        nearest.sizes = ((size, size),)
         batch = nearest(samples)
         expected = F.interpolate(plain.float(), size=size, mode="nearest").to(torch.uint8)
         assert torch.equal(batch["pixel_values"], expected)

@@ -83,7 +83,7 @@ def test_zooming_out_is_uniform_in_side_and_place() -> None:
 def test_beyond_the_image_it_is_black_and_inside_it_is_the_image() -> None:
     image = np.full((50, 40, 3), 200, np.uint8)
     view = View(left=-40, top=-50, width=120, height=100)
-    picture, boxes = view.render(image, np.array([[0.0, 0, 40, 50]]), 60)
+    picture, boxes = view.render(image, np.array([[0.0, 0, 40, 50]]), (60, 60))
     assert boxes.tolist() == [[20, 30, 40, 60]]
     assert (picture[30:, 20:40] == 200).all()
     assert picture.sum() == 200 * 3 * 30 * 20
@@ -92,7 +92,7 @@ def test_beyond_the_image_it_is_black_and_inside_it_is_the_image() -> None:
 def test_colour_leaves_what_lies_beyond_the_image_black() -> None:
     image = np.full((50, 40, 3), 100, np.uint8)
     for view in (View(left=-40, top=0, width=80, height=50), View(left=-4, top=0, width=8, height=5)):
-        picture, _ = view.render(image, np.zeros((0, 4)), 16, lambda pixels: 255 - pixels)
+        picture, _ = view.render(image, np.zeros((0, 4)), (16, 16), lambda pixels: 255 - pixels)
         assert (picture[:, :8] == 0).all()
         assert (picture[:, 8:] == 155).all()
 
@@ -101,7 +101,7 @@ def test_colour_leaves_what_lies_beyond_the_image_black() -> None:
 def test_flips_are_exact(hflip: bool, vflip: bool) -> None:
     image = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
     view = View(left=0, top=0, width=24, height=24, hflip=hflip, vflip=vflip)
-    picture, boxes = view.render(image, np.array([[2.0, 3, 10, 20]]), 24)
+    picture, boxes = view.render(image, np.array([[2.0, 3, 10, 20]]), (24, 24))
     expected = image[:: -1 if vflip else 1, :: -1 if hflip else 1]
     assert np.array_equal(picture, expected)
     x = [14, 22] if hflip else [2, 10]

@@ -12,6 +12,7 @@ import torch
 
 from thawline.cli import main
 from thawline.errors import ConfigError
+from thawline.inference import Detector
 from thawline.inference.classes import class_ids
 from thawline.models.deimv2 import DEIMv2
 
@@ -83,3 +84,14 @@ def test_the_command_takes_the_option_again_and_again(
         assert {entry["category_name"] for entry in found} == expected
     assert main([*words, "--classes", "wolf"]) == 2
     assert "Unknown class 'wolf'" in capsys.readouterr().err
+
+
+def test_other_names_for_a_detector_rename_its_classes(tmp_path: Path) -> None:
+    model = DEIMv2.from_variant("atto", class_names=("rot", "gelb"), image_size=(64, 64), num_queries=9)
+    model.save_pretrained(tmp_path)
+    image = np.full((40, 60, 3), 90, np.uint8)
+    found = Detector.from_pretrained(tmp_path, device="cpu", threshold=0)(image)
+    # Another language in another order: the first name is still that of class 0.
+    renamed = Detector.from_pretrained(tmp_path, class_names=("gelb", "rot"), device="cpu", threshold=0)
+    assert renamed(image).class_id.tolist() == found.class_id.tolist()
+    assert renamed.class_names == renamed.config.class_names == ("gelb", "rot")

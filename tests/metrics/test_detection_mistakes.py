@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from tests.support.detections import Annotated, detected, measure, random_set
-from thawline.metrics.mistakes import best_threshold
+from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
+from thawline.metrics.mistakes import MOST_CONFUSIONS, best_threshold, count_mistakes, match_image
 
 HERE, THERE, ELSEWHERE = [0, 0, 10, 10], [20, 20, 40, 40], [70, 70, 90, 90]
 
@@ -111,3 +114,48 @@ def test_the_confusion_matrix_is_supervisions_where_boxes_stand_apart() -> None:
         iou_threshold=0.5,
     )
     assert np.array(metrics.confusion).tolist() == theirs.matrix.astype(int).tolist()
+
+
+def test_confusions_are_listed_by_frequency_with_nothing_as_a_class() -> None:
+    images, detections = random_set(40)
+    metrics = measure(images, detections)
+    matrix = np.array(metrics.confusion)
+    np.fill_diagonal(matrix, 0)
+    assert sum(c.count for c in metrics.confusions) == matrix.sum() > 0
+    for confusion in metrics.confusions:
+        assert matrix[confusion.true, confusion.detected] == confusion.count
+    counts = [c.count for c in metrics.confusions]
+    assert counts == sorted(counts, reverse=True)
+    again = DetectionMetrics.from_dict(json.loads(json.dumps(metrics.to_dict())))
+    assert again.confusions == metrics.confusions
+
+
+def test_many_classes_take_no_matrix_and_little_room() -> None:
+    """LVIS has 1,203 classes: a matrix would have 1.4 million cells, and the file of metrics 15 MB."""
+    n = 1203
+    rng = np.random.default_rng(0)
+    images, detections = [], []
+    for _ in range(6):
+        corners = rng.uniform(0, 400, (20, 2))
+        boxes = np.concatenate([corners, corners + 60], 1)
+        labels = rng.integers(0, n, 20)
+        images.append(Annotated(boxes, labels))
+        confused = np.where(np.arange(20) < 3, 7, labels)  # three of an image are taken for class 7
+        detections.append(detected(boxes.tolist(), rng.uniform(0.5, 1, 20).tolist(), confused.tolist()))
+    names = tuple(f"thing {i}" for i in range(n))
+    evaluator = DetectionEvaluator(images, names)
+    evaluator.update(range(6), detections)
+    tracemalloc.start()
+    matched = [
+        match_image(i.boxes_xyxy, i.labels, i.iscrowd, d.boxes_xyxy, d.scores, d.labels)
+        for i, d in zip(images, map(evaluator.detections, range(6)), strict=True)
+    ]
+    count_mistakes(matched, 0.0, n)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    metrics = evaluator.compute()
+    assert metrics.confusion == ()
+    assert len(metrics.confusions) == 18 <= MOST_CONFUSIONS
+    assert {c.detected for c in metrics.confusions} == {7}
+    without_curves = {key: value for key, value in metrics.to_dict().items() if key != "classes"}
+    assert len(json.dumps(without_curves)) < 10_000

@@ -21,6 +21,7 @@ from thawline.cli import main
 from thawline.data.detection.dataset import DetectionDataset, load_detection
 from thawline.errors import DataError, MissingExtraError
 from thawline.metrics.detection import DetectionEvaluator
+from thawline.metrics.mistakes import Confusion
 from thawline.report.gallery import save_gallery, save_worst_images
 from thawline.report.page import Chart, Line, Section, Table, Text, write_page
 from thawline.report.run_report import _confusion, build_report
@@ -159,10 +160,9 @@ def test_a_run_of_text_or_one_just_begun_has_a_report_too(tmp_path: Path) -> Non
 
 def test_confusions_of_many_classes_are_listed_instead_of_drawn() -> None:
     n = 300
-    counts = [[0] * (n + 1) for _ in range(n + 1)]
-    counts[7][9], counts[n][3], counts[5][5] = 4, 2, 90
+    confusions = [Confusion(true=7, detected=9, count=4), Confusion(true=n, detected=3, count=2)]
     classes = [SimpleNamespace(name=f"class {i}") for i in range(n)]
-    table = _confusion(SimpleNamespace(classes=classes, confusion=counts, threshold=0.5))
+    table = _confusion(SimpleNamespace(classes=classes, confusions=confusions, threshold=0.5))
     assert table.rows == [["class 7", "class 9", 4], ["nothing", "class 3", 2]]
 
 
@@ -171,7 +171,7 @@ def test_nothing_to_report_and_damaged_files_are_named(tmp_path: Path, capsys) -
         build_report(tmp_path)
     (tmp_path / "result.json").write_text('{"metrics": ')
     assert main(["report", str(tmp_path)]) == 1
-    assert "is damaged: JSONDecodeError" in capsys.readouterr().err
+    assert "result.json' is damaged: Expecting value" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 

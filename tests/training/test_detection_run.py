@@ -265,7 +265,7 @@ def test_evaluating_on_other_classes_is_refused(recipe, painted_set: Path) -> No
         ({"objective": {"preset": "published"}, "epochs": None, "eval_every": 2}, "once an epoch"),
         ({"gradient_accumulation": 3}, "batch_size=2.*multiple of 3"),
         ({"best_metric": "AP51"}, "best_metric: AP51.*Available: AP, AP50"),
-        ({"base": {"size": 100}}, "multiple of 32, got 100"),
+        ({"base": {"size": 100}}, "base.size=100`: sides must be multiples of 32"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_step_1(recipe, changes: dict, message: str) -> None:

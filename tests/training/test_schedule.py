@@ -155,7 +155,7 @@ def test_published_augmentation_follows_the_windows(variant: str) -> None:
     assert [settings.mosaic_epochs.covers(epoch) for epoch in (a - 1, a, b - 1, b)] == [
         False, True, True, False,
     ]  # fmt: skip
-    assert settings.mosaic_size == settings.size // 2
+    assert settings.tile_size == (settings.size // 2,) * 2
     assert settings.published
     sizes = Collate(settings).sizes
     if variant in ("atto", "femto", "pico"):
@@ -165,14 +165,14 @@ def test_published_augmentation_follows_the_windows(variant: str) -> None:
         assert settings.mixup_epochs == (a, b)
         assert settings.copyblend_epochs == (a, c)
         assert settings.multi_scale_epochs == (0, settings.stop_epoch)
-        assert {min(sizes), max(sizes)} == {480, 800}
+        assert {min(sizes), max(sizes)} == {(480, 480), (800, 800)}
 
 
 def test_another_input_size_carries_everything_that_is_measured_in_it() -> None:
     settings = derive_schedule(20, variant="s", n_images=64, size=320).settings
     assert settings.size == 320
-    assert settings.mosaic_size == 160
-    assert set(Collate(settings).sizes) == set(range(224, 401, 32))
+    assert settings.tile_size == (160, 160)
+    assert set(Collate(settings).sizes) == {(side, side) for side in range(224, 401, 32)}
     assert not settings.published
 
 
@@ -189,7 +189,7 @@ def test_schedule_describes_itself_in_plain_values() -> None:
         (lambda: derive_schedule(0, variant="s", n_images=5), "epochs=0"),
         (lambda: derive_schedule(3, variant="s", n_images=0), "n_images=0"),
         (lambda: derive_schedule(3, variant="s", n_images=5, batch_size=-1), "batch_size=-1"),
-        (lambda: derive_schedule(3, variant="s", n_images=5, size=300), "size=300.*multiple of 32"),
+        (lambda: derive_schedule(3, variant="s", n_images=5, size=300), "size=300.*multiples of 32"),
     ],
 )
 def test_impossible_schedules_are_refused(call, message: str) -> None:

@@ -112,9 +112,9 @@ class PillowImages(TrainingImages):
         return *self._flip_and_resize(_recolour(canvas, colour), boxes[keep], view), labels
 
     def _tile(self, sample: Sample) -> Tile:
-        side = self.settings.mosaic_size
+        rows, columns = self.settings.tile_size
         height, width = sample.image.shape[:2]
-        factor = side / min(height, width)
+        factor = max(rows / height, columns / width)
         small = Image.fromarray(sample.image).resize(
             (round(width * factor), round(height * factor)), _BILINEAR
         )
@@ -127,9 +127,9 @@ class PillowImages(TrainingImages):
         if view.hflip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             boxes[:, [0, 2]] = view.width - boxes[:, [2, 0]]
-        size = self.settings.size
-        pixels = np.asarray(picture.resize((size, size), _BILINEAR))
-        return pixels, (boxes * ([size / view.width, size / view.height] * 2)).astype(np.float32)
+        height, width = self.settings.height_width
+        pixels = np.asarray(picture.resize((width, height), _BILINEAR))
+        return pixels, (boxes * ([width / view.width, height / view.height] * 2)).astype(np.float32)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ __all__ = ["Detector", "Prediction"]
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
@@ -95,12 +95,14 @@ class Detector:
             class_names: names of class 0, 1, …; they replace those of the weights.
         Raises: CheckpointError: unreadable, does not fit, or holds no trained detector.
         """
-        names = {} if class_names is None else {"class_names": tuple(class_names)}
         if weights == "random":
+            names = {} if class_names is None else {"class_names": tuple(class_names)}
             model = DEIMv2.from_variant(variant or str(path_or_variant), **names)
         else:
             _check_trained(path_or_variant, class_names)
-            model = DEIMv2.from_pretrained(path_or_variant, variant, **names)
+            model = DEIMv2.from_pretrained(path_or_variant, variant)
+            if class_names is not None:
+                model.config = replace(model.config, class_names=tuple(class_names))
         return cls(model, device=device, threshold=threshold)
 
     def __call__(self, source: Any, **options: Any) -> Any:

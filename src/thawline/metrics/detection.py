@@ -34,6 +34,7 @@ import torch.distributed as dist
 
 from thawline.errors import ConfigError, DataError, requires_extra
 from thawline.metrics.mistakes import (
+    Confusion,
     ImageMistakes,
     OperatingPoint,
     count_mistakes,
@@ -115,7 +116,10 @@ class DetectionMetrics:
     recall: float
     f1: float
     confusion: tuple[tuple[int, ...], ...]
-    """(C + 1, C + 1) at `threshold`: rows are true classes, columns predicted, the last of each "nothing"."""
+    """(C + 1, C + 1) at `threshold`: rows are true classes, columns predicted, the last of each "nothing".
+    Empty for more than 100 classes, since its size grows with their square."""
+    confusions: tuple[Confusion, ...]
+    """The most frequent 100 at `threshold`, "nothing" included, most frequent first."""
     images: tuple[ImageMistakes, ...]
     """Every image, worst first."""
     n_images: int
@@ -133,7 +137,8 @@ class DetectionMetrics:
         values = _map_leaves(dict(values), lambda value: math.nan if value is None else value)
         classes = tuple(ClassMetrics(**entry) for entry in values["classes"])
         images = tuple(ImageMistakes(**entry) for entry in values["images"])
-        return cls(**{**values, "classes": classes, "images": images})
+        confusions = tuple(Confusion(**entry) for entry in values.get("confusions", ()))
+        return cls(**{**values, "classes": classes, "images": images, "confusions": confusions})
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ class DetectionEvaluator:
             for image, found in zip(self.images, results, strict=True)
         ]
         point = operating_point(matched, n_classes)
-        confusion, images = count_mistakes(matched, point.threshold, n_classes)
+        confusion, confusions, images = count_mistakes(matched, point.threshold, n_classes)
         self._remark_crowded()
         precision, recall = _evaluate_coco(self.images, results, n_classes, self.max_dets)
         return DetectionMetrics(
@@ -226,6 +231,7 @@ class DetectionEvaluator:
             recall=float(point.recalls[-1]),
             f1=float(point.f1s[-1]),
             confusion=tuple(map(tuple, confusion.tolist())),
+            confusions=confusions,
             images=images,
             n_images=len(self.images),
             n_boxes=int(point.n_boxes[-1]),

@@ -9,6 +9,9 @@ Legend: G true boxes of an image, D its detections, C classes.
 from __future__ import annotations
 
 __all__ = [
+    "MOST_CONFUSIONS",
+    "MOST_MATRIX_CLASSES",
+    "Confusion",
     "ImageMistakes",
     "MatchedImage",
     "OperatingPoint",
@@ -27,6 +30,12 @@ import numpy as np
 MATCH_IOU = 0.5
 NO_BOX = -1
 """Index of the matched box of a detection that matches none."""
+
+
+MOST_MATRIX_CLASSES = 100
+"""Classes of which a confusion matrix is kept; it grows with the square of their number."""
+MOST_CONFUSIONS = 100
+"""Confusions that are listed, the most frequent ones."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,15 @@ class ImageMistakes:
     def n_mistakes(self) -> int:
         """Confusions, false positives and misses together."""
         return self.n_confused + self.n_false + self.n_missed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Detections of one class for boxes of another. The number of classes stands for "nothing"."""
+
+    true: int
+    detected: int
+    count: int
 
 
 def match_image(
@@ -136,14 +154,14 @@ def best_threshold(scores: np.ndarray, is_hit: np.ndarray, n_boxes: int) -> floa
 
 def count_mistakes(
     images: Sequence[MatchedImage], threshold: float, n_classes: int
-) -> tuple[np.ndarray, tuple[ImageMistakes, ...]]:
+) -> tuple[np.ndarray, tuple[Confusion, ...], tuple[ImageMistakes, ...]]:
     """Count hits and mistakes at a score threshold.
 
     Returns: the confusion matrix, (C + 1, C + 1) int64, rows true, columns predicted, the last of each
-        "nothing"; and every image, by ascending F1, with more mistakes first among equals.
+        "nothing", or (0, 0) for more than `MOST_MATRIX_CLASSES`; the most frequent confusions; and every
+        image, by ascending F1, with more mistakes first among equals.
     """
-    confusion = np.zeros((n_classes + 1, n_classes + 1), np.int64)
-    counted = []
+    pairs, counted = [np.zeros((0, 2), np.int64)], []
     for index, image in enumerate(images):
         kept = image.scores >= threshold
         matches, detected, ious = image.matches[kept], image.detected_labels[kept], image.ious[kept]
@@ -156,10 +174,10 @@ def count_mistakes(
         wrong, false = rest[is_confused], rest[~is_confused]
         mistaken = free[confused[is_confused]]
         missed = np.setdiff1d(free, mistaken)
-        np.add.at(confusion, (image.labels[hit_boxes], detected[is_hit]), 1)
-        np.add.at(confusion, (image.labels[mistaken], detected[wrong]), 1)
-        np.add.at(confusion, (n_classes, detected[false]), 1)
-        np.add.at(confusion, (image.labels[missed], n_classes), 1)
+        nothing = np.full(len(false) + len(missed), n_classes)
+        true = [image.labels[hit_boxes], image.labels[mistaken], nothing[: len(false)], image.labels[missed]]
+        found = [detected[is_hit], detected[wrong], detected[false], nothing[: len(missed)]]
+        pairs.append(np.stack([np.concatenate(true), np.concatenate(found)], axis=1))
         total = len(detected) + len(image.labels)
         counted.append(
             ImageMistakes(
@@ -171,7 +189,17 @@ def count_mistakes(
                 f1=2 * len(hit_boxes) / total if total else 1.0,
             )
         )
-    return confusion, tuple(sorted(counted, key=lambda one: (one.f1, -one.n_mistakes)))
+    cells, counts = np.unique(np.concatenate(pairs), axis=0, return_counts=True)
+    matrix = np.zeros((n_classes + 1,) * 2 if n_classes <= MOST_MATRIX_CLASSES else (0, 0), np.int64)
+    if matrix.size:
+        matrix[tuple(cells.T)] = counts
+    wrong = np.flatnonzero(cells[:, 0] != cells[:, 1])
+    top = wrong[np.argsort(-counts[wrong], kind="stable")][:MOST_CONFUSIONS]
+    confusions = tuple(
+        Confusion(true=true, detected=detected, count=count)
+        for (true, detected), count in zip(cells[top].tolist(), counts[top].tolist(), strict=True)
+    )
+    return matrix, confusions, tuple(sorted(counted, key=lambda one: (one.f1, -one.n_mistakes)))
 
 
 def _match_greedily(ious: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.variants import get_variant
 from thawline.ops.lean import apply_lean
 from thawline.recipe import Mhr, Paca, RunConfig, Training
+from thawline.recipe.checks import height_width
 from thawline.training.arguments import training_arguments
 from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.learner import HostTargets, Learner
@@ -174,8 +175,8 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
     training: Any = config.training
     if isinstance(config.tuner, Mhr):
         raise ConfigError(f"`tuner: {config.tuner.method}` routes tasks, and a detector has one.")
-    size = base.size or get_variant(base.variant).config.image_size[0]
-    fields: dict[str, Any] = {**base.overrides, "image_size": (size, size)}
+    size = height_width("base.size", base.size or get_variant(base.variant).config.image_size)
+    fields: dict[str, Any] = {**base.overrides, "image_size": size}
     rows, n_rows, epochs = (
         (training.batch_size or DETECTION_BATCH) // training.gradient_accumulation,
         None,
@@ -187,7 +188,7 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
         fields["class_names"] = objective.class_names
         rows, n_rows = objective.device_batch_size, len(objective.records)
         epochs = objective.schedule.epochs
-    detector = DEIMv2.from_variant(base.variant, **fields, criterion={"class_loss": settings.class_loss})
+    detector = DEIMv2.from_variant(base.variant, **fields, class_loss=settings.class_loss)
     if config.lean:
         apply_lean(detector)
     detector.to("meta")
@@ -203,13 +204,13 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
     arguments = _arguments(config, plain)
     return Blueprint(
         model=learner,
-        batch=torch.zeros(rows, 3, size, size, dtype=torch.uint8, device="meta"),
+        batch=torch.zeros(rows, 3, *size, dtype=torch.uint8, device="meta"),
         loss=lambda model, pixels: _sum(model(pixels, HostTargets(targets), epoch=0)),  # type: ignore[arg-type]
         autocast=_autocast(arguments),
         optimizer=torch.optim.AdamW,
         optimizer_fields={},
         rows=rows,
-        shape=f"{rows} images of {size} × {size}",
+        shape=f"{rows} images of {size[0]} × {size[1]}",
         accumulation=training.gradient_accumulation,
         max_steps=training.max_steps,
         epochs=training.epochs or epochs,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["all_at_least", "at_least", "check_args", "check_patience", "fraction", "one_of", "require"]
+__all__ = [
+    "all_at_least", "at_least", "check_args", "check_patience", "fraction", "height_width", "one_of",
+    "require",
+]  # fmt: skip
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import fields
@@ -33,6 +36,29 @@ def all_at_least(section: Any, prefix: str, least: float, *names: str) -> None:
             value = getattr(section, field.name)
             if not (isinstance(value, (str, type(None))) and isinstance(value, type(field.default))):
                 at_least(f"{prefix}.{field.name}", value, least)
+
+
+def height_width(name: str, size: Any, multiple: int = 1) -> tuple[int, int]:
+    """Return an image size as (height, width).
+
+    Args:
+        size: side of a square, or height and width, pixels.
+        multiple: largest stride of the network.
+    Raises: ConfigError: it is neither, or no multiple; the nearest sizes that are.
+    """
+    sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ConfigError(f"`{name}={size!r}`: expected a side, or [height, width], in whole pixels.")
+    if any(side % multiple for side in sides):
+        fits = [[max(1, side // multiple) * multiple for side in sides]]
+        fits.append([-(-side // multiple) * multiple for side in sides])
+        low, high = (fit if isinstance(size, (list, tuple)) else fit[0] for fit in fits)
+        nearest = f"{low} or {high}" if low != high else f"{low}"
+        raise ConfigError(
+            f"`{name}={size!r}`: sides must be multiples of {multiple}, the coarsest stride. "
+            f"Nearest: {nearest}."
+        )
+    return sides[0], sides[1]
 
 
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:

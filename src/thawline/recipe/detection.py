@@ -4,12 +4,23 @@ from __future__ import annotations
 
 __all__ = ["DetectionBase", "DetectionData", "DetectionSettings", "DetectionTraining"]
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thawline.errors import ConfigError
-from thawline.recipe.checks import all_at_least, check_patience, fraction, require
-from thawline.recipe.resolved import TrainingSettings, check_probabilities
+from thawline.recipe.checks import all_at_least, check_patience, fraction, height_width, require
+from thawline.recipe.resolved import COARSEST_STRIDE, TrainingSettings, check_probabilities
+
+NO_OVERRIDES = {
+    "variant": "is `base.variant`",
+    "image_size": "is `base.size`",
+    "num_classes": "follows from the classes of the data",
+    "class_names": "follows from the classes of the data",
+    "class_loss": "is `objective.class_loss`",
+    "matcher_change_epoch": "follows from `training.epochs`",
+}
+"""Settings of the network that a recipe's other fields decide → how."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +32,17 @@ class DetectionBase:
     weights: str | None = None
     """Initial weights: a detector (a run's folder, a file, a folder, a Hub id; the name of a size for its
     published weights) or a pretrained backbone. None: random weights."""
-    size: int | None = None
-    """Side of the square input in pixels, a multiple of 32. None: the published one."""
+    size: int | list[int] | None = None
+    """Size of the input in pixels, multiples of 32: side of a square or [height, width]. None: published."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Other settings of the network, by the names of its config (`{num_queries: 500}`)."""
 
     def __post_init__(self) -> None:
-        if self.size is not None and (self.size < 32 or self.size % 32):
-            raise ConfigError(f"`base.size` must be a multiple of 32, got {self.size}: 320, 416, 640, …")
+        if self.size is not None:
+            height_width("base.size", self.size, COARSEST_STRIDE)
+        for name in _names(self.overrides):
+            if name in NO_OVERRIDES:
+                raise ConfigError(f"`base.overrides`: `{name}` {NO_OVERRIDES[name]}.")
 
     @property
     def label(self) -> str:
@@ -183,3 +197,11 @@ class DetectionTraining:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"`training.{name}` must be positive, got {value}. None derives it.")
+
+
+def _names(overrides: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of all settings, also those in parts."""
+    for name, value in overrides.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from _names(value)

@@ -7,12 +7,13 @@ Augmentation, collation, schedule, optimiser and EMA read the result directly.
 
 from __future__ import annotations
 
-__all__ = ["NEVER", "Augmentation", "TrainingSettings", "Window", "check_probabilities"]
+__all__ = ["COARSEST_STRIDE", "NEVER", "Augmentation", "TrainingSettings", "Window", "check_probabilities"]
 
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from thawline.errors import ConfigError
+from thawline.recipe.checks import height_width
 
 
 class Window(NamedTuple):
@@ -27,14 +28,16 @@ class Window(NamedTuple):
 
 
 NEVER = Window(0, 0)
+COARSEST_STRIDE = 32
+"""Of every published size; sides of the input are multiples of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """Operations on images and batches: their probabilities and the epochs that have them."""
 
-    size: int = 640
-    """Side of the square input, pixels."""
+    size: int | tuple[int, int] = 640
+    """Size of the input, pixels: the side of a square, or (height, width)."""
     strong_epochs: Window = NEVER
     """Epochs with colour changes, and zoom-out and IoU crop or Mosaic."""
     mosaic_epochs: Window = NEVER
@@ -70,9 +73,10 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         check_probabilities(self)
-        for name in ("size", "max_zoom_out"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}={getattr(self, name)}`: expected 1 or more.")
+        height, width = height_width("size", self.size)
+        object.__setattr__(self, "size", height if height == width else (height, width))
+        if self.max_zoom_out < 1:
+            raise ConfigError(f"`max_zoom_out={self.max_zoom_out}`: expected 1 or more.")
         (start, stop), strong = self.mosaic_epochs, self.strong_epochs
         if start < stop and not strong[0] <= start < stop <= strong[1]:
             raise ConfigError(
@@ -80,9 +84,15 @@ class Augmentation:
             )
 
     @property
-    def mosaic_size(self) -> int:
-        """Short side of the four images of a Mosaic, pixels."""
-        return self.size // 2
+    def height_width(self) -> tuple[int, int]:
+        """Size of the input, pixels."""
+        return height_width("size", self.size)
+
+    @property
+    def tile_size(self) -> tuple[int, int]:
+        """Height and width that each of the four images of a Mosaic covers, pixels."""
+        height, width = self.height_width
+        return height // 2, width // 2
 
     @property
     def multi_scale_epochs(self) -> Window:

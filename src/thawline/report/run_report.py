@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from thawline.errors import DataError
+from thawline.errors import CheckpointError, DataError
 from thawline.files import read_json, read_jsonl
 from thawline.metrics.detection import RECALLS, DetectionMetrics
 from thawline.report.gallery import GALLERY
@@ -72,7 +72,7 @@ def build_report(folder: str | Path) -> Path:
     """Write report.html into a run's folder.
 
     Returns: its path.
-    Raises: DataError: if the folder holds none of a run's files, or one of them is damaged.
+    Raises: DataError, CheckpointError: if the folder holds none of a run's files, or one of them is damaged.
         MissingExtraError: without jinja2 or matplotlib.
     """
     folder = Path(folder)
@@ -81,6 +81,8 @@ def build_report(folder: str | Path) -> Path:
         sections = [*_result(folder), *training, *_detection(folder), *_predictions(folder)]
         sections += [*_images(folder), *_exports(folder), *more_curves, *_settings(folder)]
         headline = _headline(folder)
+    except CheckpointError:
+        raise  # names the file already
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"A file in '{folder}' is damaged: {type(error).__name__}: {error}.") from error
     if not sections:
@@ -235,16 +237,9 @@ def _confusion(metrics: DetectionMetrics) -> Part:
             row_label="true",
             column_label="detected",
         )
-    cells = (
-        (count, names[i], names[j])
-        for i, row in enumerate(metrics.confusion)
-        for j, count in enumerate(row)
-        if i != j and count
-    )
-    top = sorted(cells, key=lambda cell: -cell[0])[:TOP_CONFUSIONS]
     return Table(
         header=("annotated", "detected", "times"),
-        rows=[[true, found, count] for count, true, found in top],
+        rows=[[names[c.true], names[c.detected], c.count] for c in metrics.confusions[:TOP_CONFUSIONS]],
         caption=f"Most frequent confusions at score {metrics.threshold:.2f}",
     )
 

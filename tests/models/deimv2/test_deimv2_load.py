@@ -340,3 +340,79 @@ def test_nothing_is_overwritten(atto: DEIMv2, tmp_path: Path) -> None:
         save_as(atto, tmp_path, "transformers")
     with pytest.raises(ConfigError, match="Did you mean 'transformers'"):
         save_as(atto, tmp_path / "x", "transformer")
+
+
+def with_classes(path: Path, names: tuple[str, ...] | None, num_classes: int = 4) -> DEIMv2:
+    """A saved detector whose head's row i, of every layer, is i + 1."""
+    model = DEIMv2.from_variant("atto", class_names=names, num_classes=num_classes)
+    with torch.no_grad():
+        for name, tensor in class_layers(model).items():
+            tensor.copy_(torch.arange(1.0, len(tensor) + 1).view(-1, *[1] * (tensor.dim() - 1)))
+            if name.startswith("denoising"):
+                tensor[-1] = 0
+    model.save_pretrained(path)
+    return model
+
+
+def class_layers(model: DEIMv2) -> dict[str, torch.Tensor]:
+    decoder = model.decoder
+    layers = {"enc": decoder.enc_score_head, "denoising": decoder.denoising_class_embed}
+    layers |= {f"dec{i}": head for i, head in enumerate(decoder.dec_score_head)}
+    return {f"{key}.{name}": p for key, layer in layers.items() for name, p in layer.named_parameters()}
+
+
+OLD = ("cat", "dog", "cow", "hen")
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "said"),
+    [
+        (("hen", "cow", "dog", "cat"), [4, 3, 2, 1], "4 moved (hen, cow, dog, cat)."),
+        (("cat", "hen", "cow", "dog"), [1, 4, 3, 2], "2 moved (hen, dog); 2 in place (cat, cow)."),
+        (("cow", "cat"), [3, 1], "2 moved (cow, cat); 2 left out (dog, hen)."),
+        (("cat", "fox", "dog", "cow", "hen"), [1, None, 2, 3, 4], "1 new, re-initialised (fox)"),
+        (("cat", "fox", "cow", "hen"), [1, None, 3, 4], "1 new, re-initialised (fox); 1 left out (dog)."),
+        (("fox", "dog"), [None, 2], "1 in place (dog); 1 new, re-initialised (fox); 3 left out"),
+    ],
+)
+def test_rows_of_the_heads_go_by_class_name(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    names: tuple[str, ...],
+    rows: list[int | None],
+    said: str,
+) -> None:
+    before = with_classes(tmp_path / "own", OLD)
+    path = tmp_path / "own"
+    if names == ("cow", "cat"):
+        path = tmp_path / "port"
+        save_as(before, path, "transformers")
+    with caplog.at_level(logging.WARNING, LOGGER):
+        model = DEIMv2.from_pretrained(path, class_names=names)
+    (line,) = caplog.messages
+    assert said in line
+    assert model.config.class_names == names
+    assert model.config.num_classes == len(names)
+    for name, tensor in class_layers(model).items():
+        assert len(tensor) == len(names) + name.startswith("denoising"), name
+        for row, value in zip(tensor, rows, strict=False):
+            is_old = torch.isin(row, torch.arange(1.0, 6))
+            assert (row == value).all() if value else not is_old.any(), name
+        if name.startswith("denoising"):
+            assert (tensor[-1] == 0).all()
+    others = {
+        k: v for k, v in before.state_dict().items() if "score_head" not in k and "class_embed" not in k
+    }
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in others.items())
+
+
+@pytest.mark.parametrize("names", [OLD, ("a", "b", "c", "d"), None])
+def test_rows_stay_in_order_without_a_name_in_common(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...] | None
+) -> None:
+    before = with_classes(tmp_path, OLD)
+    model = DEIMv2.from_pretrained(tmp_path, **({} if names is None else {"class_names": names}))
+    assert_same(model, before)
+    assert [message.endswith("its rows become theirs, in order.") for message in caplog.messages] == (
+        [True] if names == ("a", "b", "c", "d") else []
+    )

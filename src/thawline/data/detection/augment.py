@@ -139,7 +139,9 @@ class TrainingImages(Dataset[TrainingSample]):
         self, image: np.ndarray, boxes: np.ndarray, view: View, colour: Colour
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the pixels of a view and its boxes; `boxes` are in pixels of the original image."""
-        return view.render(image, boxes, self.settings.size, lambda pixels: colour.apply(pixels, image))
+        return view.render(
+            image, boxes, self.settings.height_width, lambda pixels: colour.apply(pixels, image)
+        )
 
     def paint_mosaic(
         self, tiles: Sequence[Tile], rng: np.random.Generator, view: View, colour: Colour
@@ -147,7 +149,7 @@ class TrainingImages(Dataset[TrainingSample]):
         """Return the pixels of four tiles, the boxes and their labels; of the view only the flips count."""
         settings = self.settings
         image, boxes, labels = compose(
-            tiles, rng, view, settings.size, settings.min_box_size, merged=settings.merged_mosaic
+            tiles, rng, view, settings.height_width, settings.min_box_size, merged=settings.merged_mosaic
         )
         return colour.apply(image), boxes, labels
 
@@ -180,7 +182,7 @@ class TrainingImages(Dataset[TrainingSample]):
         return [own, *(self._cache[index] for index in partners)]
 
     def _tile(self, sample: Sample) -> Tile:
-        return Tile.of(sample.image, sample.boxes_xyxy, sample.labels, self.settings.mosaic_size)
+        return Tile.of(sample.image, sample.boxes_xyxy, sample.labels, self.settings.tile_size)
 
 
 def _areas(boxes: np.ndarray) -> np.ndarray:

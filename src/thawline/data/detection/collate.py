@@ -45,12 +45,12 @@ class Collate:
         self.settings = settings or Augmentation()
         self.seed = seed
         repeat = self.settings.multi_scale_repeat
-        self.sizes = () if repeat is None else multi_scale_sizes(self.settings.size, repeat)
+        self.sizes = () if repeat is None else multi_scale_sizes(self.settings.height_width, repeat)
 
     def __call__(self, samples: Sequence[TrainingSample]) -> dict[str, Any]:
         """Return a batch for the network.
 
-        Returns: `pixel_values`, (B, 3, S, S) uint8, channels last in memory; `targets`, for each image
+        Returns: `pixel_values`, (B, 3, H, W) uint8, channels last in memory; `targets`, for each image
             `labels` (N,) int64 and `boxes` (N, 4) float32, cxcywh in 0–1.
         """
         settings, epoch = self.settings, samples[0].draw.epoch
@@ -63,9 +63,11 @@ class Collate:
             images, boxes, labels = mix_up(images, boxes, labels, rng)
         elif copies and settings.copyblend_epochs.covers(epoch):
             boxes, labels = copy_blend(images, boxes, labels, rng)
-        scale = 1 / images.shape[1]
+        height, width = images.shape[1:3]
+        scale = np.array([1 / width, 1 / height] * 2, np.float32)
         if self.sizes and settings.multi_scale_epochs.covers(epoch):
-            images = _resize_all(images, int(rng.choice(self.sizes)), nearest=settings.published)
+            size = self.sizes[rng.choice(len(self.sizes))]
+            images = _resize_all(images, size, nearest=settings.published)
         return {
             "pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2),
             "targets": [_target(*of_image, scale) for of_image in zip(labels, boxes, strict=True)],
@@ -99,17 +101,26 @@ def to_float(
     return pixels.mul_(factor).add_(offset).to(dtype)
 
 
-def multi_scale_sizes(base_size: int, repeat: int) -> tuple[int, ...]:
+def multi_scale_sizes(base_size: tuple[int, int], repeat: int) -> tuple[tuple[int, int], ...]:
     """Return the sizes a batch may get: multiples of 32 up to a quarter off `base_size`, and it repeatedly.
 
+    The longer side takes every multiple, the shorter one the nearest to the same shape.
+
     Args:
-        base_size: side of the image, pixels.
+        base_size: (height, width) of the image, pixels.
         repeat: how often `base_size` is in the list.
     """
-    low, high = (
-        int(base_size * (1 + share) / _SIZE_STEP) * _SIZE_STEP for share in (-_SIZE_RANGE, _SIZE_RANGE)
-    )
-    return (*range(low, base_size, _SIZE_STEP), *[base_size] * repeat, *range(high, base_size, -_SIZE_STEP))
+    longer = max(base_size)
+    low, high = (int(longer * (1 + share) / _SIZE_STEP) * _SIZE_STEP for share in (-_SIZE_RANGE, _SIZE_RANGE))
+    sides = (*range(low, longer, _SIZE_STEP), *range(high, longer, -_SIZE_STEP))
+    height, width = base_size
+
+    def nearest(side: float) -> int:
+        return max(1, round(side / _SIZE_STEP)) * _SIZE_STEP
+
+    others = [(nearest(height * side / longer), nearest(width * side / longer)) for side in sides]
+    n_smaller = sum(side < longer for side in sides)
+    return (*others[:n_smaller], *[base_size] * repeat, *others[n_smaller:])
 
 
 def mix_up(
@@ -118,7 +129,7 @@ def mix_up(
     """Blend each image with the one before it, the first with the last; the boxes of both count in full.
 
     Args:
-        images: (B, S, S, 3) uint8.
+        images: (B, H, W, 3) uint8.
         boxes: (N, 4) for each image.
         labels: (N,) for each image.
         rng: random numbers.
@@ -144,7 +155,7 @@ def copy_blend(
     Args: see `mix_up`.
     Returns: boxes and labels, each image's own followed by those of its copies.
     """
-    size = images.shape[1]
+    size = np.array([images.shape[2], images.shape[1]])
     owner = np.repeat(np.arange(len(boxes)), [len(of_image) for of_image in boxes])
     edges = np.concatenate(boxes)
     # Whole pixels inside the image; the copy's box is exactly these.
@@ -217,15 +228,15 @@ def _one_thread(worker: int) -> None:
     opencv().setNumThreads(1)
 
 
-def _resize_all(images: np.ndarray, size: int, *, nearest: bool) -> np.ndarray:
-    if size == images.shape[1]:
+def _resize_all(images: np.ndarray, size: tuple[int, int], *, nearest: bool) -> np.ndarray:
+    if size == images.shape[1:3]:
         return images
     cv2 = opencv()
     how = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
-    return np.stack([cv2.resize(image, (size, size), interpolation=how) for image in images])
+    return np.stack([cv2.resize(image, size[::-1], interpolation=how) for image in images])
 
 
-def _target(labels: np.ndarray, boxes: np.ndarray, scale: float) -> dict[str, Tensor]:
+def _target(labels: np.ndarray, boxes: np.ndarray, scale: np.ndarray) -> dict[str, Tensor]:
     low, high = boxes[:, :2], boxes[:, 2:]
     cxcywh = np.concatenate([(low + high) / 2, high - low], axis=1) * scale
     return {"labels": torch.from_numpy(labels), "boxes": torch.from_numpy(cxcywh.astype(np.float32))}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = ["Panel", "class_colours", "draw_boxes", "draw_panel", "panel_grid", "save_image"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +59,7 @@ class Panel:
 def panel_grid(
     panels: Sequence[Panel], class_names: Sequence[str], columns: int = 4, cell: tuple[int, int] = (360, 300)
 ) -> np.ndarray:
-    """Draw images side by side, each with its caption, under a legend of the classes.
+    """Draw images side by side, each with its caption, under a legend of the classes that they show.
 
     Args:
         panels: at least one.        class_names: the name of label 0, 1, ….
@@ -68,7 +68,8 @@ def panel_grid(
     """
     columns = min(columns, len(panels))
     width = columns * (cell[0] + MARGIN) + MARGIN
-    strips = [_legend(class_names, width)]
+    shown = sorted({int(label) for panel in panels for label in panel.labels})
+    strips = [_legend({label: class_names[label] for label in shown}, width)]
     for first in range(0, len(panels), columns):
         row = panels[first : first + columns]
         images = [draw_panel(panel, class_names, cell) for panel in row]
@@ -145,15 +146,15 @@ def save_image(path: Path, image: np.ndarray) -> Path:
     return path
 
 
-def _legend(class_names: Sequence[str], width: int) -> np.ndarray:
-    """Draw the classes in their colours, on as many lines as needed."""
+def _legend(class_names: Mapping[int, str], width: int) -> np.ndarray:
+    """Draw classes by number in their colours, on as many lines as needed."""
     from PIL import Image, ImageDraw
 
     palette, side = class_colours(), CAPTION_HEIGHT // 2
     canvas = Image.new("RGB", (width, CAPTION_HEIGHT * max(1, len(class_names))), (PAPER,) * 3)
     pen = ImageDraw.Draw(canvas)
     left, top = MARGIN, 0
-    for label, name in enumerate(class_names):
+    for label, name in class_names.items():
         entry_width = int(pen.textlength(name)) + CAPTION_HEIGHT + 2 * MARGIN
         if left > MARGIN and left + entry_width > width:
             left, top = MARGIN, top + CAPTION_HEIGHT

@@ -104,24 +104,25 @@ class View:
         self,
         image: np.ndarray,
         boxes: np.ndarray,
-        size: int,
+        size: tuple[int, int],
         colour: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Render the view as a square image.
+        """Render the view as an image of one size.
 
         Args:
             image: (H, W, 3) uint8.
             boxes: (N, 4), pixels of the image, inside it.
-            size: side of the result, pixels.
+            size: (height, width) of the result, pixels.
             colour: pixelwise colour change; runs on the visible part before or after resizing, whichever has
                 fewer pixels, so that the area beyond the image stays black.
-        Returns: (size, size, 3) uint8, and the boxes in its pixels, inside it.
+        Returns: (height, width, 3) uint8, and the boxes in its pixels, inside it.
         """
+        height, width = size
         left, right = max(self.left, 0), min(self.left + self.width, image.shape[1])
         top, bottom = max(self.top, 0), min(self.top + self.height, image.shape[0])
-        across, down = size / self.width, size / self.height
-        x0, x1 = _span((left - self.left) * across, (right - self.left) * across, size)
-        y0, y1 = _span((top - self.top) * down, (bottom - self.top) * down, size)
+        across, down = width / self.width, height / self.height
+        x0, x1 = _span((left - self.left) * across, (right - self.left) * across, width)
+        y0, y1 = _span((top - self.top) * down, (bottom - self.top) * down, height)
 
         part = image[top:bottom, left:right]
         colour_first = (bottom - top) * (right - left) < (x1 - x0) * (y1 - y0)
@@ -134,16 +135,16 @@ class View:
         scale = np.array([(x1 - x0) / used_width, (y1 - y0) / used_height] * 2)
         moved = (boxes - [left, top, left, top]) * scale + [x0, y0, x0, y0]
         moved = np.clip(moved, [x0, y0, x0, y0], [x1, y1, x1, y1]).astype(np.float32)
-        if part.shape[:2] != (size, size):
-            square = np.zeros((size, size, 3), np.uint8)
-            square[y0:y1, x0:x1] = part
-            part = square
+        if part.shape[:2] != size:
+            whole = np.zeros((*size, 3), np.uint8)
+            whole[y0:y1, x0:x1] = part
+            part = whole
         if self.hflip:
             part = opencv().flip(part, 1)
-            moved[:, [0, 2]] = size - moved[:, [2, 0]]
+            moved[:, [0, 2]] = width - moved[:, [2, 0]]
         if self.vflip:
             part = opencv().flip(part, 0)
-            moved[:, [1, 3]] = size - moved[:, [3, 1]]
+            moved[:, [1, 3]] = height - moved[:, [3, 1]]
         return part, moved
 
 

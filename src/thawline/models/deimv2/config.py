@@ -17,6 +17,7 @@ from thawline.models.deimv2.network.hgnetv2 import HGNetV2Config
 from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
 from thawline.models.deimv2.network.lite_encoder import LiteEncoderConfig
 from thawline.models.deimv2.network.sta import AdaptedViTConfig
+from thawline.recipe.checks import height_width
 
 BackboneConfig: TypeAlias = HGNetV2Config | AdaptedViTConfig
 EncoderConfig: TypeAlias = HybridEncoderConfig | LiteEncoderConfig
@@ -116,11 +117,7 @@ class DEIMv2Config:
                 f"`decoder.num_points={self.decoder.num_points}` must name points for each of the strides "
                 f"{self.strides}."
             )
-        if any(side < 1 or side % self.strides[-1] for side in self.image_size):
-            raise ConfigError(
-                f"`image_size={self.image_size}`: expected a height and a width that are multiples of "
-                f"{self.strides[-1]}."
-            )
+        height_width("image_size", self.image_size, self.strides[-1])
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -138,14 +135,29 @@ def with_overrides(config: DEIMv2Config, overrides: Mapping[str, Any]) -> DEIMv2
         overrides: names of fields of the config (`num_classes`), or of any of its parts where only one part
             has that name (`num_queries`, `rope_rescale`), or a part with the values to change in it
             (`decoder={"num_layers": 2}`).
-    Raises: ConfigError: no part has such a field, or several have it.
+    Raises: ConfigError: no part has such a field, several have it, or nothing reads it.
     """
     values = asdict(config)
     for name, value in _with_classes(config, overrides).items():
         *path, _ = _find(values, name)
         part = reduce(dict.__getitem__, path, values)
         part[name] = _merge(part[name], asdict(value) if _is_part(value) else value)
-    return DEIMv2Config(**values)
+    changed = DEIMv2Config(**values)
+    _check_read(config, changed)
+    return changed
+
+
+def _check_read(before: DEIMv2Config, after: DEIMv2Config) -> None:
+    """Refuse another value of a setting that nothing reads, since a part is switched off."""
+    criterion = ("fgl_weight", "ddf_weight")
+    is_unread = {
+        "num_denoising=0": (after.num_denoising == 0, before, after, ("label_noise", "box_noise")),
+        "local=False": (not after.criterion.local, before.criterion, after.criterion, criterion),
+    }
+    for reason, (is_off, old, new, names) in is_unread.items():
+        for name in names:
+            if is_off and getattr(old, name) != getattr(new, name):
+                raise ConfigError(f"`{name}={getattr(new, name)}`: nothing reads it, since `{reason}`.")
 
 
 def _with_classes(config: DEIMv2Config, overrides: Mapping[str, Any]) -> Mapping[str, Any]:

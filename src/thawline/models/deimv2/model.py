@@ -32,6 +32,7 @@ from thawline.models.deimv2.network.sta import AdaptedViT
 from thawline.models.deimv2.outputs import DetectionOutput
 from thawline.models.deimv2.postprocess import Detected, postprocess
 from thawline.models.deimv2.variants import get_variant
+from thawline.recipe.checks import height_width
 
 
 class DEIMv2(
@@ -85,8 +86,9 @@ class DEIMv2(
         Args:
             path: a file, a folder, a run folder, a size for its published weights, or a hub id.
             variant: the size, for files of a backbone alone, which do not determine it.
-            overrides: settings to change, as in `from_variant`. Another number of classes (`num_classes`,
-                or `class_names`) re-initialises the layers sized by it, and nothing else.
+            overrides: settings to change, as in `from_variant`. With other `class_names` the heads' rows go
+                by name, and classes that the checkpoint lacks are new; another number of classes without
+                a name in common re-initialises the layers sized by it, and nothing else.
         Raises: CheckpointError: unreadable, or missing, unexpected or misshapen tensors, all listed.
         """
         checkpoint = read_checkpoint(path)
@@ -157,10 +159,9 @@ class DEIMv2(
         return min(self.config.decoder.num_queries, n_tokens)
 
     def _check_size(self, pixel_values: Tensor) -> None:
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ConfigError(f"`pixel_values` must be (B, 3, H, W), got {tuple(pixel_values.shape)}.")
         height, width = pixel_values.shape[-2:]
         stride = self.config.strides[-1]
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or height % stride or width % stride:
-            raise ConfigError(
-                f"`pixel_values` must be (B, 3, H, W) with H and W multiples of {stride}, got "
-                f"{tuple(pixel_values.shape)}. Resize or pad the images first."
-            )
+        if height % stride or width % stride:
+            height_width("pixel_values", [height, width], stride)

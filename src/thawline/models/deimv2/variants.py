@@ -71,7 +71,7 @@ def _variant(config: DEIMv2Config, family: str, backbone_weights: str, reported:
     schedule = PUBLISHED[name]
     config = replace(
         config,
-        image_size=(schedule.size, schedule.size),
+        image_size=schedule.height_width,
         criterion=replace(config.criterion, matcher_change_epoch=schedule.matcher_change_epoch),
     )
     return Variant(

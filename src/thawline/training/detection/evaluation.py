@@ -33,7 +33,7 @@ def measure_detector(
     records: Sequence[ImageRecord],
     class_names: Sequence[str],
     *,
-    size: int,
+    size: tuple[int, int],
     batch_size: int,
     workers: int = 0,
     max_dets: int = 100,
@@ -44,7 +44,7 @@ def measure_detector(
         model: a detector, or anything with its `config`, forward and `postprocess`; left in eval mode.
         records: images with their annotations.
         class_names: classes of the annotations.
-        size: side of the square input, pixels.
+        size: (height, width) of the input, pixels.
         batch_size: images per device.
         workers: processes that load images.
         max_dets: detections per image and class that count.
@@ -52,7 +52,7 @@ def measure_detector(
     """
 
     def fit(sample: Sample) -> Sample:
-        return dataclasses.replace(sample, image=resize(sample.image, size, size))
+        return dataclasses.replace(sample, image=resize(sample.image, width=size[1], height=size[0]))
 
     device = next(model.parameters()).device
     config: Any = model.config

@@ -37,7 +37,9 @@ from thawline.data.draws import Draw
 from thawline.errors import ConfigError, DataError
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
 from thawline.models.deimv2.checkpoints.read import read_checkpoint
+from thawline.models.deimv2.config import with_overrides
 from thawline.models.deimv2.model import DEIMv2
+from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
 from thawline.models.deimv2.variants import get_variant
 from thawline.ops.boxes import cxcywh_to_xyxy
 from thawline.recipe import (
@@ -50,6 +52,7 @@ from thawline.recipe import (
     RunConfig,
     TunerSettings,
 )
+from thawline.recipe.checks import height_width
 from thawline.training.detection.arguments import detection_arguments
 from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.evaluation import measure_detector, n_devices, to_evaluation
@@ -94,7 +97,9 @@ class DetectionObjective(Objective):
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
         data = self.data
-        self.size = self.base.size or get_variant(self.base.variant).config.image_size[0]
+        published = get_variant(self.base.variant).config.image_size
+        self.size = height_width("base.size", self.base.size or published)
+        """Height and width of the input, pixels."""
         self.records: Sequence[ImageRecord] = ()
         self.class_names = tuple(described.get("class_names", ()))
         if read == "none":
@@ -191,15 +196,14 @@ class DetectionObjective(Objective):
     def load_base(self, source: str | None = None) -> DEIMv2:
         """Load the detector with the data's classes; with `source`, one that a run saved, as it is."""
         if source is not None:
-            return DEIMv2.from_pretrained(source)
+            return DEIMv2.from_pretrained(source, **self._position_order())
         overrides = {
             **self.base.overrides,
+            **self._position_order(),
             "class_names": self.class_names,
-            "image_size": (self.size, self.size),
-            "criterion": {
-                "class_loss": self.settings.class_loss,
-                "matcher_change_epoch": self.schedule.settings.matcher_change_epoch,
-            },
+            "image_size": self.size,
+            "class_loss": self.settings.class_loss,
+            "matcher_change_epoch": self.schedule.settings.matcher_change_epoch,
         }
         if self.base.weights is None:
             model = DEIMv2.from_variant(self.base.variant, **overrides)
@@ -234,7 +238,8 @@ class DetectionObjective(Objective):
         sample = self.train_rows[Draw(0, 0)]
         counts = Counter(self.class_names[label] for label in sample.labels)
         boxes = ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "no boxes"
-        return f"{self.records[sample.index].path.name} at {self.size} × {self.size}: ⟦{boxes}⟧"
+        name, (height, width) = self.records[sample.index].path.name, self.size
+        return f"{name} at {height} × {width}: ⟦{boxes}⟧"
 
     def save_images(self, folder: Path) -> None:
         """Draw training.png: images as the network gets them, from the last epoch of each phase."""
@@ -243,10 +248,11 @@ class DetectionObjective(Objective):
         # A run of one epoch may have none of the phases.
         for epoch in [stop - 1 for start, stop in windows if start < stop] or [self.schedule.epochs - 1]:
             batch = self.first_batch(epoch)
+            height, width = batch["pixel_values"].shape[-2:]
             panels += [
                 Panel(
                     image=pixels.permute(1, 2, 0).numpy(),
-                    boxes_xyxy=cxcywh_to_xyxy(target["boxes"]).numpy() * pixels.shape[-1],
+                    boxes_xyxy=cxcywh_to_xyxy(target["boxes"]).numpy() * ([width, height] * 2),
                     labels=target["labels"].numpy(),
                     caption=f"epoch {epoch}",
                 )
@@ -280,6 +286,14 @@ class DetectionObjective(Objective):
             return None
         return CustomAugmentation(load_augmentation(path), path, len(self.class_names))
 
+    def _position_order(self) -> dict[str, Any]:
+        """Return what a rectangle asks of the encoder: the rows and columns that published weights know."""
+        config = get_variant(self.base.variant).config
+        if self.size[0] == self.size[1] or not isinstance(config.encoder, HybridEncoderConfig):
+            return {}
+        encoder: Any = with_overrides(config, {"position_order": "row_column", **self.base.overrides}).encoder
+        return {"position_order": encoder.position_order}
+
     def _published(self) -> DetectionSchedule:
         schedule, epochs = published_schedule(self.base.variant, 1), self.training.epochs
         if self.training.patience is not None:
@@ -302,7 +316,7 @@ class DetectionObjective(Objective):
             batch_size=self.training.batch_size,
             size=self.size,
             start=self.start,
-            box_sides=shorter_sides(self.records),
+            box_sides=shorter_sides(self.records, self.size),
         )
 
     def _per_forward(self, batch_size: int) -> int:

@@ -29,7 +29,8 @@ def schedule_overview(schedule: DetectionSchedule, plan: Mapping[str, Any]) -> d
         "rates": f"{settings.lr:.2g}, backbone {settings.backbone_lr:.2g}, {plan['schedule']['form']}, "
         f"falling to {settings.lr_gamma:g} of it after {settings.warmup_steps} warm-up steps",
         "epochs": ", ".join(f"{name} {span}" for name, span in windows.items()),
-        "boxes": f"not learned with a side under {settings.min_box_size} px of {settings.size}",
+        "boxes": f"not learned with a side under {settings.min_box_size} px of "
+        + " × ".join(map(str, settings.height_width)),
     }
 
 
@@ -59,7 +60,9 @@ def batch_statistics(
     boxes = torch.cat([target["boxes"] for target in batch["targets"]])
     labels = torch.cat([target["labels"] for target in batch["targets"]])
     counts = torch.bincount(labels, minlength=len(class_names)).tolist()
-    side = round(float(boxes[:, 2:].median()) * pixels.shape[-1], 1) if len(boxes) else None
+    height, width = pixels.shape[-2:]
+    sides = boxes[:, 2:] * torch.tensor([width, height])
+    side = round(float(sides.median()), 1) if len(boxes) else None
     return {
         "pixel_values": {
             "shape": list(pixels.shape),

@@ -27,7 +27,8 @@ import numpy as np
 from thawline.errors import ConfigError, did_you_mean
 from thawline.models.deimv2.published import PUBLISHED
 from thawline.recipe import DetectionBase, DetectionSettings, DetectionTraining
-from thawline.recipe.resolved import NEVER, TrainingSettings, Window
+from thawline.recipe.checks import height_width
+from thawline.recipe.resolved import COARSEST_STRIDE, NEVER, TrainingSettings, Window
 
 # Step 0 of the published runs still had the start value of a linear warm-up over this many steps.
 _PUBLISHED_FIRST_STEP = 1 / 500
@@ -191,7 +192,7 @@ def derive_schedule(
     variant: str,
     n_images: int,
     batch_size: int | None = None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     start: Literal["scratch", "backbone", "detector"] = "scratch",
     box_sides: np.ndarray | None = None,
 ) -> DetectionSchedule:
@@ -216,18 +217,18 @@ def derive_schedule(
         variant: "atto" … "x".
         n_images: number of training images.
         batch_size: images per optimiser step over all devices; `None` derives it.
-        size: side of the square input, pixels, a multiple of 32; `None` is the published one.
+        size: side of the square input or (height, width), pixels, multiples of 32; `None` is the published
+            one.
         start: source of the initial weights.
-        box_sides: (N,), the shorter side of every training box in an input of side 1; `None` leaves the
-            published limit of small boxes.
+        box_sides: (N,), the shorter side of every training box in an input whose longer side is 1; `None`
+            leaves the published limit of small boxes.
     Raises: ConfigError: unknown size, or no epochs, images or batch.
     """
     published = _published(variant)
     for name, value in (("epochs", epochs), ("n_images", n_images), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"`{name}={value}`: expected 1 or more.")
-    if size is not None and (size < 32 or size % 32):
-        raise ConfigError(f"`size={size}`: expected a multiple of 32, the coarsest stride; 320, 416, 640, …")
+    size = published.size if size is None else height_width("size", size, COARSEST_STRIDE)
     batch = batch_size if batch_size is not None else _batch_size(published.batch_size, n_images)
     steps_per_epoch = max(1, n_images // batch)
     n_steps = epochs * steps_per_epoch
@@ -244,10 +245,9 @@ def derive_schedule(
     # 1 / (1 - decay) is how many steps the average reaches back.
     ema_steps = (1 / (1 - published.ema_decay)) * published.batch_size / batch
     ema_steps = max(1.0, min(ema_steps, _MAX_EMA_SHARE * n_steps))
-    size = published.size if size is None else size
     min_box_size = published.min_box_size
     if box_sides is not None and len(box_sides):
-        smallest = size * float(np.quantile(box_sides, _MAX_SHARE_OF_SMALL_BOXES))
+        smallest = max(height_width("size", size)) * float(np.quantile(box_sides, _MAX_SHARE_OF_SMALL_BOXES))
         min_box_size = max(1, min(min_box_size, math.floor(smallest)))
     flat_epoch = published.flat_epoch
     settings = replace(
@@ -279,7 +279,11 @@ def derive_schedule(
 def override(
     settings: TrainingSettings, base: DetectionBase, objective: DetectionSettings, training: DetectionTraining
 ) -> TrainingSettings:
-    """Return `settings` with the values that a recipe gives: fields of the same name that are not None."""
+    """Return `settings` with the values that a recipe gives: fields of the same name that are not None.
+
+    Raises: ConfigError: one is given that nothing reads, in this size or with what is switched off.
+    """
+    _check_augmentation(base.variant, objective)
     names = {field.name for field in fields(settings)}
     given: dict[str, Any] = {
         name: value
@@ -296,6 +300,25 @@ def override(
         given["mosaic_epochs"] = Window(start, start)
         given["mixup_epochs"] = given["copyblend_epochs"] = NEVER
     return replace(settings, **given)
+
+
+def _check_augmentation(variant: str, objective: DetectionSettings) -> None:
+    """Refuse settings of augmentation that nothing reads."""
+    published = _published(variant)
+    off = [name for name in ("strong_augmentation", "dense_o2o") if not getattr(objective, name)]
+    reason = {name: f"`objective.{off[0]}` is off" for name in ("mosaic_prob", "merged_mosaic") if off}
+    if off[:1] == ["strong_augmentation"]:
+        reason["colour_prob"] = "`objective.strong_augmentation` is off"
+    for name, window in (
+        ("mixup_prob", published.mixup_epochs),
+        ("copyblend_prob", published.copyblend_epochs),
+    ):
+        if off or window == NEVER:
+            reason[name] = f"`objective.{off[0]}` is off" if off else f"'{variant}' is trained without it"
+    for name, why in reason.items():
+        value = getattr(objective, name)
+        if value and value != getattr(DetectionSettings, name):
+            raise ConfigError(f"`objective.{name}={value}`: nothing reads it, since {why}. Leave it out.")
 
 
 def _published(variant: str) -> TrainingSettings:

@@ -86,12 +86,16 @@ def warn_of_crowded(records: Sequence[ImageRecord], num_queries: int) -> None:
         )  # fmt: skip
 
 
-def shorter_sides(records: Sequence[ImageRecord]) -> np.ndarray:
-    """Return the shorter side of every box that is trained on, in images of side 1, (N,)."""
-    sides = [np.empty((0, 2))]
+def shorter_sides(records: Sequence[ImageRecord], size: tuple[int, int]) -> np.ndarray:
+    """Return the shorter side of every box that is trained on, in an input whose longer side is 1, (N,).
+
+    Args:
+        size: (height, width) of the input.
+    """
+    sides, shape = [np.empty((0, 2))], np.array([size[1], size[0]]) / max(size)
     for record in records:
         boxes = clip_boxes(record.boxes_xyxy[~record.iscrowd], record.width, record.height)
-        sides.append((boxes[:, 2:] - boxes[:, :2]) / (record.width, record.height))
+        sides.append((boxes[:, 2:] - boxes[:, :2]) / (record.width, record.height) * shape)
     shorter = np.concatenate(sides).min(axis=1)
     return shorter[shorter > 0]
 

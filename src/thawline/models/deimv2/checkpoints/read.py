@@ -6,8 +6,8 @@
     backbone        pretrained weights of the backbone alone: the rest of the detector stays random
 
 Files are read with `weights_only=True` or by safetensors, so nothing in them can run. Missing, unexpected and
-misshapen tensors raise one error that lists them all; layers that are re-initialised on purpose, for another
-number of classes, are logged.
+misshapen tensors raise one error that lists them all; rows of the heads that move or are re-initialised, for
+other classes, are logged.
 """
 
 from __future__ import annotations
@@ -151,7 +151,12 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
     else:
         own = model.state_dict()
-        _load(model, _with_own_class_layers(_renamed(checkpoint, own), own, checkpoint.path), checkpoint.path)
+        config: Any = model.config
+        _load(
+            model,
+            _fit_class_layers(_renamed(checkpoint, own), own, checkpoint, config.class_names),
+            checkpoint.path,
+        )
 
 
 def load_backbone(model: nn.Module, source: str | Path | Checkpoint) -> None:
@@ -197,23 +202,53 @@ def _renamed(checkpoint: Checkpoint, own: StateDict) -> StateDict:
     return from_transformers(checkpoint.state, own) if is_port else checkpoint.state
 
 
-def _with_own_class_layers(state: StateDict, own: StateDict, path: str) -> StateDict:
-    """Keep the model's own weights in layers sized by the number of classes, where that differs; log them."""
-    other = [
+def _fit_class_layers(
+    state: StateDict, own: StateDict, checkpoint: Checkpoint, class_names: tuple[str, ...] | None
+) -> StateDict:
+    """Give each class of the model its row of the layers that have one per class; log what that changes.
+
+    Where both name their classes, rows go by name, and classes that the checkpoint lacks keep the model's own
+    rows. Otherwise, and where no name is shared, rows stay in their order if their number is the same, and
+    are the model's own if not.
+    """
+    if SCORE_HEADS[0] not in state:
+        return state  # reported as missing
+    before, n_before, n_now = checkpoint.class_names, len(state[SCORE_HEADS[0]]), len(own[SCORE_HEADS[0]])
+    by_name = before is not None and class_names is not None and bool(set(before) & set(class_names))
+    if n_before == n_now and (not by_name or before == class_names):
+        if before is not None and class_names is not None and not by_name:
+            logger.warning(
+                "'%s' has none of these classes: its rows become theirs, in order.", checkpoint.path
+            )
+        return state
+    layers = [
         name
         for name, tensor in state.items()
-        if _CLASS_LAYER.fullmatch(name) and name in own and len(tensor) != len(own[name])
+        if _CLASS_LAYER.fullmatch(name) and name in own and len(tensor) - len(own[name]) == n_before - n_now
     ]
-    if other:
-        layers = sorted({name.rpartition(".")[0].removeprefix("decoder.") for name in other})
+    if not by_name or before is None or class_names is None:
         logger.warning(
             "'%s' was trained on %d classes, this model has %d: these layers are re-initialised: %s.",
-            path,
-            len(state[SCORE_HEADS[0]]),
-            len(own[SCORE_HEADS[0]]),
-            ", ".join(layers),
-        )
-    return state | {name: own[name] for name in other}
+            checkpoint.path, n_before, n_now,
+            ", ".join(sorted({name.rpartition(".")[0].removeprefix("decoder.") for name in layers})),
+        )  # fmt: skip
+        return state | {name: own[name] for name in layers}
+    rows = [(before.index(name), now) for now, name in enumerate(class_names) if name in before]
+    groups = {
+        "moved": [class_names[now] for row, now in rows if row != now],
+        "in place": [class_names[now] for row, now in rows if row == now],
+        "new, re-initialised": [name for name in class_names if name not in before],
+        "left out": [name for name in before if name not in class_names],
+    }
+    found = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in groups.items() if names)
+    logger.warning("'%s': the heads' rows go by class name: %s.", checkpoint.path, found)
+    fitted = {}
+    for name in layers:
+        tensor = own[name].clone()
+        old, new = zip(*rows, strict=True)
+        tensor[list(new)] = state[name][list(old)].to(tensor)
+        fitted[name] = tensor
+    return state | fitted
 
 
 def _load(module: nn.Module, state: StateDict, path: str) -> None:
