@@ -15,6 +15,8 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
+from thawline.files import to_json
+
 Job = TypeVar("Job")
 
 
@@ -100,7 +102,7 @@ class Rows(Generic[Job]):
         if self.file is not None:
             row = job.to_row() if hasattr(job, "to_row") else asdict(job)
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, **outcome}) + "\n")
+                file.write(to_json({**row, **outcome}) + "\n")
 
 
 def _take_fields(job: type[Job], row: dict[str, Any]) -> Job:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from thawline.files import (
@@ -11,6 +13,7 @@ from thawline.files import (
     atomic_folder,
     read_json,
     read_jsonl,
+    to_json,
     write_json,
     write_jsonl,
     write_text,
@@ -76,3 +79,23 @@ def test_rows_are_read_without_the_half_line_of_a_killed_process(tmp_path: Path)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"a": ')
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+def test_json_holds_null_in_the_place_of_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    value = {"a": [1.5, float("nan"), (float("-inf"), "é")], "b": np.float64("inf"), "c": {"d": 2}}
+    written = '{"a": [1.5, null, [null, "é"]], "b": null, "c": {"d": 2}}'
+    assert to_json(value) == written
+    write_jsonl(tmp_path / "a.jsonl", [value, value])
+    assert (tmp_path / "a.jsonl").read_text() == f"{written}\n{written}\n"
+    write_json(tmp_path / "a.json", value, indent=None)
+    assert (tmp_path / "a.json").read_text() == f"{written}\n"
+
+
+def test_json_is_written_in_one_place() -> None:
+    within_text = ("data/text/chat", "data/text/rows", "exporters/export")
+    elsewhere = {f"src/thawline/{name}.py" for name in ("files", *within_text)}
+    root = Path(__file__).parents[1]
+    for file in (*root.glob("src/**/*.py"), *root.glob("benchmarks/harness.py")):
+        name = file.relative_to(root).as_posix()
+        if name not in elsewhere:
+            assert not re.search(r"json\.dumps?\(", file.read_text(encoding="utf-8")), name

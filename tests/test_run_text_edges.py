@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.text import byte_tokenizer, save_tiny_bert, save_tiny_t5
-from tests.support.text_runs import TextRecipes
+from tests.support.text_runs import TextRecipes, strict_json
+from thawline.cli import main
 from thawline.errors import ConfigError, DataError
 from thawline.recipe import RunConfig
+from thawline.report.run_report import build_report
 from thawline.run import evaluate, predict, run
+from thawline.training.callbacks import BrokenLoss
 from thawline.training.objective import Objective, build_objective
 
 CHATML = (
@@ -204,3 +209,78 @@ def test_a_padding_token_that_the_base_does_not_know_is_replaced(tmp_path: Path)
     data = write_rows(tmp_path / "rows.jsonl", *rows)
     result = run(TextRecipes(base, data, tmp_path / "runs")("padded", max_steps=1))
     assert predict(result.folder, ["a", "aaaa"], max_new_tokens=2)
+
+
+SPLITS = [
+    {"prompt": f"{i}", "completion": "x", "split": "test" if i % 4 == 0 else "train"} for i in range(16)
+]
+BROKEN = {"lr": 1e30, "max_grad_norm": 0, "warmup": 0, "schedule": "constant", "max_steps": 6, "log_every": 1}
+
+
+@pytest.mark.parametrize("kind", ["text", "match"])
+def test_a_loss_that_is_not_finite_ends_the_run_or_is_said(tmp_path: Path, bases, kind: str, caplog) -> None:
+    rows = [{**row, "input": row["prompt"], "output": "x", "choices": ["x", "y"]} for row in SPLITS]
+    data = write_rows(tmp_path / "rows.jsonl", *rows)
+    base = bases["match" if kind == "match" else "causal"]["base"]
+
+    def recipe(name: str, **training: object) -> RunConfig:
+        config = TextRecipes(base, data, tmp_path / "runs")(name, "none", **BROKEN, **training)
+        return RunConfig.from_mapping({**config.to_mapping(), "objective": {"kind": kind}})
+
+    stopped = recipe("stopped", save_every=1)
+    with pytest.raises(
+        ConfigError, match=r"the loss was nan at step (\d) \(epoch .*`training.lr`.* 1e\+30 here"
+    ):
+        run(stopped)
+    steps = {line["step"] for line in strict_json(stopped.run_folder / "metrics.jsonl")}
+    assert not [path for path in stopped.run_folder.glob("checkpoint-*") if int(path.name[11:]) > max(steps)]
+    caplog.clear()
+    result = run(recipe("on", on_broken_loss="warn", patience=None))
+    assert caplog.text.count("Training broke: the loss was nan at step") == 1
+    assert "of 4 held-out rows is not finite: " in caplog.text
+    found = strict_json(*result.folder.rglob("*.json"), *result.folder.rglob("*.jsonl"))
+    assert {"loss": None} in [{"loss": value["loss"]} for value in found if "loss" in value]
+    assert build_report(result.folder).is_file()
+
+
+def test_weights_that_break_in_the_last_step_are_neither_saved_nor_evaluated(tmp_path: Path, bases) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", *SPLITS)
+    recipe = TextRecipes(bases["causal"]["base"], data, tmp_path / "runs")
+    config = recipe("last", "none", **{**BROKEN, "lr": 1e39, "max_steps": 1})
+    with pytest.raises(ConfigError, match=r"Training broke: step 1 made '.*' infinite or NaN"):
+        run(config)
+    assert not (config.run_folder / "model").exists()
+    assert not list(config.run_folder.glob("checkpoint-*"))
+
+
+def test_a_gpu_is_read_where_it_is_read_anyway_and_the_step_is_the_right_one() -> None:
+    import torch
+
+    args = SimpleNamespace(device=torch.device("cuda"), learning_rate=1.0)
+    flags = ("should_evaluate", "should_save", "should_training_stop", "should_log")
+    quiet = SimpleNamespace(**dict.fromkeys(flags, False))
+    for flag in flags:
+        callback = BrokenLoss("stop")
+        for step, value in enumerate((1.0, 2.0, torch.inf, torch.nan), 1):
+            callback.losses.append((step, torch.tensor(value)))
+            callback.on_step_end(args, SimpleNamespace(global_step=step, epoch=0.5), quiet)
+        asked = SimpleNamespace(**{**dict.fromkeys(flags, False), flag: True})
+        with pytest.raises(ConfigError, match=r"the loss was inf at step 3 \(epoch 0.50\)"):
+            callback.on_step_end(args, SimpleNamespace(global_step=5, epoch=0.5), asked)
+        assert not callback.losses
+
+
+def test_texts_to_answer_are_read_as_rows_are(tmp_path: Path, bases, capsys, monkeypatch) -> None:
+    model, file = str(bases["causal"]["base"]), tmp_path / "texts.txt"
+    command = ["predict", model, "--json", "--max_new_tokens", "1"]
+    file.write_bytes("one\u2028two\r\nä\r\n".encode("utf-16"))
+    assert main([*command, "--file", str(file)]) == 0
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("one\u2028two\nä".encode())))
+    assert main(command) == 0
+    lines = [json.loads(line)["input"] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["one\u2028two", "ä"] * 2
+    file.write_bytes("one\nä".encode("cp1252"))
+    assert main([*command, "--file", str(file)]) == 1
+    assert "texts.txt:2: not UTF-8 text (byte 4: 0xe4)" in capsys.readouterr().err
+    assert main([*command, "half of an emoji: \ud83d"]) == 1
+    assert "the text: half of a character, \\ud83d, stands behind" in capsys.readouterr().err

@@ -11,9 +11,11 @@ __all__ = [
     "DAMAGED",
     "atomic_file",
     "atomic_folder",
+    "finite",
     "is_write_failure",
     "read_json",
     "read_jsonl",
+    "to_json",
     "write_json",
     "write_jsonl",
     "write_text",
@@ -21,9 +23,10 @@ __all__ = [
 
 import errno
 import json
+import math
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,12 +92,30 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
     """Write a value as JSON atomically; what JSON does not know is written as text."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, default=str))
+    write_text(path, f"{to_json(value, indent=indent)}\n")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """Write one JSON value per line atomically."""
-    write_text(path, "".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows))
+    write_text(path, "".join(f"{to_json(row)}\n" for row in rows))
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return a value as JSON; what JSON does not know becomes text, and numbers that are not finite null."""
+    options: dict[str, Any] = {"indent": indent, "ensure_ascii": False, "default": str, "allow_nan": False}
+    try:
+        return json.dumps(value, **options)
+    except ValueError:
+        return json.dumps(finite(value), **options)
+
+
+def finite(value: Any) -> Any:
+    """Return plain values with None in the place of numbers that are not finite, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:

@@ -21,7 +21,6 @@ __all__ = [
 
 import gc
 import importlib.metadata
-import json
 import platform
 import statistics
 import time
@@ -37,7 +36,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import thawline
-from thawline.files import write_text
+from thawline.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +160,7 @@ def machine_stamp() -> dict[str, Any]:
 def write_results(file: Path | None, results: Mapping[str, Any]) -> None:
     """Write a bench's results as JSON, atomically. None: write nothing."""
     if file is not None:
-        write_text(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_json(file, results, indent=1)
 
 
 class _OpCounter(TorchDispatchMode):

@@ -58,7 +58,10 @@ BEFORE_A_RUN = ("plan.json", "env.json", "objective.json", "sample.txt", PICTURE
 LENGTH = ("training.epochs", "training.max_steps", "training.patience")
 """Settings of a run's length, which a resumed run may change: a new stage begins there."""
 
-MAY_CHANGE = ("name", "folder", "training.report_to", "training.workers", "training.keep_checkpoints")
+MAY_CHANGE = (
+    "name", "folder", "training.report_to", "training.workers", "training.keep_checkpoints",
+    "training.on_broken_loss",
+)  # fmt: skip
 """Settings that a resumed run may change: any other would make it another run."""
 
 

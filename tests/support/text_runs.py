@@ -51,6 +51,20 @@ def logged(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
+def strict_json(*files: Path) -> list:
+    """Read JSON values of files, one per line in .jsonl, as a strict reader does: no NaN, no Infinity."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    texts = [
+        line
+        for file in files
+        for line in (file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()])
+    ]
+    return [json.loads(text, parse_constant=refuse) for text in texts]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     file = next((folder / "model").glob("*model.safetensors"))
     return load_file(file)

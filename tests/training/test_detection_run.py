@@ -21,6 +21,7 @@ from tests.support.detection_runs import (
     forget_after,
     state_of,
 )
+from tests.support.text_runs import strict_json
 from thawline.cli import main
 from thawline.errors import ConfigError, DataError
 from thawline.models.deimv2.model import DEIMv2
@@ -273,9 +274,20 @@ def test_settings_that_cannot_work_are_refused_before_step_1(recipe, changes: di
         run(recipe(**changes))
 
 
-def test_losses_that_are_not_finite_end_the_run(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="no longer finite at step"):
-        run(recipe(lr=1e18, max_grad_norm=0, eval_every="end"))
+def test_losses_that_are_not_finite_end_the_run_or_are_said(recipe, caplog) -> None:
+    broken = {"lr": 1e18, "max_grad_norm": 0, "eval_every": "end"}
+    config = recipe(**broken)
+    with pytest.raises(ConfigError, match=r"the loss was nan at step \d \(epoch .*training.lr"):
+        run(config)
+    assert not list(config.run_folder.glob("checkpoint-*"))
+    caplog.clear()
+    config = recipe("on", **broken, on_broken_loss="warn")
+    with pytest.raises(DataError, match="Detections contain NaN or infinity"):
+        run(config)
+    assert caplog.text.count("the loss was nan at step") == 1
+    rows = strict_json(config.run_folder / "metrics.jsonl")
+    assert None in [row["loss"] for row in rows]
+    assert rows[-1]["step"] == 9
 
 
 def test_the_published_scores_of_s_start_again_where_its_log_does(shared: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["ALIGNMENT", "AlignmentRecorder", "average", "read_trajectory"]
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from thawline.analysis.gradients import Alignment, Batches, Loss, gradient_alignment
 from thawline.errors import DataError
-from thawline.files import read_jsonl, write_jsonl
+from thawline.files import read_jsonl, to_json, write_jsonl
 
 ALIGNMENT = "alignment.jsonl"
 """File name in a run folder."""
@@ -62,7 +61,7 @@ class AlignmentRecorder(TrainerCallback):
         self.rows.append({"step": step, **self.last.to_dict()})
         if self.file is not None and writes:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
+                file.write(to_json(self.rows[-1]) + "\n")
         return self.last
 
     def on_train_begin(

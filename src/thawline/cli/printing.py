@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["choice_lines", "evaluation_table", "recipe_yaml", "show", "show_json", "show_yaml"]
 
-import json
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from thawline.files import to_json
 from thawline.recipe import RunConfig
 from thawline.tables import aligned, evaluation_rows
 
@@ -25,7 +25,7 @@ def show(text: str) -> int:
 
 def show_json(value: Any) -> int:
     """Write JSON to stdout; what JSON does not know is written as text."""
-    return show(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    return show(to_json(value, indent=2))
 
 
 def show_yaml(config: RunConfig) -> int:

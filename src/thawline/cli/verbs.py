@@ -11,7 +11,6 @@ __all__ = ["BENCHES", "INTERRUPTED", "OVER_BUDGET"]
 
 import csv
 import importlib
-import json
 import logging
 import sys
 from argparse import Namespace
@@ -26,7 +25,7 @@ from thawline.cli.options import Argument, argument
 from thawline.cli.printing import choice_lines, evaluation_table, recipe_yaml, show, show_json, show_yaml
 from thawline.demo import PARTS, run_demo
 from thawline.errors import ConfigError, did_you_mean
-from thawline.files import read_json, write_text
+from thawline.files import read_json, to_json, write_text
 from thawline.recipe import CHOICES, build_config, list_choices, read_recipe
 from thawline.tables import labelled
 
@@ -220,16 +219,23 @@ def _predict(options: Namespace) -> int:
 
 
 def _answer(options: Namespace, given: dict[str, Any]) -> int:
+    from thawline.data.text.files import decode_text, read_text
+
     texts = given.pop("texts", [])
     if file := given.pop("file", None):
-        texts += Path(file).read_text(encoding="utf-8").splitlines()
+        texts += _lines(read_text(Path(file)))
     elif not texts:
-        texts = [line.rstrip("\n") for line in sys.stdin]
+        texts = _lines(decode_text(sys.stdin.buffer.read(), "stdin"))
     answers: Any = jobs.predict(options.model, texts, **given)
     if options.json:
         rows = ({"input": text, "output": answer} for text, answer in zip(texts, answers, strict=True))
-        answers = [json.dumps(row, ensure_ascii=False) for row in rows]
+        answers = [to_json(row) for row in rows]
     return show("\n".join(answers))
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of a text; no other separator ends one than a line break."""
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def _detect(options: Namespace, given: dict[str, Any]) -> int:

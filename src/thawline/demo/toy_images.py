@@ -4,13 +4,14 @@ from __future__ import annotations
 
 __all__ = ["CLASSES", "draw_shapes", "write_shapes"]
 
-import json
+
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from thawline.data.detection.images import opencv
+from thawline.files import write_json
 
 CLASSES = ("circle", "square", "triangle")
 SIDE = 192
@@ -46,7 +47,7 @@ def write_shapes(folder: Path, n_train: int, n_val: int, *, seed: int = 0) -> Pa
             ]
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
         values = {"images": images, "annotations": annotations, "categories": categories}
-        (folder / f"instances_{split}.json").write_text(json.dumps(values), encoding="utf-8")
+        write_json(folder / f"instances_{split}.json", values, indent=None)
     return folder
 
 

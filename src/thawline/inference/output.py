@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = ["RESULTS", "Output"]
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import numpy as np
 from thawline.data.detection.drawing import save_image
 from thawline.data.detection.images import is_image, opencv
 from thawline.errors import ConfigError, DataError
-from thawline.files import read_jsonl, write_text
+from thawline.files import read_jsonl, to_json, write_json
 from thawline.inference.frames import Frame, Source
 from thawline.inference.sources import RECORD
 
@@ -74,7 +73,7 @@ class Output:
 
     def write_results(self, results: list[dict[str, Any]]) -> None:
         """Write a COCO results file."""
-        write_text(self._claim(self._results), json.dumps(results) + "\n")
+        write_json(self._claim(self._results), results, indent=None)
 
     def _check(self, plan: list[tuple[Path | None, str, Path]]) -> None:
         sources = {_identity(path) for path, _, _ in plan if path is not None}
@@ -103,7 +102,7 @@ class Output:
         if (name := self._name_of(file)) not in self._written:
             self._written.add(name)
             with (self.folder / RECORD).open("a", encoding="utf-8") as record:
-                record.write(json.dumps(name) + "\n")
+                record.write(to_json(name) + "\n")
         file.unlink(missing_ok=True)
         return file
 

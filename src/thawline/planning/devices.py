@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from thawline.errors import ConfigError, did_you_mean
-from thawline.files import write_text
+from thawline.files import write_json
 from thawline.planning.simulate import StepCost
 
 DEVICES: dict[str, tuple[str, float, float, float]] = {
@@ -120,7 +120,7 @@ def _measured(kind: str) -> Device:
         known[name] = _calibrate(torch.device(kind)) | {"date": time.strftime("%Y-%m-%d")}
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(cache, json.dumps(known, indent=1) + "\n")
+            write_json(cache, known, indent=1)
         except OSError:
             pass  # a read-only home: measured again next time
     rates = known[name]

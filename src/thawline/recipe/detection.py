@@ -173,6 +173,8 @@ class DetectionTraining:
     patience: int | None = None
     """Evaluations without an improvement of `best_metric` after which training ends early. None: it never
     does."""
+    on_broken_loss: Literal["stop", "warn"] = "stop"
+    """Where the loss is no longer finite: stop with an error, or say so and go on (fp16 may recover)."""
     report_to: str | list[str] = "none"
     """Experiment trackers, by transformers' names (tensorboard, wandb, mlflow, …)."""
     workers: int | None = None

@@ -73,7 +73,8 @@ def training_arguments(
         fields |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     check_args("training", settings.args, TrainingArguments, fields)
     try:
-        arguments = TrainingArguments(**fields, **settings.args)
+        # A filter would hide losses that are not finite, and read the loss from the device at every step.
+        arguments = TrainingArguments(**fields, **{"logging_nan_inf_filter": False, **settings.args})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TrainingArguments: {error}") from error
     try:

@@ -1,10 +1,18 @@
-"""Callbacks of every run: stopping on a signal or early, metrics.jsonl, the progress bar, resumed rates; and
-annealed routing.
+"""Callbacks of every run: stopping on a signal, early or on a broken loss, metrics.jsonl, the progress bar,
+resumed rates; and annealed routing.
 """
 
 from __future__ import annotations
 
-__all__ = ["Annealing", "MetricsFile", "Patience", "Progress", "ResumedRates", "StopOnSignal"]
+__all__ = [
+    "Annealing",
+    "BrokenLoss",
+    "MetricsFile",
+    "Patience",
+    "Progress",
+    "ResumedRates",
+    "StopOnSignal",
+]
 
 import json
 import logging
@@ -16,14 +24,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from thawline.files import write_text
+from thawline.errors import ConfigError
+from thawline.files import to_json, write_text
 from thawline.tuners.mhr.adapt import uniform_annealing
 
 logger = logging.getLogger(__name__)
@@ -75,6 +86,62 @@ class StopOnSignal(TrainerCallback):
         logger.warning("Stopping after this step; a checkpoint follows. Press Ctrl-C again to stop at once.")
 
 
+class BrokenLoss(TrainerCallback):
+    """End training where the loss, or a weight that trains, is no longer finite; or say so and go on.
+
+    A GPU is read only where it is read anyway, so training ends there; the step is the one where it happened.
+    """
+
+    def __init__(self, action: Literal["stop", "warn"]) -> None:
+        self.action = action
+        self.losses: list[tuple[int, Tensor]] = []
+        """Step and loss of the forward passes since the last look."""
+        self.is_told = False
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the losses, and at the weights before they are evaluated or saved.
+
+        Raises: ConfigError: naming the step, unless it is only to be said.
+        """
+        ends = control.should_evaluate or control.should_save or control.should_training_stop
+        if not (ends or control.should_log or args.device.type == "cpu"):
+            return
+        found = None
+        if self.losses:
+            steps, values = zip(*self.losses, strict=True)
+            self.losses.clear()
+            pairs = zip(steps, torch.stack(values).float().tolist(), strict=True)
+            found = next((f"the loss was {x} at step {i}" for i, x in pairs if not math.isfinite(x)), None)
+        if found is None and ends and model is not None:
+            broken = next((name for name, p in model.named_parameters() if _is_broken(p)), None)
+            found = broken and f"step {state.global_step} made '{broken}' infinite or NaN"
+        if found is None or self.is_told:
+            return
+        self.is_told = True
+        text = (
+            f"Training broke: {found} (epoch {state.epoch or 0:.2f}). Lower `training.lr` (at most "
+            f"{args.learning_rate:.2g} here), or clip gradients by `training.max_grad_norm`"
+        )
+        if self.action == "stop":
+            raise ConfigError(
+                f"{text}. Checkpoints are from before; `training.on_broken_loss: warn` goes on."
+            )
+        logger.warning("%s.", text)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look as after a step, where an epoch ends with an evaluation or a checkpoint."""
+        self.on_step_end(args, state, control, **kwargs)
+
+
 class Patience(TrainerCallback):
     """End training, with a checkpoint, after evaluations that do not improve a metric.
 
@@ -102,8 +169,9 @@ class Patience(TrainerCallback):
             if key not in row or row["step"] <= self.since:
                 continue
             n_worse += 1
-            if self.sign * row[key] > best:
-                best, best_step, n_worse = self.sign * row[key], row["step"], 0
+            value = -math.inf if row[key] is None else self.sign * row[key]
+            if value > best:
+                best, best_step, n_worse = value, row["step"], 0
         if n_worse >= self.n_evaluations:
             self.stopped = f"{self.metric} has not improved in {n_worse} evaluations since step {best_step}"
         return n_worse >= self.n_evaluations
@@ -183,7 +251,7 @@ class MetricsFile(TrainerCallback):
         row = {"step": state.global_step, **{k: v for k, v in logs.items() if not _is_speed(k)}}
         row["seconds"] = round(time.perf_counter() - self.start, 3) if self.start else 0.0
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(to_json(row) + "\n")
 
 
 class Progress(ProgressCallback):
@@ -234,6 +302,14 @@ class Annealing(TrainerCallback):
         done = state.global_step + 1 - (state.max_steps - n_steps)
         if model is not None and done > 0:
             uniform_annealing(model, done / n_steps)
+
+
+def _is_broken(parameter: nn.Parameter) -> bool:
+    """Return True for a parameter that trains and is not finite; of one that is sharded, by the own part."""
+    if not parameter.requires_grad or parameter.is_meta:
+        return False
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return not bool(own.detach().isfinite().all())
 
 
 def _is_speed(name: str) -> bool:

@@ -10,7 +10,7 @@ __all__ = ["Trainer"]
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from thawline.files import read_json
+from thawline.files import finite, read_json
 from thawline.ops.lean_head import LeanHeadModel
-from thawline.training.callbacks import MetricsFile, Patience, Progress, ResumedRates
+from thawline.training.callbacks import BrokenLoss, MetricsFile, Patience, Progress, ResumedRates
 from thawline.training.checkpoints import WholeCheckpoints, checkpoint_step
 from thawline.training.evaluation import Evaluation, TrainingData
 
@@ -37,6 +37,7 @@ class Trainer(transformers.Trainer):
         sampler: order of rows, with a `set_epoch`. None: every row once an epoch, shuffled.
         loss: `loss(model, batch)`, a mean over rows. None: the model's own.
         parameter_groups: returns the optimiser's groups for a model. None: transformers' choice.
+        on_broken_loss: what to do where the loss is no longer finite.
     """
 
     optimizer: Any
@@ -51,9 +52,11 @@ class Trainer(transformers.Trainer):
         sampler: Sampler[int] | None = None,
         loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
+        on_broken_loss: Literal["stop", "warn"] = "stop",
     ) -> None:
         self.objective = objective
         self.row_sampler, self.loss, self.parameter_groups = sampler, loss, parameter_groups
+        self.broken_loss = BrokenLoss(on_broken_loss)
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step = -1
         super().__init__(
@@ -68,6 +71,7 @@ class Trainer(transformers.Trainer):
                 WholeCheckpoints(),
                 ResumedRates(),
                 *callbacks,
+                self.broken_loss,  # the others may ask for a checkpoint
             ],
         )
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -137,6 +141,17 @@ class Trainer(transformers.Trainer):
         make, fields = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = make(self.parameter_groups(trained), **fields)
         return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Take a forward and a backward pass; return the loss."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.broken_loss.losses.append((self.state.global_step + 1, loss.detach()))
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log values; in the trainer's state, which is saved as JSON, None stands for those not finite."""
+        super().log(logs, start_time)
+        self.state.log_history[-1] = finite(self.state.log_history[-1])
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any

@@ -7,7 +7,7 @@ None or nothing, and text in an unmarked encoding other than UTF-8 is refused.
 
 from __future__ import annotations
 
-__all__ = ["Rows", "data_files", "file_name", "file_rows", "read_text"]
+__all__ = ["Rows", "data_files", "decode_text", "file_name", "file_rows", "read_text"]
 
 import codecs
 import csv
@@ -86,26 +86,34 @@ def file_rows(file: Path, answers: Collection[str] = ()) -> Rows:
 
 
 def read_text(file: Path) -> str:
-    """Read a text file: UTF-8, or as the mark in front of it says.
-
-    Raises: DataError: naming the first byte that cannot be read.
-    """
+    """Read a text file, plain or in gzip (`decode_text`). Raises: DataError: if it cannot be read."""
     try:
         data = file.read_bytes()
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"Cannot read '{file}': {error}.") from error
+    return decode_text(data, str(file))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode text: UTF-8, or as the mark in front of it says.
+
+    Args:
+        name: what it is of, for messages.
+
+    Raises: DataError: naming the first byte that cannot be read.
+    """
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file}:{line}: not {encoding.upper()} text (byte {error.start}: {data[error.start]:#04x}). "
+            f"{name}:{line}: not {encoding.upper()} text (byte {error.start}: {data[error.start]:#04x}). "
             "Save it as UTF-8; text of Windows often is cp1252."
         ) from error
     if "\0" in text:
-        raise DataError(f"'{file}' holds zero bytes: UTF-16 without its mark, or no text. Save it as UTF-8.")
+        raise DataError(f"'{name}' holds zero bytes: UTF-16 without its mark, or no text. Save it as UTF-8.")
     return text
 
 

@@ -91,8 +91,6 @@ def detection_arguments(config: RunConfig, data: DetectionTrainingData) -> Train
         warmup=0,
         workers=data.workers,
         args={
-            # It would read the loss from the device at every step; `log` checks it when it is read anyway.
-            "logging_nan_inf_filter": False,
             "accelerator_config": {"non_blocking": torch.cuda.is_available()},
             # The published sizes use every parameter for every batch, also for one without boxes.
             "ddp_find_unused_parameters": bool(data.base.overrides),

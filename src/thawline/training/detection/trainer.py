@@ -16,7 +16,6 @@ __all__ = ["DetectionTrainer"]
 
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -97,7 +96,8 @@ class DetectionTrainer(Trainer):
             # As published: the few images of one device make poor statistics. There is no CPU version.
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.groups: list[ParameterGroup] = build_groups(model, settings, fast=fast_parameters(model, tuner))
-        super().__init__(Learner(model), args, objective, callbacks)
+        action = objective.training.on_broken_loss
+        super().__init__(Learner(model), args, objective, callbacks, on_broken_loss=action)
         self.folder = Path(args.output_dir)
         self.average: EMA | None = None
         self.scores = Scores()
@@ -164,20 +164,12 @@ class DetectionTrainer(Trainer):
         return (loss, terms) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the mean of each kind of loss term since the last line as well.
-
-        Raises: ConfigError: if the loss is not finite.
-        """
+        """Log the mean of each kind of loss term since the last line as well."""
         if "loss" in logs and self._n_terms:
             sums = torch.stack(list(self._term_sums.values())).tolist()
             terms = {name: value / self._n_terms for name, value in zip(self._term_sums, sums, strict=True)}
             logs = {**logs, **{name: round(value, 6) for name, value in terms.items()}}
             self._term_sums, self._n_terms = {}, 0
-            if not all(math.isfinite(value) for value in terms.values()):
-                raise ConfigError(
-                    f"The loss is no longer finite at step {self.state.global_step}. Lower `training.lr`, or "
-                    "use `training.precision: fp32`; the last checkpoint is from before."
-                )
         super().log(logs, start_time)
 
     def evaluation_loop(

@@ -6,6 +6,7 @@ __all__ = ["Row", "RowObjective", "judged_row"]
 
 import dataclasses
 import logging
+import math
 import os
 import random
 from abc import abstractmethod
@@ -239,6 +240,7 @@ class RowObjective(Objective):
             sampler=self.train_sampler(arguments.train_batch_size),
             loss=self.loss,
             parameter_groups=groups,
+            on_broken_loss=self.training.on_broken_loss,
         )
 
     def train_sampler(self, batch_size: int) -> TaskSampler | None:
@@ -286,8 +288,13 @@ class RowObjective(Objective):
         """
         model.eval()
         share = own_share(model)
-        found = self.judge(model, self.held_out_rows[share], batch_size)
-        return evaluation_by_task(gather(found, share), self.metrics)
+        rows = gather(self.judge(model, self.held_out_rows[share], batch_size), share)
+        broken = [row["where"] for row in rows if not math.isfinite(row["log_likelihood"])]
+        if broken:
+            logger.warning(
+                "The loss of %d of %d held-out rows is not finite: %s.", len(broken), len(rows), broken[0]
+            )
+        return evaluation_by_task(rows, self.metrics)
 
     def predict(
         self,
