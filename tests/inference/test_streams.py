@@ -182,6 +182,10 @@ def test_ctrl_c_ends_a_stream_and_keeps_its_results(
         patch.setattr("cv2.VideoCapture", Flaky)
         Flaky.lives[:] = [9]
         summary = predict_files(detector, "rtsp://camera.local/live", tmp_path, interrupt, save_results=True)
+        # What a camera saw cannot be seen again: a second recording gets a name of its own.
+        Flaky.lives[:] = [9]
+        predict_files(detector, "rtsp://camera.local/live", tmp_path, interrupt)
+    assert cv2.VideoCapture(str(tmp_path / "stream-2.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
     assert summary.images == 3
     assert (tmp_path / "predictions.json").is_file()
     assert cv2.VideoCapture(str(tmp_path / "stream.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3

@@ -22,17 +22,20 @@ def recipe(painted_set: Path, tmp_path: Path) -> DetectionRecipes:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"image_size": [64, 128]}, "`image_size` is `base.size`"),
-        ({"num_classes": 3}, "`num_classes` follows from the classes of the data"),
-        ({"class_names": ["a"]}, "`class_names` follows from the classes of the data"),
-        ({"variant": "s"}, "`variant` is `base.variant`"),
-        ({"class_loss": "vfl"}, "`class_loss` is `objective.class_loss`"),
-        ({"criterion": {"class_loss": "vfl"}}, "`class_loss` is `objective.class_loss`"),
-        ({"criterion": {"gamma": 2, "matcher_change_epoch": 3}}, "`matcher_change_epoch` follows from"),
+        ({"image_size": [64, 128]}, "`image_size`: `base.size` does"),
+        ({"num_classes": 3}, "`num_classes`: the classes of the data do"),
+        ({"class_names": ["a"]}, "`class_names`: the classes of the data do"),
+        ({"variant": "s"}, "`variant`: `base.variant` does"),
+        ({"class_loss": "vfl"}, "`class_loss`: `objective.class_loss` does"),
+        ({"criterion": {"class_loss": "vfl"}}, "`class_loss`: `objective.class_loss` does"),
+        (
+            {"criterion": {"gamma": 2, "matcher_change_epoch": 3}},
+            "`matcher_change_epoch`: `training.epochs` does",
+        ),
     ],
 )
 def test_overrides_that_other_fields_decide(overrides: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"`base.overrides`: {message}"):
+    with pytest.raises(ConfigError, match=f"`base.overrides` cannot set {message}"):
         RunConfig.from_mapping({"objective": "detection", "data": "x", "base": {"overrides": overrides}})
 
 

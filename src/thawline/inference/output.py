@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Output:
         if source.rate is not None:
             # A video keeps its suffix in front of the one that can be written: clip.avi is not clip.mov.
             name = source.name if source.name.lower().endswith(".mp4") else f"{source.name}.mp4"
-            plan = [(source.path, source.name, out if is_file else out / name)]
+            plan = [(source.path, source.name, out if is_file else _free(out / name, source))]
         self._files = [file for _, _, file in plan]
         if with_results:
             plan.append((None, "the results", self._results))
@@ -116,6 +117,12 @@ def _place(frame: Frame, root: Path | None) -> str:
         return re.sub(r"[^\w. -]", "_", Path(frame.name).name) + ".png"
     place = os.path.relpath(frame.path, root)
     return place if opencv().haveImageWriter(place) else f"{place}.png"
+
+
+def _free(file: Path, source: Source) -> Path:
+    """Return the file, or for a camera or stream, which cannot be predicted again, the next free name."""
+    names = (file.with_stem(f"{file.stem}-{number}") for number in count(2))
+    return file if source.path is not None else next(f for f in chain([file], names) if _identity(f) is None)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

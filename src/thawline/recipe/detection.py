@@ -13,14 +13,14 @@ from thawline.recipe.checks import all_at_least, check_patience, fraction, heigh
 from thawline.recipe.resolved import COARSEST_STRIDE, TrainingSettings, check_probabilities
 
 NO_OVERRIDES = {
-    "variant": "is `base.variant`",
-    "image_size": "is `base.size`",
-    "num_classes": "follows from the classes of the data",
-    "class_names": "follows from the classes of the data",
-    "class_loss": "is `objective.class_loss`",
-    "matcher_change_epoch": "follows from `training.epochs`",
+    "variant": "`base.variant` does",
+    "image_size": "`base.size` does",
+    "num_classes": "the classes of the data do",
+    "class_names": "the classes of the data do",
+    "class_loss": "`objective.class_loss` does",
+    "matcher_change_epoch": "`training.epochs` does",
 }
-"""Settings of the network that a recipe's other fields decide → how."""
+"""Settings of the network that are set elsewhere → where."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class DetectionBase:
             height_width("base.size", self.size, COARSEST_STRIDE)
         for name in _names(self.overrides):
             if name in NO_OVERRIDES:
-                raise ConfigError(f"`base.overrides`: `{name}` {NO_OVERRIDES[name]}.")
+                raise ConfigError(f"`base.overrides` cannot set `{name}`: {NO_OVERRIDES[name]}.")
 
     @property
     def label(self) -> str:

@@ -15,6 +15,7 @@ from thawline.errors import CheckpointError, ConfigError
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 from thawline.models.deimv2.checkpoints.names import from_transformers, to_transformers, transformers_names
 from thawline.models.deimv2.checkpoints.write import WRITERS, convert_checkpoint, port_settings, save_as
+from thawline.models.deimv2.network.hybrid_encoder import sine_position_embedding
 
 theirs = pytest.importorskip(
     "transformers.models.deimv2.modeling_deimv2", reason="older transformers lack it"
@@ -145,3 +146,19 @@ def test_a_shape_the_authors_hub_cannot_say_is_refused(tmp_path: Path) -> None:
     model = DEIMv2.from_variant("atto", variant=None)
     with pytest.raises(ConfigError, match="none of the eight"):
         save_as(model, tmp_path / "x", "authors_hub")
+
+
+def test_rectangles_are_written_only_where_they_are_read_alike(tmp_path: Path) -> None:
+    settings = {"num_classes": 2, "image_size": (64, 96), "decoder": {"num_layers": 1}}
+    model = DEIMv2.from_variant("n", position_order="row_column", **settings)
+    model.save_pretrained(tmp_path / "wide")
+    for layout in ("thawline", "transformers"):
+        assert convert_checkpoint(tmp_path / "wide", tmp_path / layout, layout) == 0
+    for layout in ("authors", "authors_hub"):
+        with pytest.raises(ConfigError, match="64 × 96, was trained with rows and columns"):
+            convert_checkpoint(tmp_path / "wide", tmp_path / layout, layout)
+    # transformers' own positions are rows and columns for every shape.
+    port = theirs.Deimv2SinePositionEmbedding(16)(
+        width=5, height=3, device=torch.device("cpu"), dtype=torch.float32
+    )
+    assert_close(port[0], sine_position_embedding((3, 5), 16, "row_column"), rtol=0, atol=1e-6)

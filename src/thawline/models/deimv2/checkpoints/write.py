@@ -51,7 +51,11 @@ def convert_checkpoint(
     """
     model = DEIMv2.from_pretrained(source, variant)
     save_as(model, destination, layout)
-    again = DEIMv2.from_pretrained(destination, model.config.variant)
+    # Not in files of others; where the shape matters, `save_as` knows what they compute.
+    order = getattr(model.config.encoder, "position_order", None)
+    again = DEIMv2.from_pretrained(
+        destination, model.config.variant, **({} if order is None else {"position_order": order})
+    )
     generator = torch.Generator().manual_seed(0)
     stride = model.config.strides[-1]
     height, width = (min(side, 10 * stride) for side in model.config.image_size)
@@ -77,6 +81,12 @@ def save_as(model: DEIMv2, destination: str | Path, layout: str) -> None:
     destination = Path(destination)
     if destination.exists():
         raise CheckpointError(f"'{destination}' exists. Choose another path, or remove it first.")
+    (height, width), order = model.config.image_size, getattr(model.config.encoder, "position_order", "")
+    if layout.startswith("authors") and height != width and order == "row_column":
+        raise ConfigError(
+            f"The authors' code scrambles the positions of a rectangle, and this one, {height} × {width}, "
+            "was trained with rows and columns. Use the layout thawline or transformers."
+        )
     WRITERS[layout](model, destination)
 
 
