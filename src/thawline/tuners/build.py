@@ -14,6 +14,7 @@ from typing import Any
 import peft
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
 from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you_mean
 from thawline.files import DAMAGED, read_json
@@ -31,13 +32,6 @@ from thawline.tuners.targets import check_attached
 
 logger = logging.getLogger(__name__)
 
-TASK_TYPES = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-}
-"""End of a transformers model's class name → PEFT's task type. Other modules get none."""
 SAVED_TYPES = {"dora": "lora", "paca": PACA.lower(), "mhr": MHR.lower(), "poly": MHR.lower()}
 """Method of a recipe → PEFT's type in adapter_config.json, where the two differ."""
 
@@ -187,8 +181,12 @@ OTHER_FIELDS: dict[type, Callable[[Any, Sequence[str]], dict[str, Any]]] = {
 
 
 def _task_type(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    return next((kind for ending, kind in TASK_TYPES.items() if name.endswith(ending)), None)
+    """Return PEFT's task type for a transformers model, which decides about the forwards around it."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -> nn.Module:

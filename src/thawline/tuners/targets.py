@@ -173,7 +173,8 @@ def warn_of_the_rest(config: Any, model: nn.Module) -> None:
     attention = [
         name
         for name, module in modules_of(model)
-        if isinstance(module, nn.MultiheadAttention) and not isinstance(module.out_proj, BaseTunerLayer)
+        if isinstance(module, nn.MultiheadAttention)
+        and not (isinstance(module.out_proj, BaseTunerLayer) or _is_left_out(config, f"{name}.out_proj"))
     ]
     if attention:
         logger.warning(

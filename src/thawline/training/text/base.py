@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -18,13 +19,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from thawline.data.text.encode import OverlongError, TextEncoder, collate_tokens
 from thawline.data.text.multitask import TaskSampler
 from thawline.data.text.rows import Example, prompt_example
 from thawline.errors import ConfigError, DataError, RoutingError, all_of, did_you_mean
-from thawline.recipe import Full, Mhr, RunConfig, TextBase, TextData, Training, TunerSettings
+from thawline.recipe import Adapter, Full, Mhr, RunConfig, TextBase, TextData, Training, TunerSettings
 from thawline.tables import AT_START, ZERO_SHOT
 from thawline.training.arguments import choose_precision, training_arguments
 from thawline.training.callbacks import Annealing
@@ -187,7 +188,8 @@ class RowObjective(Objective):
         return load_pretrained(loader, base, dtype=self.dtype, attn_implementation=attention, **extra)
 
     def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
-        """Attach the tuner to the whole base; batches carry task ids where the model routes by them."""
+        """Attach the tuner to what reads text; batches carry task ids where the model routes by them."""
+        tuner = _on_text(model, tuner)
         batches = partial(self._calibration_batches, model)
         model = attach_tuner(model, tuner, tasks=self.tasks, saved=saved, batches=batches)
         self.route(routed_tasks(model))
@@ -383,3 +385,24 @@ def judged_row(row: Row, log_likelihood: float, n_tokens: int = 1, **more: Any) 
         "n_tokens": n_tokens,
         **more,
     }
+
+
+def _on_text(model: nn.Module, tuner: TunerSettings) -> TunerSettings:
+    """Return `tuner` with "all-linear" confined to the language model of a base with parts for images too."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(tuner, Adapter) or tuner.target_modules != "all-linear" or tuner.start_from is not None:
+        return tuner
+    if (
+        not isinstance(model, PreTrainedModel)
+        or config.get_text_config() is config
+        or config.is_encoder_decoder
+    ):
+        return tuner
+    decoder: Any = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    if not name:
+        return tuner
+    logger.info("'all-linear' is that of '%s': the rows hold text alone.", name)
+    excluded, more = rf"(?!{re.escape(name)}\.).*", tuner.exclude_modules or []
+    listed = rf"(.*\.)?({'|'.join(map(re.escape, more))})" if more and not isinstance(more, str) else more
+    return dataclasses.replace(tuner, exclude_modules=f"{excluded}|{listed}" if listed else excluded)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
@@ -84,10 +85,10 @@ class TextObjective(RowObjective):
                 "label2id": {name: i for i, name in enumerate(self.labels)},
                 "ignore_mismatched_sizes": True,
             }
-        model = self.load_model(HEADS[self.head], source, **labels)
+        model = self.load_model(_loader(self.head, self.base_config), source, **labels)
         # Padding is masked everywhere but in a decoder's classifier, which finds its last token by it.
         if self.processor is not None:
-            model.config.pad_token_id = self.processor.pad_token_id
+            model.config.get_text_config().pad_token_id = self.processor.pad_token_id
         # Saved with a model trained whole, so that other programs stop where its turns end.
         if self.head != "classifier" and any(example.messages for example in self.train_examples):
             model.generation_config.eos_token_id = self.encoder.stop_ids(
@@ -294,6 +295,13 @@ class TextObjective(RowObjective):
         return tuple(wanted)
 
 
+def _loader(head: str, config: Any) -> Any:
+    """Return the Auto class of a head; some language models are only known with their part for images."""
+    known = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping
+    is_larger = [type(config) in mapping for mapping in known] == [False, True]
+    return AutoModelForImageTextToText if head == "causal-lm" and is_larger else HEADS[head]
+
+
 def _head(base: TextBase, config: Any) -> Literal["causal-lm", "seq2seq-lm", "classifier"]:
     if base.head != "auto":
         return base.head
@@ -302,8 +310,8 @@ def _head(base: TextBase, config: Any) -> Literal["causal-lm", "seq2seq-lm", "cl
     name = (config.architectures or ["no architecture"])[0]
     if name.endswith("ForSequenceClassification"):
         return "classifier"
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal-lm"
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return "causal-lm"  # a vision-language model too, on text alone
     raise ConfigError(
         f"Cannot tell from its config ({name}) what '{base.model}' should compute. "
         "Set `base.head` to causal-lm, seq2seq-lm or classifier."
