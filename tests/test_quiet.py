@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from thawline.cli.quiet import quiet_libraries
 
 STAND_IN = """
 import logging
@@ -49,3 +54,77 @@ def test_training_and_predicting_print_only_our_lines(tiny_llama: Path, tmp_path
     }  # fmt: skip
     assert labels.index("sample") < 12
     assert stderr_of(tmp_path, "predict", "runs/one", "a", "--max_new_tokens", "1") == []
+
+
+def report(*rows: tuple[str, str]) -> str:
+    lines = [f"{key} | \033[31m{status}\033[0m | " for key, status in rows]
+    table = [
+        "\033[1mLlamaForSequenceClassification LOAD REPORT\033[0m from: base",
+        "Key | Status | ",
+        "----+---+-",
+        *lines,
+    ]
+    return "\n".join([*table, "Notes:", "- MISSING:\tthose params were newly initialized."])
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_hidden"),
+    [
+        ([("score.weight", "MISSING")], True),
+        ([("classifier.out_proj.{weight, bias}", "MISSING"), ("cls.predictions.bias", "UNEXPECTED")], True),
+        ([("score.weight", "MISSING"), ("model.layers.{0, 1}.mlp.up_proj.weight", "MISSING")], False),
+        ([("score.weight", "MISMATCH")], False),
+        ([("lm_head.weight", "CONVERSION")], False),
+    ],
+)
+def test_a_new_head_is_no_news_and_any_other_missing_weight_is(rows: list, is_hidden: bool) -> None:
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = list(logger.filters)
+    quiet_libraries()
+    record = logger.makeRecord(logger.name, logging.WARNING, "file", 1, report(*rows), (), None)
+    hidden = not logger.filter(record)
+    logger.filters[:] = before
+    assert hidden is is_hidden
+
+
+# What makes other libraries speak: a new head, recomputed activations, a learned prompt.
+TALKATIVE = {
+    "classifier": ["--base.head", "classifier", "--tuner", "lora"],
+    "recomputing": ["--tuner", "lora", "--training.gradient_checkpointing", "true"],
+    "prompt": ["--tuner", "prompt_tuning", "--tuner.args.num_virtual_tokens", "2"],
+}
+
+
+@pytest.mark.parametrize("name", TALKATIVE)
+def test_what_a_user_can_do_nothing_about_is_not_printed(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"input": "a", "output": "b"}\n{"input": "b", "output": "a"}\n' * 2
+        + '{"input": "a", "output": "b", "split": "test"}\n'
+    )
+    words = [
+        "--base.model",
+        str(tiny_llama),
+        "--data",
+        str(rows),
+        "--name",
+        "one",
+        "--training.max_steps",
+        "1",
+    ]
+    lines = [line for line in stderr_of(tmp_path, "train", *words, *TALKATIVE[name]) if line.strip()]
+    ours = {
+        "run",
+        "base",
+        "tuner",
+        "objective",
+        "data",
+        "steps",
+        "rate",
+        "memory",
+        "evaluation",
+        "checkpoints",
+    }
+    foreign = [line for line in lines if line.split()[0] not in ours | {"sample", "step", "Report:"}]
+    assert [line for line in foreign if "it/s" not in line and "s/it" not in line] == []
+    assert stderr_of(tmp_path, "eval", "runs/one") == []

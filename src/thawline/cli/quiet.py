@@ -9,13 +9,32 @@ __all__ = ["quiet_libraries"]
 
 import logging
 import os
+import re
 import warnings
+from collections.abc import Callable
 
-NOTICES = {
+HEADS = {"score", "classifier", "classification_head", "pre_classifier", "pooler"}
+"""Modules that a base lacks until it is a classifier, which is then trained."""
+
+
+def _is_expected(report: str) -> bool:
+    """Return whether transformers' report on loading names only what is new, or unused, on purpose."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", report)
+    rows = re.findall(r"(?m)^(\S.*?)\s*\|\s*([A-Z]+)", plain)
+    return " LOAD REPORT from" in plain and all(
+        status == "UNEXPECTED" or (status == "MISSING" and not HEADS.isdisjoint(key.split(".")))
+        for key, status in rows
+    )
+
+
+NOTICES: dict[str, Callable[[str], bool]] = {
     # Printed at import on CPUs with AVX-512 bf16; the kernel it misses is optional, its fallback exact.
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.backends.cpu.ops": lambda text: text.startswith("Failed to load CPU gemm_4bit_forward"),
+    "transformers.modeling_utils": _is_expected,
 }
-"""Logger → beginning of the message that is hidden."""
+"""Logger → which of its messages are hidden."""
+WARNINGS = ("Position ids are not supported for parameter efficient tuning",)
+"""Beginnings of Python warnings that are hidden; this one is of PEFT's learned prompts."""
 
 
 def quiet_libraries() -> None:
@@ -26,20 +45,22 @@ def quiet_libraries() -> None:
     # OpenCV's and its FFmpeg's own words on a stream or file that cannot be opened, of which we say more.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    for name, beginning in NOTICES.items():
+    for name, is_notice in NOTICES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Hide) for known in logger.filters):
-            logger.addFilter(_Hide(beginning))
+            logger.addFilter(_Hide(is_notice))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+    for beginning in WARNINGS:
+        warnings.filterwarnings("ignore", message=beginning)
 
 
 class _Hide(logging.Filter):
-    """Drops records that begin with a text."""
+    """Drops records whose message is a notice."""
 
-    def __init__(self, beginning: str) -> None:
+    def __init__(self, is_notice: Callable[[str], bool]) -> None:
         super().__init__()
-        self.beginning = beginning
+        self.is_notice = is_notice
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return False for a record that is hidden."""
-        return not record.getMessage().startswith(self.beginning)
+        return not self.is_notice(record.getMessage())
