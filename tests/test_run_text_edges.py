@@ -277,7 +277,7 @@ def test_texts_to_answer_are_read_as_rows_are(tmp_path: Path, bases, capsys, mon
     assert main([*command, "--file", str(file)]) == 0
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("one\u2028two\nä".encode())))
     assert main(command) == 0
-    lines = [json.loads(line)["input"] for line in capsys.readouterr().out.splitlines()]
+    lines = [json.loads(line)["input"] for line in capsys.readouterr().out.split("\n") if line]
     assert lines == ["one\u2028two", "ä"] * 2
     file.write_bytes("one\nä".encode("cp1252"))
     assert main([*command, "--file", str(file)]) == 1
