@@ -49,8 +49,8 @@ def test_training_and_predicting_print_only_our_lines(tiny_llama: Path, tmp_path
     labels = [line.split()[0] for line in lines if line.strip()]
     assert labels[0] == "run"
     assert set(labels) <= {
-        "run", "base", "tuner", "objective", "data", "steps", "rate", "evaluation", "checkpoints", "sample",
-        "step", "Report:",
+        "run", "base", "tuner", "objective", "data", "steps", "rate", "memory", "evaluation", "checkpoints",
+        "sample", "step", "Report:",
     }  # fmt: skip
     assert labels.index("sample") < 12
     assert stderr_of(tmp_path, "predict", "runs/one", "a", "--max_new_tokens", "1") == []

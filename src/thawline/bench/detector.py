@@ -38,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from thawline.bench.harness import bench_parser, bench_results, markdown, use_device
 from thawline.bench.port import build_port
 from thawline.errors import ConfigError
-from thawline.exporters.export import Settings, export_detector
 from thawline.exporters.sessions import open_session
 from thawline.files import read_json
 from thawline.measure import Sample, median_ratio, median_seconds, paired_rounds, write_results
@@ -177,6 +176,8 @@ def _detector(
 def _exported(form: str, model: DEIMv2) -> Callable[[Tensor], object]:
     """Export the model, and open the file with as many threads as torch has."""
     with tempfile.TemporaryDirectory() as folder:
+        from thawline.exporters.export import Settings, export_detector  # needs the `export` extra
+
         report = export_detector(model, folder, Settings(format=form))  # type: ignore[arg-type]
         session = open_session(report.path, form, torch.get_num_threads())
 
