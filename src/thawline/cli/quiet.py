@@ -42,6 +42,8 @@ def quiet_libraries() -> None:
     # tqdm reads it when it is imported: transformers shows bars for loading and saving even a tiny model.
     os.environ.setdefault("TQDM_DELAY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenCV prints about images that it cannot decode; the errors name them.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     # OpenCV's and its FFmpeg's own words on a stream or file that cannot be opened, of which we say more.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")

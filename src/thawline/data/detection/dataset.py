@@ -24,6 +24,7 @@ from thawline.data.detection.formats import read_raw
 from thawline.data.detection.formats.assemble import assemble
 from thawline.data.detection.images import read_image
 from thawline.data.detection.records import (
+    PROBLEM_KINDS,
     DetectionSet,
     ImageRecord,
     clip_boxes,
@@ -69,8 +70,9 @@ def check_usable(data: DetectionSet, path: str | Path, judged: str | None = None
         )
     if errors:
         first = f"'{path}' ({data.format}) cannot be {'trained' if judged is None else 'evaluated'} on:"
-        last = f"`thawline data check {path} --fix NEW_FOLDER` writes a repaired copy."
-        raise DataError("\n".join([first, *describe(errors), last]))
+        last = [f"`thawline data check {path} --fix NEW_FOLDER` writes a repaired copy."]
+        can_fix = all(PROBLEM_KINDS[problem.kind].fix for problem in errors)
+        raise DataError("\n".join([first, *describe(errors), *(last if can_fix else [])]))
     if not any(data.splits.values()):
         raise DataError(
             f"'{path}' ({data.format}) contains no image. Check its paths, or choose another `format`."

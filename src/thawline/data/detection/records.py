@@ -152,6 +152,10 @@ WARNINGS: dict[str, ProblemKind] = {
     "box-tiny": ProblemKind(
         "images have a box smaller than a pixel in their corner", "check that their boxes are in pixels"
     ),
+    "like-keypoints": ProblemKind(
+        "sets have polygons that could as well be boxes and keypoints",
+        "look at the boxes that `thawline data check` draws",
+    ),
     "many-boxes": ProblemKind(
         "splits have images with more boxes than a small detector has queries",
         "set `base.overrides.num_queries`, or choose a larger detector",

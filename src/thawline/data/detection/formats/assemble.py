@@ -136,7 +136,7 @@ def _image_size(
         raw.add_problem("corrupt-image", image.where, f"'{image.path}': {probe.fault}", split)
     else:
         if probe.is_low_range:
-            raw.add_problem("low-range", image.where, f"values up to {LOW_RANGE} of 65535", split)
+            raw.add_problem("low-range", image.where, f"'{image.path}': no value above {LOW_RANGE}", split)
         stored = (probe.width, probe.height)
         oriented = oriented and probe.orientation != 1
         if size is not None:

@@ -17,9 +17,6 @@ from __future__ import annotations
 __all__ = ["HINT", "look", "read"]
 
 import re
-from collections import defaultdict
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +32,17 @@ from thawline.data.detection.formats.places import (
     plain_parts,
     read_text,
     relative_name,
-    subfolders,
 )
-from thawline.data.detection.formats.raw import ClassId, Found, RawBox, RawImage, RawSet, box_around, listed
-from thawline.data.detection.formats.splits import ordered, split_of_folder
+from thawline.data.detection.formats.raw import ClassId, Found, RawImage, RawSet
+from thawline.data.detection.formats.splits import ordered
 from thawline.data.detection.formats.values import to_number, to_text
-from thawline.data.detection.images import is_image
+from thawline.data.detection.formats.yolo_labels import LabelReader
 from thawline.errors import DataError
 
 HINT = "a YAML file with `names` and `train`"
 
 KEYS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 """Key of data.yaml → split."""
-RELATIVE_MIN, RELATIVE_MAX = -0.5, 1.5
-"""Coordinates beyond these are no fractions, which may leave 0–1 where a box leaves its image a little."""
-NOT_LABELS = ("classes.txt", "labels.txt", "obj.names", "notes.txt", "README.txt")
 NOTHING = ("", "~", "null", "Null", "NULL", "None")
 """Values that stand for none in a YAML file."""
 
@@ -87,7 +80,7 @@ def read(found: Found, images: Path | None = None) -> RawSet:
     table = _class_table(file, content, raw)
     for note in _sources(file, content)[1]:
         raw.add_problem("place-note", file.name, note)
-    reader = _LabelReader(raw, _n_keypoint_values(file, content))
+    reader = LabelReader(raw, _n_keypoint_values(file, content))
     for split, sources in found.splits.items():
         absent = [source for source in sources if not _is_source(source)]
         detail = f"{split}: '{', '.join(map(str, absent))}' is neither a folder nor a .txt list of images"
@@ -102,9 +95,7 @@ def read(found: Found, images: Path | None = None) -> RawSet:
         for source in (source for source in sources if _is_source(source)):
             raw.splits[split] += _list_images(source, split, raw, start=len(raw.splits[split]))
         reader.read(split)
-    if reader.polygons and all(reader.polygons):
-        detail = "all label lines look like a box and keypoints: add `kpt_shape: [number, 3]`"
-        raw.add_problem("malformed", file.name, detail)
+    reader.check_keypoints(file.name)
     return raw
 
 
@@ -231,143 +222,3 @@ def _list_images(source: Path, split: str, raw: RawSet, start: int) -> list[RawI
         images.append(RawImage(image_id=i, name=where, where=where))
         raw.locate(images[-1], files, split)
     return images
-
-
-class _LabelReader:
-    """Reads the label files of the images of a dataset.
-
-    Args:
-        raw: gets boxes and problems.
-        n_keypoint_values: number of values after a box, which are not read.
-    """
-
-    def __init__(self, raw: RawSet, n_keypoint_values: int) -> None:
-        self.raw, self.n_keypoint_values = raw, n_keypoint_values
-        self.polygons: list[bool] = []
-        """For every polygon read: whether its numbers could as well be a box and keypoints."""
-        self._labels_in = cache(_labels_in)
-        self._label_folder = cache(_label_folder)
-
-    def read(self, split: str) -> None:
-        """Read the labels of a split."""
-        raw, unlabelled, paths = self.raw, list[RawImage](), list[Path]()
-        by_label: defaultdict[Path, list[RawImage]] = defaultdict(list)
-        for image in raw.splits[split]:
-            if image.path is not None:
-                paths.append(image.path)
-                label = self._label_of(image.path)
-                by_label[label].append(image) if label else unlabelled.append(image)
-        for label, owners in by_label.items():
-            where = relative_name(label, raw.root)
-            if len({image.path for image in owners}) > 1:
-                names = ", ".join(image.name for image in owners)
-                raw.add_problem("ambiguous-image", where, f"may be the labels of {names}", split)
-                for image in owners:
-                    image.is_unusable = True
-                continue
-            boxes = self._read_labels(label, where, split)
-            for image in owners:
-                image.where, image.boxes = where, list(boxes)
-        if paths and not by_label:
-            expected = self._label_folder(paths[0].parent) / f"{paths[0].stem}.txt"
-            detail = (
-                f"none of the {len(paths)} images of '{split}' has a label file; expected e.g. '{expected}'"
-            )
-            raw.add_problem("missing-labels", split, detail, split)
-        elif unlabelled:
-            names = listed([image.name for image in unlabelled])
-            detail = f"{len(unlabelled)} of {len(paths)} images ({names})"
-            raw.add_problem("unlabelled", split, detail, split)
-        self._report_orphans(paths, set(by_label), split)
-
-    def _label_of(self, image: Path) -> Path | None:
-        for folder in dict.fromkeys((self._label_folder(image.parent), image.parent)):
-            labels = self._labels_in(folder)
-            if label := labels.get(image.stem) or labels.get(_plain(image.stem)):
-                return label
-        return None
-
-    def _read_labels(self, file: Path, where: str, split: str) -> list[RawBox]:
-        boxes = []
-        for number, line in enumerate(self.raw.read_text(file, split).splitlines(), start=1):
-            if line.strip():
-                try:
-                    boxes.append(self._parse_line(line))
-                except ValueError as error:
-                    self.raw.add_problem("malformed", f"{where}:{number}", str(error), split)
-        return boxes
-
-    def _parse_line(self, line: str) -> RawBox:
-        """Parse a line of a label file. Raises: ValueError: with what is wrong with it."""
-        try:
-            class_id, *values = map(float, line.split())
-        except ValueError as error:
-            raise ValueError(f"expected numbers, got '{line.strip()}'") from error
-        if not class_id.is_integer():
-            raise ValueError(f"the class must be an integer, got {line.split()[0]}")
-        n, n_more = len(values), self.n_keypoint_values
-        hint = ". Of a box and keypoints? Then add `kpt_shape` to the YAML file" if _is_pose(values) else ""
-        if n_more and n not in (4, 4 + n_more):
-            raise ValueError(
-                f"expected `class cx cy w h` and {n_more} values of keypoints, got {n + 1} numbers"
-            )
-        is_polygon = not n_more and n >= 6 and n % 2 == 0
-        if not n_more and n != 4 and not is_polygon:
-            raise ValueError(f"expected `class cx cy w h` or a polygon, got {n + 1} numbers{hint}")
-        values = values if is_polygon else values[:4]
-        if min(values) < RELATIVE_MIN or max(values) > RELATIVE_MAX:
-            raise ValueError(f"expected fractions of the image, got pixels ('{line.strip()}'){hint}")
-        if is_polygon:
-            self.polygons.append(_is_pose(values))
-            return RawBox(box_around(values[::2], values[1::2]), int(class_id))
-        cx, cy, w, h = values
-        return RawBox((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), int(class_id))
-
-    def _report_orphans(self, images: Sequence[Path], used: set[Path], split: str) -> None:
-        """Report label files without an image, except those whose image a list leaves out on purpose."""
-        siblings: defaultdict[Path, set[Path]] = defaultdict(set)
-        for folder in {image.parent for image in images}:
-            siblings[self._label_folder(folder)].add(folder)
-        for folder in {path.parent for path in used}:
-            siblings[folder] = siblings[folder] or {folder}
-        for folder in sorted(siblings):
-            files = [path for sibling in siblings[folder] for path in sibling.iterdir()]
-            stems = {_plain(path.stem) for path in files if is_image(path)}
-            others = {_plain(path.stem): path.name for path in files if path.suffix.lower() != ".txt"}
-            for path in files_in(folder, ".txt"):
-                stem = _plain(path.stem)
-                is_list = split_of_folder(path.stem) is not None
-                if path not in used and stem not in stems and path.name not in NOT_LABELS and not is_list:
-                    other = f", and '{others[stem]}' is of no format that is read" if stem in others else ""
-                    self.raw.add_problem(
-                        "unknown-image", path.name, f"no image '{path.stem}.*'{other}", split
-                    )
-
-
-def _is_pose(values: Sequence[float]) -> bool:
-    """Return True if numbers fit a box (cx cy w h) and keypoints (x y visibility) inside of it."""
-    rest = values[4:]
-    if not rest or len(rest) % 3 or not all(value in (0, 1, 2) for value in rest[2::3]):
-        return False
-    cx, cy, w, h = values[:4]
-    seen = [(x, y) for x, y, visible in zip(rest[::3], rest[1::3], rest[2::3], strict=True) if visible]
-    return all(abs(x - cx) <= 0.6 * w and abs(y - cy) <= 0.6 * h for x, y in seen)
-
-
-def _label_folder(images: Path) -> Path:
-    """Return the folder of the labels of a folder of images: images/ becomes labels/, else it is the same."""
-    for folder in (images, *images.parents):
-        if folder.name.lower() in ("images", "jpegimages"):
-            named = [path for path in subfolders(folder.parent) if path.name.lower() == "labels"]
-            return (named[0] if named else folder.with_name("labels")) / images.relative_to(folder)
-    return images
-
-
-def _labels_in(folder: Path) -> dict[str, Path]:
-    """Return the text files of a folder by stem, and by stem as `_plain` writes it."""
-    files = files_in(folder, ".txt")
-    return {_plain(file.stem): file for file in files} | {file.stem: file for file in files}
-
-
-def _plain(name: str) -> str:
-    return "/".join(plain_parts(name))
