@@ -20,7 +20,7 @@ HEADS = {"score", "classifier", "classification_head", "pre_classifier", "pooler
 def _is_expected(report: str) -> bool:
     """Return whether transformers' report on loading names only what is new, or unused, on purpose."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", report)
-    rows = re.findall(r"(?m)^(\S.*?)\s*\|\s*([A-Z]+)", plain)
+    rows = re.findall(r"(?m)^(\S.*?)\s*\|\s*([A-Z]+)\b", plain)
     return " LOAD REPORT from" in plain and all(
         status == "UNEXPECTED" or (status == "MISSING" and not HEADS.isdisjoint(key.split(".")))
         for key, status in rows
@@ -45,7 +45,6 @@ def quiet_libraries() -> None:
     # OpenCV prints about images that it cannot decode; the errors name them.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     # OpenCV's and its FFmpeg's own words on a stream or file that cannot be opened, of which we say more.
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     for name, is_notice in NOTICES.items():
         logger = logging.getLogger(name)
