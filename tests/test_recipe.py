@@ -170,7 +170,7 @@ def test_training_fields_are_the_trainers_by_shorter_names() -> None:
     if "activation_checkpointing" not in theirs:  # transformers' older name for it
         theirs = theirs - {"gradient_checkpointing"} | {"activation_checkpointing"}
     assert set(TRAINING_ARGUMENTS) <= theirs
-    own = {"precision", "eval_at_start", "align_every", "patience", "args"}
+    own = {"precision", "eval_at_start", "align_every", "patience", "on_broken_loss", "args"}
     assert set(TRAINING_ARGUMENTS.values()) == ours - own
 
 

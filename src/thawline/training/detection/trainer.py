@@ -190,7 +190,9 @@ class DetectionTrainer(Trainer):
         """Train as transformers' Trainer does; a resumed run restores its average and best scores."""
         if isinstance(resume_from_checkpoint, str):
             self._resumed_from = Path(resume_from_checkpoint)
-            self.scores = Scores(**read_json(self._resumed_from / SCORES))
+            saved = read_json(self._resumed_from / SCORES)
+            # JSON holds null for the scores that there are none of yet.
+            self.scores = Scores(**{name: value for name, value in saved.items() if value is not None})
         return super().train(resume_from_checkpoint, **kwargs)
 
     def checkpoint_bytes(self) -> int:
