@@ -83,8 +83,6 @@ def run(
     objective = build_objective(config)
     model = objective.build_model()
     use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-    if use_cache and getattr(config.training, "gradient_checkpointing", False):
-        model.config.use_cache = False  # recomputing has no use for it, and says so
     stop, patience = StopOnSignal(), _patience(objective)
     callbacks = [stop, *patience, *_recorders(objective, model)]
     trainer = objective.build_trainer(model, callbacks)

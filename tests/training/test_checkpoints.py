@@ -74,7 +74,12 @@ def straight(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     text = TextRecipes(tiny_llama, write_first_letters(root / "first.jsonl"), root / "text-runs")
     (root / "images").mkdir()
     detection = DetectionRecipes(write_painted_coco(root / "images"), root / "detection-runs")
-    return {"text": run(text("straight")).folder, "detection": run(detection("straight")).folder}
+    # Without bars, which are written to a file that a full disk would not let grow.
+    quiet = {"args": {"disable_tqdm": True}}
+    return {
+        "text": run(text("straight", **quiet)).folder,
+        "detection": run(detection("straight", **quiet)).folder,
+    }
 
 
 @pytest.fixture

@@ -100,6 +100,8 @@ def _language_model(config: RunConfig, length: int | None, known: Any) -> Bluepr
     if objective.head == "classifier" and not objective.labels:
         objective.labels = tuple(labels)
     model = objective.build_model()
+    if objective.training.gradient_checkpointing:
+        model.config.use_cache = False  # as the model does then, which says so
     length, rows = length or data.max_length, objective.training.batch_size
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     batch = {"input_ids": ids, "labels": torch.zeros_like(ids)}
