@@ -24,6 +24,7 @@ from __future__ import annotations
 __all__ = ["NO_DATA", "RunFolder", "RunResult"]
 
 import dataclasses
+import logging
 import os
 import platform
 import shutil
@@ -41,13 +42,15 @@ import yaml
 import thawline
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.files import read_json, write_json, write_jsonl, write_text
-from thawline.recipe import Frozen, RunConfig, load_recipe
+from thawline.recipe import Frozen, RunConfig, TextBase, load_recipe
 from thawline.report.gallery import save_gallery, save_worst_images
 from thawline.report.run_report import PICTURES
 from thawline.training.checkpoints import newest_checkpoint
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective
 from thawline.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 NO_DATA = "-"
 """`data.path` of a recipe for a model that was not trained by a run."""
@@ -205,11 +208,21 @@ class RunFolder:
         """
         path = self.path
         if self.is_run:
-            return load_recipe(path / "config.yaml")
+            config = load_recipe(path / "config.yaml")
+            if not isinstance(config.base, TextBase):
+                return config
+            return dataclasses.replace(
+                config, base=dataclasses.replace(config.base, model=self._find_base(config.base.model))
+            )
         base, tuner = str(path), {"method": "frozen"}
         if saved := read_json(path / "adapter_config.json"):
-            base = saved["base_model_name_or_path"]
-            method = saved["peft_type"].lower().removeprefix("thawline_")
+            if not saved.get("base_model_name_or_path"):
+                raise CheckpointError(
+                    f"'{path}' does not say what it adapts: write the folder or Hub id of its base into "
+                    "adapter_config.json, as `base_model_name_or_path`."
+                )
+            base = self._find_base(saved["base_model_name_or_path"])
+            method = str(saved.get("peft_type")).lower().removeprefix("thawline_")
             tuner = {"method": method, "start_from": str(path)}
         elif not path.is_dir() and (path.is_absolute() or path.parts[:1] in ((".",), ("..",), ("runs",))):
             raise CheckpointError(f"No such run or model: '{path}'.{self._similar()}")
@@ -234,6 +247,20 @@ class RunFolder:
         if folder is None:
             raise CheckpointError(f"'{path}' holds neither model/ nor a checkpoint: nothing was trained yet.")
         return folder
+
+    def _find_base(self, base: str) -> str:
+        """Return the path of a base that was given relative to the directory of the training.
+
+        Such a path is searched for in this directory, then in those above the run's or adapter's folder.
+        """
+        if Path(base).is_dir() or Path(base).is_absolute():
+            return base
+        above = (parent / base for parent in self.path.resolve().parents)
+        found = next((path for path in above if (path / "config.json").is_file()), None)
+        if found is None:
+            return base
+        logger.info("The base '%s' is relative; found as '%s'.", base, found)
+        return str(found)
 
     def _similar(self) -> str:
         siblings = self.path.parent.glob("*")

@@ -162,7 +162,8 @@ class _LowRankLinear(torch.autograd.Function):
         else:
             out = torch.baddbmm(out_GMO, xA_GRM.mT, B.mT).view(y.shape)
         ctx.save_for_backward(x, weight, A, B, xA_GRM)
-        return out
+        # Autograd lets nobody write into a view made here, and networks add their residual in place.
+        return torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

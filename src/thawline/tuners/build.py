@@ -24,14 +24,17 @@ from thawline.tuners._steps import expect_gradients
 from thawline.tuners._tuner import Tuner
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
 from thawline.tuners.mhr.config import MHR
+from thawline.tuners.mhr.convert import from_poly
 from thawline.tuners.mhr.layer import find_layers
 from thawline.tuners.mhr.task_ids import route_by_batch
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
-from thawline.tuners.targets import check_attached
+from thawline.tuners.targets import check_attached, is_all_linear, join_patterns
 
 logger = logging.getLogger(__name__)
 
+HEADS = ("classifier", "score")
+"""Ends of the names of modules that PEFT trains whole in a classifier; DistilBERT has a `pre_classifier`."""
 SAVED_TYPES = {"dora": "lora", "paca": PACA.lower(), "mhr": MHR.lower(), "poly": MHR.lower()}
 """Method of a recipe → PEFT's type in adapter_config.json, where the two differ."""
 
@@ -73,21 +76,14 @@ def attach_tuner(
 
 
 def routed_tasks(model: nn.Module) -> list[str] | None:
-    """Return the names of the tasks in a model's routing table; None: it needs no ids.
-
-    Raises: CheckpointError: for a table of numbered tasks, which rows of text cannot be matched with.
-    """
+    """Return the names of the tasks in a model's routing table, numbers where it has none; None: no ids."""
     if next(find_layers(model), None) is None:
         return None
     shared, name = find_adapter(model)
     config = shared.configs[name]
     if config.router == "uniform" or (config.n_tasks == 1 and config.task_names is None):
         return None
-    if config.task_names is None:
-        raise CheckpointError(
-            f"The adapter's {config.n_tasks} tasks go by number. Give its adapter_config.json `task_names`."
-        )
-    return config.task_names
+    return config.task_names or [str(number) for number in range(config.n_tasks or 1)]
 
 
 def _new_adapter(
@@ -97,6 +93,8 @@ def _new_adapter(
     batches: Callable[[], Iterable[Any]] | None,
 ) -> nn.Module:
     config = _peft_config(settings, _task_type(model), tasks)
+    if config.task_type == "SEQ_CLS" and is_all_linear(getattr(config, "target_modules", None)):
+        config.exclude_modules = join_patterns(config.exclude_modules, _trained_in_full(model))
     if batches is not None and isinstance(config, PacaConfig) and _looks_at_data(config):
         config = dataclasses.replace(select_columns(model, config, batches()), selection="explicit")
     asked = copy.deepcopy(config)  # PEFT turns names into other names
@@ -111,6 +109,12 @@ def _new_adapter(
     if isinstance(tuned.base_model, BaseTuner) and not isinstance(tuned.base_model, Tuner):
         check_attached(tuned.base_model, asked, config)
     return tuned
+
+
+def _trained_in_full(model: nn.Module) -> list[str]:
+    """Return layers of a classifier besides its head that PEFT trains whole, going by the ends of names."""
+    found = (name.rpartition(".")[2] for name, _ in model.named_modules())
+    return sorted({name for name in found if name.endswith(HEADS) and name not in HEADS})
 
 
 def _looks_at_data(config: PacaConfig) -> bool:
@@ -195,10 +199,17 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
     if not (Path(folder) / "adapter_config.json").is_file():
         raise CheckpointError(f"`tuner.start_from`: '{folder}' holds no adapter (no adapter_config.json).")
     read_json(Path(folder) / "adapter_config.json")  # says that it is damaged, if it is
-    config = peft.PeftConfig.from_pretrained(folder)
+    config = _read_config(folder)
     found = config.peft_type.value.lower()
+    if found == "poly" and method in ("poly", "mhr"):
+        return from_poly(model, folder)
     if found != SAVED_TYPES.get(method, method):
-        raise CheckpointError(f"`tuner.start_from`: '{folder}' is of method '{found}', not '{method}'.")
+        ours = found.removeprefix("thawline_")
+        advice = "PEFT's own, which it loads itself" if ours == method else f"set `tuner.method: {ours}`"
+        raise CheckpointError(
+            f"`tuner.start_from`: '{folder}' holds an adapter of type {config.peft_type.value}, which "
+            f"`tuner.method: {method}` does not read: {advice}."
+        )
     # PEFT refuses to go on training a learned prompt; using one is fine.
     is_trainable = not (saved and config.is_prompt_learning)
     try:
@@ -210,4 +221,13 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"`tuner.start_from`: the adapter in '{folder}' does not fit {type(model).__name__}: {error}"
+        ) from error
+
+
+def _read_config(folder: str) -> peft.PeftConfig:
+    try:
+        return peft.PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"`tuner.start_from`: PEFT {peft.__version__} cannot read the adapter in '{folder}': {error!r}."
         ) from error

@@ -14,6 +14,7 @@ __all__ = [
     "check_patterns",
     "find_targets",
     "is_all_linear",
+    "join_patterns",
     "warn_of_the_rest",
 ]
 
@@ -181,6 +182,18 @@ def warn_of_the_rest(config: Any, model: nn.Module) -> None:
             "'all-linear' leaves out '%s'%s: nn.MultiheadAttention uses its weights without calling layers.",
             attention[0], _and_more(attention),
         )  # fmt: skip
+
+
+def join_patterns(excluded: Any, more: str | list[str]) -> Any:
+    """Return an `exclude_modules` that leaves out `more` too: names of modules, or a regular expression."""
+    if not isinstance(excluded, str) and not isinstance(more, str):
+        return [*(excluded or ()), *more] or None
+    sides = (
+        one if isinstance(one, str) else rf"(.*\.)?({'|'.join(map(re.escape, one))})"
+        for one in (excluded, more)
+        if one
+    )
+    return "|".join(sides)
 
 
 def _is_fused(name: str, weight: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Row", "RowObjective", "judged_row"]
+__all__ = ["Row", "RowObjective", "judged_row", "on_text"]
 
 import dataclasses
 import logging
@@ -38,6 +38,7 @@ from thawline.training.text.shares import gather, own_share
 from thawline.training.trainer import Trainer
 from thawline.tuners.build import attach_tuner, routed_tasks
 from thawline.tuners.mhr.adapt import parameter_groups
+from thawline.tuners.targets import join_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class RowObjective(Objective):
 
     def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
         """Attach the tuner to what reads text; batches carry task ids where the model routes by them."""
-        tuner = _on_text(model, tuner)
+        tuner = on_text(model, tuner)
         batches = partial(self._calibration_batches, model)
         model = attach_tuner(model, tuner, tasks=self.tasks, saved=saved, batches=batches)
         self.route(routed_tasks(model))
@@ -318,8 +319,10 @@ class RowObjective(Objective):
         Raises: RoutingError: for an unknown task, or none where the model routes several.
         """
         known = self.described.get("tasks", {})
-        if task is not None and task not in known:
-            raise RoutingError(f"The model knows no task '{task}'. {did_you_mean(task, known)}")
+        if task is not None and task not in (known or self.task_ids or ()):
+            raise RoutingError(
+                f"The model knows no task '{task}'. {did_you_mean(task, known or self.task_ids or ())}"
+            )
         if task is None and self.task_ids is not None and len(self.task_ids) > 1:
             raise RoutingError(f"Which task are the texts of? {did_you_mean('', self.task_ids)}")
         task = task or next(iter(self.task_ids or known), "")
@@ -387,7 +390,7 @@ def judged_row(row: Row, log_likelihood: float, n_tokens: int = 1, **more: Any) 
     }
 
 
-def _on_text(model: nn.Module, tuner: TunerSettings) -> TunerSettings:
+def on_text(model: nn.Module, tuner: TunerSettings) -> TunerSettings:
     """Return `tuner` with "all-linear" confined to the language model of a base with parts for images too."""
     config: Any = getattr(model, "config", None)
     if not isinstance(tuner, Adapter) or tuner.target_modules != "all-linear" or tuner.start_from is not None:
@@ -403,6 +406,5 @@ def _on_text(model: nn.Module, tuner: TunerSettings) -> TunerSettings:
     if not name:
         return tuner
     logger.info("'all-linear' is that of '%s': the rows hold text alone.", name)
-    excluded, more = rf"(?!{re.escape(name)}\.).*", tuner.exclude_modules or []
-    listed = rf"(.*\.)?({'|'.join(map(re.escape, more))})" if more and not isinstance(more, str) else more
-    return dataclasses.replace(tuner, exclude_modules=f"{excluded}|{listed}" if listed else excluded)
+    others = rf"(?!{re.escape(name)}\.).*"
+    return dataclasses.replace(tuner, exclude_modules=join_patterns(tuner.exclude_modules, others))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TextObjective"]
+__all__ = ["TextObjective", "head_of", "loader_of"]
 
 import inspect
 import logging
@@ -55,7 +55,7 @@ class TextObjective(RowObjective):
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
         self.base_config = load_pretrained(AutoConfig, self.base)
-        self.head = _head(self.base, self.base_config)
+        self.head = head_of(self.base, self.base_config)
         self.labels = tuple(described.get("labels", ()))
         self.metrics = ()
         if not self.has_weights:
@@ -85,7 +85,7 @@ class TextObjective(RowObjective):
                 "label2id": {name: i for i, name in enumerate(self.labels)},
                 "ignore_mismatched_sizes": True,
             }
-        model = self.load_model(_loader(self.head, self.base_config), source, **labels)
+        model = self.load_model(loader_of(self.head, self.base_config), source, **labels)
         # Padding is masked everywhere but in a decoder's classifier, which finds its last token by it.
         if self.processor is not None:
             model.config.get_text_config().pad_token_id = self.processor.pad_token_id
@@ -295,21 +295,22 @@ class TextObjective(RowObjective):
         return tuple(wanted)
 
 
-def _loader(head: str, config: Any) -> Any:
+def loader_of(head: str, config: Any) -> Any:
     """Return the Auto class of a head; some language models are only known with their part for images."""
     known = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping
     is_larger = [type(config) in mapping for mapping in known] == [False, True]
     return AutoModelForImageTextToText if head == "causal-lm" and is_larger else HEADS[head]
 
 
-def _head(base: TextBase, config: Any) -> Literal["causal-lm", "seq2seq-lm", "classifier"]:
+def head_of(base: TextBase, config: Any) -> Literal["causal-lm", "seq2seq-lm", "classifier"]:
+    """Return what a base computes: `base.head`, or what its config says. Raises: ConfigError: if nothing."""
     if base.head != "auto":
         return base.head
-    if config.is_encoder_decoder:
-        return "seq2seq-lm"
     name = (config.architectures or ["no architecture"])[0]
     if name.endswith("ForSequenceClassification"):
         return "classifier"
+    if config.is_encoder_decoder:
+        return "seq2seq-lm"
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return "causal-lm"  # a vision-language model too, on text alone
     raise ConfigError(

@@ -62,7 +62,12 @@ def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
         if not folder.is_dir() and (
             folder.is_absolute() or base.model.startswith(".") or len(folder.parts) > 2
         ):
-            raise ConfigError(f"Cannot load '{base.model}': no such folder.") from error
+            raise ConfigError(f"Cannot load '{base.model}': no such folder{_seen_from(folder)}.") from error
         reason = str(error).strip().splitlines()[0]
-        where = "" if folder.is_dir() else "no such folder, and as a Hub id: "
+        where = "" if folder.is_dir() else f"no such folder{_seen_from(folder)}, and as a Hub id: "
         raise ConfigError(f"Cannot load '{base.model}': {where}{reason}") from error
+
+
+def _seen_from(folder: Path) -> str:
+    """Return what a relative path is relative to."""
+    return "" if folder.is_absolute() else f" in '{Path.cwd()}'"
