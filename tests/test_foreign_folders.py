@@ -38,11 +38,12 @@ def save_poly(base: Path, folder: Path, n_tasks: int, n_splits: int = 1) -> Path
 
 @pytest.mark.parametrize("n_splits", [1, 2])
 def test_predict_reads_a_poly_adapter_of_peft_and_asks_for_one_of_its_numbered_tasks(
-    tiny_llama, tmp_path, n_splits
+    tiny_llama, tmp_path, caplog, n_splits
 ) -> None:
     folder = save_poly(tiny_llama, tmp_path / "poly", n_tasks=2, n_splits=n_splits)
-    with pytest.raises(RoutingError, match="Which task are the texts of.*Available: 0, 1"):
+    with caplog.at_level("INFO"), pytest.raises(RoutingError, match="Which task .*Available: 0, 1"):
         predict(folder, ["ab"])
+    assert "read by thawline.from_poly" in caplog.text
     with pytest.raises(RoutingError, match="no task '7'. Available: 0, 1"):
         predict(folder, ["ab"], task="7")
     one, other = (predict(folder, ["ab"], task=task, max_new_tokens=8) for task in "01")

@@ -202,6 +202,7 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
     config = _read_config(folder)
     found = config.peft_type.value.lower()
     if found == "poly" and method in ("poly", "mhr"):
+        logger.info("'%s' is of PEFT's Poly: read by thawline.from_poly; its tasks go by number.", folder)
         return from_poly(model, folder)
     if found != SAVED_TYPES.get(method, method):
         ours = found.removeprefix("thawline_")
