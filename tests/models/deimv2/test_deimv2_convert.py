@@ -149,7 +149,7 @@ def test_a_shape_the_authors_hub_cannot_say_is_refused(tmp_path: Path) -> None:
 
 
 def test_rectangles_are_written_only_where_they_are_read_alike(tmp_path: Path) -> None:
-    settings = {"num_classes": 2, "image_size": (64, 96), "decoder": {"num_layers": 1}}
+    settings = {"num_classes": 2, "image_size": (64, 96)}
     model = DEIMv2.from_variant("n", position_order="row_column", **settings)
     model.save_pretrained(tmp_path / "wide")
     for layout in ("thawline", "transformers"):
