@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PolyConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.support.models import tiny_llama as tiny
 from tests.support.text_runs import TextRecipes, write_first_letters
 from thawline.errors import CheckpointError, ConfigError, RoutingError
 from thawline.recipe import Lora, Mhr, Paca
@@ -86,6 +89,34 @@ def test_an_adapter_of_another_method_is_refused_by_type_with_what_to_set(tiny_l
             attach_tuner(base, settings)
 
 
+@pytest.mark.parametrize("settings", [Lora(r=2), Paca(r=2), Mhr(r=2)], ids=lambda one: one.method)
+def test_an_adapter_that_does_not_fit_or_is_not_whole_is_refused_in_one_line(tmp_path, settings) -> None:
+    folder = tmp_path / "adapter"
+    attach_tuner(tiny(), settings).save_pretrained(str(folder))
+    again = dataclasses.replace(settings, start_from=str(folder))
+    attach_tuner(tiny(), again)
+    for changes, message in (
+        ({"num_hidden_layers": 1}, r"layers\.1\."),
+        ({"intermediate_size": 48}, "does not fit LlamaForCausalLM: .*size mismatch for .*gate_proj"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            attach_tuner(tiny(**changes), again)
+        assert "\n" not in str(error.value)
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file(dict(list(tensors.items())[1:]), weights)
+    with pytest.raises(
+        CheckpointError, match="does not fit LlamaForCausalLM, which finds in it no '.*layers"
+    ):
+        attach_tuner(tiny(), again)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="holds no weights .no adapter_model.safetensors"):
+        attach_tuner(tiny(), again)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot read the adapter in .*peft_type"):
+        attach_tuner(tiny(), again)
+
+
 def test_pefts_own_paca_is_not_taken_for_ours(tiny_llama, tmp_path) -> None:
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({"peft_type": "PACA", "base_model_name_or_path": str(tiny_llama), "r": 4}))
@@ -95,7 +126,7 @@ def test_pefts_own_paca_is_not_taken_for_ours(tiny_llama, tmp_path) -> None:
 
 def test_an_adapter_that_does_not_name_its_base_says_so(tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(CheckpointError, match="does not say what it adapts.*base_model_name_or_path"):
+    with pytest.raises(CheckpointError, match="does not say what it is.*base_model_name_or_path"):
         predict(tmp_path, ["ab"])
 
 

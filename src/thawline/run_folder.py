@@ -216,13 +216,14 @@ class RunFolder:
             )
         base, tuner = str(path), {"method": "frozen"}
         if saved := read_json(path / "adapter_config.json"):
-            if not saved.get("base_model_name_or_path"):
-                raise CheckpointError(
-                    f"'{path}' does not say what it adapts: write the folder or Hub id of its base into "
-                    "adapter_config.json, as `base_model_name_or_path`."
-                )
+            for field in ("peft_type", "base_model_name_or_path"):
+                if not saved.get(field):
+                    raise CheckpointError(
+                        f"'{path}' does not say what it is: its adapter_config.json lacks `{field}`. Write "
+                        "it there: PEFT's method, and the folder or Hub id of the base."
+                    )
             base = self._find_base(saved["base_model_name_or_path"])
-            method = str(saved.get("peft_type")).lower().removeprefix("thawline_")
+            method = saved["peft_type"].lower().removeprefix("thawline_")
             tuner = {"method": method, "start_from": str(path)}
         elif not path.is_dir() and (path.is_absolute() or path.parts[:1] in ((".",), ("..",), ("runs",))):
             raise CheckpointError(f"No such run or model: '{path}'.{self._similar()}")

@@ -21,6 +21,7 @@ from thawline.tuners._steps import expect_gradients
 from thawline.tuners.targets import (
     check_fused,
     check_patterns,
+    check_trained,
     find_targets,
     is_all_linear,
     warn_of_the_rest,
@@ -62,6 +63,7 @@ class Tuner(BaseTuner):
         if targets is None:
             config.target_modules = default_targets(BaseTuner.get_model_config(model))
         found = find_targets(config, model)
+        check_trained(config, model)
         check_patterns(config, model, targets, found)
         if not (is_all_linear(targets) or config.is_saved):
             check_fused(config, model)

@@ -20,6 +20,7 @@ from thawline.errors import CheckpointError, ConfigError, ThawlineError, did_you
 from thawline.files import DAMAGED, read_json
 from thawline.recipe import Frozen, Full, Lora, Mhr, Paca, PeftMethod, TunerSettings
 from thawline.recipe.checks import check_args
+from thawline.tuners._config import TunerConfig
 from thawline.tuners._steps import expect_gradients
 from thawline.tuners._tuner import Tuner
 from thawline.tuners.mhr.adapt import find_adapter, start_adaptation
@@ -29,10 +30,14 @@ from thawline.tuners.mhr.layer import find_layers
 from thawline.tuners.mhr.task_ids import route_by_batch
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
-from thawline.tuners.targets import check_attached, is_all_linear, join_patterns
+from thawline.tuners.targets import check_attached, check_trained, is_all_linear, join_patterns
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""Files of an adapter's weights, as PEFT names them."""
+LONGEST_REASON = 300
+"""Characters of another library's message that are shown."""
 HEADS = ("classifier", "score")
 """Ends of the names of modules that PEFT trains whole in a classifier; DistilBERT has a `pre_classifier`."""
 SAVED_TYPES = {"dora": "lora", "paca": PACA.lower(), "mhr": MHR.lower(), "poly": MHR.lower()}
@@ -93,6 +98,7 @@ def _new_adapter(
     batches: Callable[[], Iterable[Any]] | None,
 ) -> nn.Module:
     config = _peft_config(settings, _task_type(model), tasks)
+    check_trained(config, model)
     if config.task_type == "SEQ_CLS" and is_all_linear(getattr(config, "target_modules", None)):
         config.exclude_modules = join_patterns(config.exclude_modules, _trained_in_full(model))
     if batches is not None and isinstance(config, PacaConfig) and _looks_at_data(config):
@@ -208,26 +214,38 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
         ours = found.removeprefix("thawline_")
         advice = "PEFT's own, which it loads itself" if ours == method else f"set `tuner.method: {ours}`"
         raise CheckpointError(
-            f"`tuner.start_from`: '{folder}' holds an adapter of type {config.peft_type.value}, which "
+            f"`tuner.start_from`: '{folder}' holds an adapter of type {found.upper()}, which "
             f"`tuner.method: {method}` does not read: {advice}."
         )
+    if not any((Path(folder) / name).is_file() for name in WEIGHTS):
+        raise CheckpointError(f"`tuner.start_from`: '{folder}' holds no weights (no {WEIGHTS[0]}).")
     # PEFT refuses to go on training a learned prompt; using one is fine.
     is_trainable = not (saved and config.is_prompt_learning)
+    name, unfit = type(model).__name__, f"`tuner.start_from`: the adapter in '{folder}' does not fit "
     try:
-        return peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        if config.is_prompt_learning:
+            return tuned
+        found_keys = tuned.load_adapter(folder, "default", is_trainable=is_trainable)  # again, for its answer
     except ThawlineError:
         raise
     except DAMAGED as error:
         raise CheckpointError(f"`tuner.start_from`: the adapter in '{folder}' is damaged: {error}") from error
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"`tuner.start_from`: the adapter in '{folder}' does not fit {type(model).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"{unfit}{name}: {' '.join(str(error).split())[:LONGEST_REASON]}") from error
+    lacking = found_keys.missing_keys if isinstance(config, (peft.LoraConfig, TunerConfig)) else []
+    for keys, what in ((found_keys.unexpected_keys, "has no"), (lacking, "finds in it no")):
+        if keys:
+            raise CheckpointError(f"{unfit}{name}, which {what} '{keys[0]}' and {len(keys) - 1} more.")
+    return tuned
 
 
 def _read_config(folder: str) -> peft.PeftConfig:
     try:
-        return peft.PeftConfig.from_pretrained(folder)
+        config = peft.PeftConfig.from_pretrained(folder)
+        if config.peft_type is None:
+            raise KeyError("peft_type")
+        return config
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"`tuner.start_from`: PEFT {peft.__version__} cannot read the adapter in '{folder}': {error!r}."

@@ -12,6 +12,7 @@ __all__ = [
     "check_attached",
     "check_fused",
     "check_patterns",
+    "check_trained",
     "find_targets",
     "is_all_linear",
     "join_patterns",
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 """Names of an expert's layers in models that do not fuse them, and in adapters of such models."""
+ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")
+"""Heads that PEFT writes into `modules_to_save` by itself, whether or not a model has them."""
 PATTERNS = ("rank_pattern", "alpha_pattern", "heads_pattern", "indices")
 """Fields of a config by whose keys an adapted module gets a value of its own."""
 
@@ -131,6 +134,32 @@ def check_patterns(config: Any, model: nn.Module, targets: Any, adapted: Collect
                 f"`exclude_modules` has '{entry}', which is no module of {type(model).__name__}. "
                 f"{did_you_mean(entry, _endings(names))}"
             )
+
+
+def check_trained(config: Any, model: nn.Module) -> None:
+    """Check the modules and tokens that `config` trains besides its targets.
+
+    Raises: ConfigError: for a module that `model` does not have, or a token outside of its table.
+    """
+    modules = dict(modules_of(model))
+    for entry in set(getattr(config, "modules_to_save", None) or ()) - set(ADDED_BY_PEFT):
+        if not any(name.endswith(entry) for name in modules):
+            raise ConfigError(f"`modules_to_save` has '{entry}': {_no_module(entry, model, modules)}")
+    tokens = getattr(config, "trainable_token_indices", None) or {}
+    for entry, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
+        tables = [module for name, module in modules.items() if entry and _ends(name, entry)]
+        if not entry and hasattr(model, "get_input_embeddings"):
+            tables = [model.get_input_embeddings()]
+        if entry and not tables:
+            raise ConfigError(f"`trainable_token_indices` has '{entry}': {_no_module(entry, model, modules)}")
+        for table in tables:
+            n = len(table.weight)
+            odd = [index for index in indices if not 0 <= index < n]
+            if odd:
+                raise ConfigError(
+                    f"`trainable_token_indices` has {odd[0]}, but the table has tokens 0 to {n - 1}. Enlarge "
+                    "it with model.resize_token_embeddings before the adapter is attached."
+                )
 
 
 def fused_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -253,7 +282,7 @@ def _no_module(entry: str, model: nn.Module, names: Collection[str]) -> str:
 
 def _endings(names: Iterable[str]) -> set[str]:
     """Return the last parts of names, without the numbers of lists."""
-    return {ending for name in names if not (ending := name.rpartition(".")[2]).isdigit()}
+    return {ending for name in names if (ending := name.rpartition(".")[2]) and not ending.isdigit()}
 
 
 def _as_parameters(names: Iterable[str]) -> str:
