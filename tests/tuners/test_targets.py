@@ -190,7 +190,7 @@ def test_lora_says_what_all_linear_leaves_out(caplog) -> None:
             "'embed_tokens', of which `layers_to_transform` leaves nothing",
         ),
         (Paca(r=2, target_modules=r"model\.blocks.*"), "is no module of LlamaForCausalLM"),
-        (Lora(r=2, modules_to_save=["embed_token"]), "`modules_to_save` has 'embed_token'.*Did you mean 'embed_tokens'"),
+        (Lora(r=2, modules_to_save=["embed_token"]), "'embed_token'.*Did you mean 'embed_tokens'"),
         (Mhr(r=2, modules_to_save=["lm_head", "pooler"]), "`modules_to_save` has 'pooler'"),
         (Paca(r=2, trainable_token_indices=[5, VOCAB]), f"has {VOCAB}, but the table has tokens 0 to 60"),
         (Lora(r=2, args={"trainable_token_indices": [-1]}), "`trainable_token_indices` has -1"),
