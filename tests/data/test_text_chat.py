@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def read(folder: Path, **row: object) -> Example:
     return example
 
 
-def encoder(folder: Path, template: str = "plain", **options: bool) -> TextEncoder:
+def encoder(folder: Path, template: str = "plain", **options: Any) -> TextEncoder:
     if template != "plain":
         (folder / "chat.jinja").write_text(template)
         template = str(folder / "chat.jinja")
@@ -101,20 +102,82 @@ def test_an_end_that_an_answer_brings_along_is_not_doubled(tmp_path: Path, end: 
     assert text == "user:Rome?<|end|>\nassistant:18<|end|>\nuser:Rome?<|end|>\nassistant:<|end|>\n"
 
 
-QWEN = (
-    "{% for m in messages %}{{ m.role }}:{% set text = m.content.split('</think>') %}"
-    "{% if %s %}{{ m.content }}{% else %}{{ text[-1] }}{% endif %};{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+THINKING = (
+    "{% for m in messages %}{{ m.role }}:{% set found = m.content.split('</think>') %}"
+    "{% if KEEPS and found | length > 1 %}<think>{{ found[0].split('<think>')[-1] }}</think>{% endif %}"
+    "{% if loop.last and m.role == 'assistant' and found | length == 1 %}<think></think>{% endif %}"
+    "{{ found[-1] }}{% for c in m.tool_calls or [] %}({{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}){% endfor %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
+"""Takes thoughts out of the content, as Qwen3's template does, and writes those of the last turn alone."""
 
 
 def test_thoughts_may_be_left_out_of_earlier_turns_but_not_of_all(tmp_path: Path) -> None:
     thoughtful = {**ANSWER, "content": "<think>Hm.</think>18"}
     example = read(tmp_path, messages=[ASK, thoughtful, ASK, thoughtful])
-    keeps_last = encoder(tmp_path, QWEN.replace("%s", "loop.last"))
-    assert learned(keeps_last, example) == "18;<think>Hm.</think>18;"
+    assert (
+        learned(encoder(tmp_path, THINKING.replace("KEEPS", "loop.last")), example)
+        == "18;<think>Hm.</think>18;"
+    )
     with pytest.raises(DataError, match="does not write what stands before </think>"):
-        encoder(tmp_path, QWEN.replace("%s", "false"))(example)
+        encoder(tmp_path, THINKING.replace("KEEPS", "false"))(example)
+
+
+def test_calls_are_learned_where_the_template_writes_last_turns_differently(tmp_path: Path) -> None:
+    calls = {"role": "assistant", "tool_calls": [call({"city": "Oslo"}), call({"city": "Rome"})]}
+    example = read(tmp_path, messages=[ASK, calls, {"role": "tool", "content": "18"}, ANSWER])
+    both = '(weather {"city": "Oslo"})(weather {"city": "Rome"});<think></think>18 degrees;'
+    assert learned(encoder(tmp_path, THINKING.replace("KEEPS", "loop.last")), example) == both
+
+
+def test_an_earlier_turn_may_end_in_another_special_token_than_the_last(tmp_path: Path) -> None:
+    """Ends as those of gpt-oss (return) and Phi-3 (an end token behind the last turn)."""
+    for last in ("<|return|>", "<|end|>{{ eos_token }}"):
+        ends = "{% if loop.last and m.role == 'assistant' %}LAST{% else %}<|end|>{% endif %}".replace(
+            "LAST", last
+        )
+        encode = encoder(
+            tmp_path, "{% for m in messages %}{{ m.role }}:{{ m.content }}" + ends + "{% endfor %}"
+        )
+        encode.tokenizer.add_tokens(["<|end|>", "<|return|>"], special_tokens=True)
+        text = learned(encode, read(tmp_path, messages=[ASK, ANSWER, ASK, ANSWER]))
+        assert text.replace("assistant:", "") == f"18 degrees<|end|>18 degrees{last}".replace(
+            "{{ eos_token }}", "</s>"
+        )
+
+
+OPENING = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' and (loop.last or SHOWS) %}<think>"
+    "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% if enable_thinking | default(true) %}<think>{% endif %}"
+    "{% endif %}"
+)
+
+
+def test_what_opens_an_answer_may_be_left_out_of_earlier_turns_alone(tmp_path: Path) -> None:
+    encode = encoder(tmp_path, OPENING.replace("SHOWS", "false"))
+    example = read(tmp_path, messages=[ASK, ANSWER, ASK, {**ANSWER, "reasoning_content": "Hm."}])
+    assert learned(encode, example) == "18 degrees;Hm.</think>18 degrees;"
+    bare = OPENING.replace("loop.last or SHOWS", "false")
+    plain = read(tmp_path, messages=[ASK, ANSWER])
+    with pytest.raises(
+        DataError, match=r"opens an answer by '<think>', but writes turn 2 without.*chat_options"
+    ):
+        encoder(tmp_path, bare)(plain)
+    silent = encoder(tmp_path, bare, chat_options={"enable_thinking": False})
+    assert learned(silent, plain) == "18 degrees;"
+    assert silent.tokenizer.decode(silent.prompt_ids(plain)).endswith("assistant:")
+
+
+def test_a_template_of_an_image_model_gets_its_parts(tmp_path: Path) -> None:
+    parts = (
+        "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{{ part.text }}{% endfor %};"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    encode = encoder(tmp_path, parts)
+    example = read(tmp_path, messages=[ASK, ANSWER, ASK, ANSWER])
+    assert learned(encode, example) == "18 degrees;18 degrees;"
+    assert encode.tokenizer.decode(encode.prompt_ids(example)).endswith("user:Rome?;assistant:")
 
 
 def test_tools_choose_the_template_made_for_them(tmp_path: Path) -> None:

@@ -242,6 +242,12 @@ def test_a_chat_without_template_and_one_that_rewrites_turns_are_refused(tmp_pat
         TextEncoder(byte_tokenizer())(example)
     file = tmp_path / "last.jinja"
     file.write_text("{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}")
+    with pytest.raises(DataError, match=r"a.jsonl:1: the chat template opens an answer by .* turn 3 without"):
+        TextEncoder(byte_tokenizer(), chat_template=str(file))(example)
+    file.write_text(
+        "{% for m in messages %}{{ m.content }}"
+        "{% if loop.last and m.role == 'assistant' %}.{% else %};{% endif %}{% endfor %}"
+    )
     with pytest.raises(DataError, match=r"a.jsonl:1: the chat template rewrites earlier turns.*turn 3"):
         TextEncoder(byte_tokenizer(), chat_template=str(file))(example)
 

@@ -10,7 +10,7 @@ __all__ = [
 ]
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from thawline.errors import ConfigError
 from thawline.recipe.checks import all_at_least, at_least, fraction, one_of, require
@@ -67,6 +67,8 @@ class TextData:
     """Prompt made of a row's fields, e.g. "Question: {input}\\nAnswer:". None: the format's own."""
     chat_template: str | None = None
     """For `messages`: a Jinja file, or "plain" (`user: …` lines). None: the tokenizer's own."""
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, as its model card names them, e.g. {enable_thinking: false}."""
     max_length: int = 512
     """Longest sequence, in tokens. A longer prompt loses its beginning, a longer completion its end."""
     overlong: Literal["cut", "drop", "error"] = "cut"

@@ -12,7 +12,7 @@ __all__ = ["ChatTemplate", "without_end"]
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -34,11 +34,18 @@ PLAIN_CHAT = (
 MARKS = re.compile(r"\{%-?\s*generation\b")
 """Start of a block that a template marks as written by the assistant."""
 
+OTHER_TEMPLATE = (
+    "`data.chat_template` to a Jinja file that marks what the assistant writes by {% generation %}, or to "
+    '"plain".'
+)
+
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn whose text a template may leave out of earlier turns, but not of all."""
 END_OF_THOUGHT = "</think>"
 """What stands before this in a turn's content is such a text too."""
 
+ASKED = {"role": "user", "content": "question"}
+"""A turn to try templates with."""
 CHANGE = "§"
 """Added to a value to see whether the template writes it."""
 
@@ -54,10 +61,14 @@ class ChatTemplate:
     Args:
         tokenizer: any of transformers' tokenizers.
         chosen: Jinja file, "plain", or None for the tokenizer's own template.
+        options: variables of the template.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chosen: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[str, tuple[bool, bool]] = field(default_factory=dict, init=False)
+    """Template → what it accepts."""
 
     @cached_property
     def turn_end(self) -> int | None:
@@ -128,7 +139,7 @@ class ChatTemplate:
             if is_left_out({i: (key, _append) for i, turn in enumerate(turns) if turn.get(key)}):
                 yield f"the row's `{key}`"
         thoughtful = [i for i, turn in enumerate(turns) if END_OF_THOUGHT in turn["content"]]
-        if is_left_out(dict.fromkeys(thoughtful, ("content", _prepend))):
+        if is_left_out(dict.fromkeys(thoughtful, ("content", _change_thought))):
             yield f"what stands before {END_OF_THOUGHT}"
 
     def _text_with(self, example: Example, changes: Changes) -> str:
@@ -172,30 +183,43 @@ class ChatTemplate:
 
     def _span(self, example: Example, i: int, text: str) -> tuple[int, int]:
         """Return where turn i starts and ends in a chat's text."""
-        turns, role = example.messages, example.messages[i]["role"]
-        before = self.text(example, turns[:i], add_generation_prompt=role == "assistant") if i else ""
-        after = self.text(example, turns[: i + 1])
-        if text.startswith(before):
-            if text.startswith(after) and after.startswith(before):
-                return len(before), len(after)
-            # Some templates write an answer differently once turns follow it: Qwen3's drops its thoughts.
-            changed = self._text_with(example, {i: ("content", _append)})
-            end = next(k for k, letters in enumerate(zip(text, changed, strict=False)) if len({*letters}) > 1)
-            if role == "assistant" and "tool_calls" not in turns[i] and text.startswith(self._closing, end):
-                return len(before), end + len(self._closing)
-        raise DataError(
-            f"{example.where}: the chat template rewrites earlier turns, so the text of turn {i + 1} cannot "
-            "be located. Set `data.chat_template` to a Jinja file that marks what the assistant writes by "
-            '{% generation %}, or to "plain".'
-        )
+        turns, turn = example.messages, example.messages[i]
+        before = self.text(example, turns[:i]) if i else ""
+        opened, after = before, self.text(example, turns[: i + 1])
+        if i and turn["role"] == "assistant":
+            opened = self.text(example, turns[:i], add_generation_prompt=True)
+        # What opens an answer may be left out once turns follow it, as Qwen3.5's <think>.
+        start = len(opened) if text.startswith(opened) else _first_difference(text, opened)
+        if start < len(opened) and (start <= len(before) or i == len(turns) - 1):
+            raise DataError(
+                f"{example.where}: the chat template opens an answer by {opened[start:]!r}, but writes turn "
+                f"{i + 1} without. Give the turn its thoughts, set `data.chat_options` (such as "
+                f"{{enable_thinking: false}}), or set {OTHER_TEMPLATE}"
+            )
+        if text.startswith(after):
+            return start, len(after)
+        # Or it is written differently: Qwen3 leaves out its thoughts. What follows its last value ends it.
+        call = ("tool_calls", _rename_call(len(_calls(turn)) - 1))
+        change = {i: call if _calls(turn) else ("content", _append)}
+        end = _first_difference(text, self._text_with(example, change))
+        changed = self._text_with(replace(example, messages=turns[: i + 1]), change)
+        closings = [after[_first_difference(after, changed) :]]
+        if not _calls(turn):
+            closings += sorted(map(str, self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        closing = next((one for one in closings if text.startswith(one, end)), None)
+        if closing is None:
+            raise DataError(
+                f"{example.where}: the chat template rewrites earlier turns, so the text of turn {i + 1} "
+                f"cannot be located. Set {OTHER_TEMPLATE}"
+            )
+        return start, end + len(closing)
 
     @cached_property
     def _closing(self) -> str:
         """The text that closes an assistant's turn."""
-        content = "answer"
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
+        turns = [ASKED, {"role": "assistant", "content": "answer"}]
         try:
-            return self.text(Example(), turns).rpartition(content)[2]
+            return self.text(Example(), turns).rpartition("answer")[2]
         except (ConfigError, DataError):
             return ""
 
@@ -219,32 +243,47 @@ class ChatTemplate:
 
     def _apply(self, example: Example, turns: Sequence[Turn], **options: Any) -> Any:
         """Apply the template as `options` say. Raises: DataError: if it does not accept the turns."""
-        options["chat_template"] = self._source(example)
-        if any("tool_calls" in turn for turn in turns) and not self._takes_objects(**options):
+        source = self._source(example)
+        takes_text, takes_objects = self._accepted(source)
+        if not takes_text:
+            turns = [_with_parts(turn) for turn in turns]
+        if not takes_objects:
             turns = [_with_json_arguments(turn) for turn in turns]
         try:
-            return self._render(turns, tools=list(example.tools) or None, **options)
+            return self._render(source, turns, tools=list(example.tools) or None, **options)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{example.where}: the chat template does not accept this chat: {error}. Correct the row, or "
                 'set `data.chat_template` to a Jinja file, or to "plain".'
             ) from error
 
-    def _takes_objects(self, **options: Any) -> bool:
-        """Return True if the template writes a call's arguments from an object, False if from JSON text."""
-        for arguments in ({"key": "value"}, '{"key": "value"}'):
-            # Mistral's templates ask for an id of nine letters.
-            call = {"id": "callnine1", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            asked = {"role": "user", "content": "question"}
-            turns: list[Turn] = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            try:
-                written = self._render(turns, chat_template=options["chat_template"], tokenize=False)
-            except Exception:
-                continue
-            return isinstance(arguments, dict) and "'key'" not in written
-        return True
+    def _accepted(self, source: str) -> tuple[bool, bool]:
+        """Return whether a template writes contents given as text, and arguments of calls given as objects.
 
-    def _render(self, turns: Sequence[Turn], **options: Any) -> Any:
+        Else it wants parts of type text, as those of image models, and JSON text.
+        """
+        if source not in self._known:
+            # Mistral's templates ask for an id of nine letters.
+            call = {"id": "callnine1", "type": "function", "function": {"name": "f", "arguments": {"key": 1}}}
+            turns: list[Turn] = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            takes_text = True
+            if ASKED["content"] not in self._tried(source, [ASKED]):
+                takes_text = ASKED["content"] not in self._tried(source, [_with_parts(ASKED)])
+            turns = turns if takes_text else [_with_parts(turn) for turn in turns]
+            objects = self._tried(source, turns)
+            texts = self._tried(source, [_with_json_arguments(turn) for turn in turns])
+            self._known[source] = takes_text, "'key'" not in objects if objects else not texts
+        return self._known[source]
+
+    def _tried(self, source: str, turns: Sequence[Turn]) -> str:
+        """Return what a template writes; nothing if it does not accept the turns."""
+        try:
+            return str(self._render(source, turns, tokenize=False))
+        except Exception:
+            return ""
+
+    def _render(self, source: str, turns: Sequence[Turn], **options: Any) -> Any:
+        options = {**self.options, **options, "chat_template": source}
         return self.tokenizer.apply_chat_template(list(turns), **options)
 
 
@@ -254,12 +293,18 @@ def without_end(text: str, *ends: str | None) -> str:
     return next((closed.removesuffix(end) for end in ends if end and closed.endswith(end)), text)
 
 
+def _first_difference(a: str, b: str) -> int:
+    """Return the index of the first letter that differs, or the length of the shorter text."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def _append(text: Any) -> str:
     return f"{text}{CHANGE}"
 
 
-def _prepend(text: Any) -> str:
-    return f"{CHANGE}{text}"
+def _change_thought(text: Any) -> str:
+    return str(text).replace(END_OF_THOUGHT, CHANGE + END_OF_THOUGHT)
 
 
 def _calls(turn: Turn) -> Sequence[Mapping[str, Any]]:
@@ -275,6 +320,11 @@ def _rename_call(i: int) -> Callable[[Any], list[Any]]:
         return [*calls[:i], renamed, *calls[i + 1 :]]
 
     return rename
+
+
+def _with_parts(turn: Turn) -> Turn:
+    """Return a turn whose content is a list of one part of type text."""
+    return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
 
 
 def _with_json_arguments(turn: Turn) -> Turn:

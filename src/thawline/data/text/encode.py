@@ -48,6 +48,7 @@ class TextEncoder:
         learn_prompt: learn prompts too (and, in chats, the turns of every role).
         seq2seq: prompt to the encoder, completion to the decoder.
         chat_template: Jinja file for `messages`, "plain", or None for the tokenizer's own template.
+        chat_options: variables of the chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class TextEncoder:
     learn_prompt: bool = False
     seq2seq: bool = False
     chat_template: str | None = None
+    chat_options: Mapping[str, Any] = field(default_factory=dict)
     n_cut: int = field(default=0, init=False)
     """Number of examples and prompts cut so far."""
 
@@ -67,7 +69,7 @@ class TextEncoder:
             raise ConfigError(
                 f"`data.chat_template`: no such file '{chosen}'. Give a Jinja file, or \"plain\"."
             )
-        self.chat = ChatTemplate(self.tokenizer, chosen)
+        self.chat = ChatTemplate(self.tokenizer, chosen, self.chat_options)
 
     def __call__(self, example: Example) -> dict[str, list[int]]:
         """Return the token ids and labels of one example.

@@ -64,6 +64,7 @@ class TextObjective(RowObjective):
             learn_prompt=self.settings.loss_on == "all",
             seq2seq=self.head == "seq2seq-lm",
             chat_template=self.data.chat_template,
+            chat_options=self.data.chat_options,
         )
         if not self.labels and self.head == "classifier":
             examples = (*self.train_examples, *self.held_out_examples)
