@@ -107,7 +107,8 @@ THINKING = (
     "{% if KEEPS and found | length > 1 %}<think>{{ found[0].split('<think>')[-1] }}</think>{% endif %}"
     "{% if loop.last and m.role == 'assistant' and found | length == 1 %}<think></think>{% endif %}"
     "{{ found[-1] }}{% for c in m.tool_calls or [] %}({{ c.function.name }} "
-    "{{ c.function.arguments | tojson }}){% endfor %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{{ c.function.arguments | tojson }}){% endfor %};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 """Takes thoughts out of the content, as Qwen3's template does, and writes those of the last turn alone."""
 
