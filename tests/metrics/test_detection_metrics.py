@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.multiprocessing as mp
 
 from tests.support.detections import NAMES, Annotated, detected, measure, random_set
 from thawline.errors import DataError, MissingExtraError
+from thawline.metrics import detection
 from thawline.metrics.detection import STATISTICS, DetectionEvaluator, DetectionMetrics
 
 
@@ -189,3 +191,21 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(MissingExtraError, match=r"faster-coco-eval: `pip install 'thawline\[detect\]'`"):
         DetectionEvaluator([], NAMES)
+
+
+def test_classes_evaluated_in_parts_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, detections = random_set(30)
+    whole = measure(images, detections).to_dict()
+    for cells, n_parts in ((1, 3), (60, 2), (90, 1)):
+        parts = []
+        evaluate = detection._evaluate_classes
+
+        def spy(*args: object, parts: list = parts, evaluate: Callable = evaluate) -> object:
+            parts.append(args[2])
+            return evaluate(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(detection, "_evaluate_classes", spy)
+            patch.setattr(detection, "MOST_CELLS", cells)
+            assert measure(images, detections).to_dict() == whole
+        assert len(parts) == n_parts

@@ -56,6 +56,8 @@ ALL, SMALL, MEDIUM, LARGE = range(4)
 AT_MOST_1, AT_MOST_10, AT_MOST_100, AT_MOST_MAX = 0, 1, 2, -1
 """Indices of the limits of detections in COCO's arrays."""
 IOU_50, IOU_75 = 0, 5
+MOST_CELLS = 500_000
+"""Images × classes that COCO's tools evaluate at once; they keep some 1.5 kB for each."""
 
 logger = logging.getLogger(__name__)
 
@@ -334,30 +336,43 @@ def _evaluate_coco(
     Returns: precision (T, R, K, A, M) and recall (T, K, A, M), for T IoU thresholds, R recalls, K classes, A
         areas, M limits of detections: 1, 10, 100 and, if it is another, `max_dets`.
     """
+    step = max(1, MOST_CELLS // max(1, len(images)))
+    parts = [
+        _evaluate_classes(images, results, range(start, min(start + step, n_classes)), max_dets)
+        for start in range(0, max(1, n_classes), step)
+    ]
+    precisions, recalls = zip(*parts, strict=True)
+    return np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
+
+
+def _evaluate_classes(
+    images: Sequence[AnnotatedImage], results: Sequence[Detections], classes: range, max_dets: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Evaluate some of the classes, each of which is independent of the others."""
     coco, evaluate = _coco_tools()
     truth = [
         {"image_id": i, "category_id": label, "bbox": bbox, "area": area, "iscrowd": int(crowd)}
         for i, image in enumerate(images)
-        for label, bbox, area, crowd in _coco_rows(image, image.area, image.iscrowd)
+        for label, bbox, area, crowd in _coco_rows(image, image.area, image.iscrowd, classes=classes)
     ]
     found = [
         {"image_id": i, "category_id": label, "bbox": bbox, "area": bbox[2] * bbox[3], "score": score}
         for i, result in enumerate(results)
-        for label, bbox, score in _coco_rows(result, result.scores)
+        for label, bbox, score in _coco_rows(result, result.scores, classes=classes)
     ]
     for entries in (truth, found):
         for number, entry in enumerate(entries, start=1):  # COCO's matching takes id 0 for "no match"
             entry["id"] = number
     shared = {
         "images": [{"id": i} for i in range(len(images))],
-        "categories": [{"id": k, "name": str(k)} for k in range(n_classes)],
+        "categories": [{"id": k, "name": str(k)} for k in classes],
     }
     datasets = (coco({**shared, "annotations": entries}) for entries in (truth, found))
     evaluator = evaluate(*datasets, "bbox")
     evaluator.params.maxDets = sorted({1, 10, 100, max_dets})
     evaluator.evaluate()
     evaluator.accumulate()
-    shape = (10, len(RECALLS), n_classes, 4, len(evaluator.params.maxDets))
+    shape = (10, len(RECALLS), len(classes), 4, len(evaluator.params.maxDets))
     precision, recall = (
         np.where(np.asarray(values) < 0, math.nan, values)
         for values in (evaluator.eval["precision"], evaluator.eval["recall"])
@@ -381,11 +396,16 @@ def _coco_tools() -> tuple[Any, Any]:
     return COCO, COCOeval_faster
 
 
-def _coco_rows(image: AnnotatedImage | Detections, *columns: np.ndarray) -> Iterable[Any]:
-    """Yield label, bbox (x, y, width, height) and the values of other columns, box by box."""
+def _coco_rows(
+    image: AnnotatedImage | Detections, *columns: np.ndarray, classes: range | None = None
+) -> Iterable[Any]:
+    """Yield label, bbox (x, y, width, height) and other columns' values, for boxes of some classes or all."""
     corners, others = image.boxes_xyxy[:, :2], image.boxes_xyxy[:, 2:]
-    bboxes = np.concatenate([corners, others - corners], 1)
-    return zip(*(column.tolist() for column in (image.labels, bboxes, *columns)), strict=True)
+    values = (image.labels, np.concatenate([corners, others - corners], 1), *columns)
+    if classes is not None:
+        chosen = (image.labels >= classes.start) & (image.labels < classes.stop)
+        values = tuple(column[chosen] for column in values)
+    return zip(*(column.tolist() for column in values), strict=True)
 
 
 def _to_numpy(values: object) -> np.ndarray:
