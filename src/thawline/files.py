@@ -12,6 +12,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "finite",
+    "marked_encoding",
     "is_write_failure",
     "read_json",
     "read_jsonl",
@@ -21,6 +22,7 @@ __all__ = [
     "write_text",
 ]
 
+import codecs
 import errno
 import json
 import math
@@ -37,6 +39,7 @@ from thawline.errors import CheckpointError
 
 DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
 """Raised by readers of tensors for a file that is cut short, empty, or holds other objects than tensors."""
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -133,6 +136,11 @@ def read_jsonl(path: str | Path) -> list[Any]:
     # Text may hold other line breaks than "\n", U+2028 for one, at which splitlines would cut it.
     lines = content[: content.rfind(b"\n") + 1].split(b"\n")
     return [_parse(path, line, f"line {i}: ") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def marked_encoding(data: bytes) -> str | None:
+    """Return the encoding that the mark in front of a text states (UTF-8 or UTF-16); None: there is none."""
+    return next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), None)
 
 
 def is_write_failure(error: BaseException) -> bool:

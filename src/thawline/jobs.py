@@ -291,23 +291,23 @@ def export(
         return _export_text(str(model), out, settings.pop("format"), task, settings)
     from thawline.exporters.export import Settings, export_detector, read_samples
     from thawline.models.deimv2 import DEIMv2
+    from thawline.run_folder import RunFolder
 
     chosen = Settings(**settings)
-    records: Sequence[ImageRecord] = ()
-    folder, is_run = Path("."), False
-    if not isinstance(model, DEIMv2):
-        is_run = (Path(model) / "config.yaml").is_file()
-        folder = Path(model) / "exports" if is_run else folder
-        loaded = DEIMv2.from_variant(variant or str(model)) if weights == "random" else None
-        detector = loaded or DEIMv2.from_pretrained(model, variant)
-    else:
+    if isinstance(model, DEIMv2):
         detector = model
-    if data is not None or is_run:
-        records = _held_out(str(model), data)
+    elif weights == "random":
+        detector = DEIMv2.from_variant(variant or str(model))
+    else:
+        detector = DEIMv2.from_pretrained(model, variant)
+    run = None if isinstance(model, DEIMv2) or not RunFolder(Path(model)).is_run else Path(model)
+    records = _held_out(str(model), data) if data is not None or run is not None else ()
     samples = read_samples(records, detector) if records else None
-    report = export_detector(detector, folder if out is None else out, chosen, samples)
-    if is_run:
-        _report(Path(str(model)))
+    if out is None:
+        out = "." if run is None else run / "exports"
+    report = export_detector(detector, out, chosen, samples)
+    if run is not None:
+        _report(run)
     return report
 
 
@@ -345,9 +345,7 @@ def _held_out(model: str, data: str | Path | None) -> Sequence[ImageRecord]:
             f"'{model}' is no detection run. Text models are exported as merged, lora, gguf-ready."
         )
     try:
-        found = load_detection(
-            config.data.path, None if config.data.format == "auto" else config.data.format, config.data.images
-        )
+        found = load_detection(config.data.path, config.data.format, config.data.images)
     except DataError as error:
         logger.info("Compared on generated images: the run's dataset cannot be read here. %s", error)
         return ()

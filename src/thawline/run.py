@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -51,6 +51,10 @@ from thawline.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+LESS_MEMORY = (
+    "Lower `training.batch_size` and raise `training.gradient_accumulation`, or set `lean` or "
+    "`training.gradient_checkpointing`"
+)
 USUAL_BATCH = 8
 """Rows evaluated at a time where the recipe does not say."""
 
@@ -87,7 +91,7 @@ def run(
     callbacks = [stop, *patience, *_recorders(objective, model)]
     trainer = objective.build_trainer(model, callbacks)
     is_first_process = trainer.is_world_process_zero()
-    checkpoint = _agreed_checkpoint(folder) if resume else None
+    checkpoint = _agreed_checkpoint(folder, is_first_process) if resume else None
     step = 0 if checkpoint is None else checkpoint_step(checkpoint)
     stage = {"from_step": step, "changed": changed} if changed else {}
     for callback in patience:
@@ -264,13 +268,10 @@ def _check_longer(n_steps: int, done: int, changed: Mapping[str, Sequence[Any]])
         )
 
 
-def _agreed_checkpoint(folder: RunFolder) -> Path | None:
+def _agreed_checkpoint(folder: RunFolder, is_first_process: bool) -> Path | None:
     """Return the checkpoint to resume from, as the first process finds it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return newest_checkpoint(folder.path)
-    found = [newest_checkpoint(folder.path) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
+    found = [newest_checkpoint(folder.path) if is_first_process else None]
+    return broadcast_object_list(found)[0]
 
 
 @contextmanager
@@ -315,10 +316,7 @@ def _take_steps(
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"{str(error).split('. ')[0]}. Lower `training.batch_size` and raise "
-                "`training.gradient_accumulation`, or set `lean` or `training.gradient_checkpointing`."
-            ) from error
+            raise ConfigError(f"{str(error).split('. ')[0]}. {LESS_MEMORY}.") from error
 
 
 def _add_memory(plan: dict[str, Any], objective: Objective, trainer: Trainer) -> None:
@@ -335,10 +333,9 @@ def _add_memory(plan: dict[str, Any], objective: Objective, trainer: Trainer) ->
     plan["memory"] = dict(found.bytes)
     if not found.fits(available):
         logger.warning(
-            "The run will probably not fit: %s. Lower `training.batch_size` and raise "
-            "`training.gradient_accumulation`, or set `lean` or `training.gradient_checkpointing`; "
-            "`thawline plan --compare` shows other tuners.",
+            "The run will probably not fit: %s. %s; `thawline plan --compare` shows other tuners.",
             plan["overview"]["memory"],
+            LESS_MEMORY,
         )
 
 

@@ -1,4 +1,4 @@
-"""Where an ONNX model parts from torch: the first nodes whose results differ although their inputs agree.
+"""Find where an ONNX model diverges from torch: first nodes whose results differ though their inputs agree.
 
 Each value of the translated model belongs to a node of the program it was translated from, so both can be
 read out and compared one by one, in the order of computation.

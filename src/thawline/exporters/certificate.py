@@ -1,4 +1,4 @@
-"""How far an exported file gives the same detections as the model in torch.
+"""Comparison of the detections of an exported file with those of the model in torch.
 
 Detections are compared by box and class, not by rank: two that score equally may come in either order. Torch
 detects with the queries that the file has chosen, if they score as high as those of its own choice: which of
@@ -19,13 +19,13 @@ __all__ = [
     "Detections",
     "Reference",
     "Row",
-    "average_precisions",
+    "average_precision",
     "compare",
     "detect",
     "generated_images",
 ]
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,28 +154,14 @@ def compare(
     )  # fmt: skip
 
 
-def average_precisions(
-    session: Session,
-    reference: Reference,
-    batch: int,
-    records: Sequence[AnnotatedImage],
-    names: Sequence[str],
-) -> dict[str, float]:
-    """Measure AP on annotated images in torch and in a session.
-
-    Args:
-        records: annotations of the reference's images.        names: of the classes.
-    """
-    expected = [reference.detect(index, None)[0] for index in range(len(records))]
-    ap: dict[str, float] = {}
-    for name, detections in (("torch", expected), ("file", detect(session, reference.inputs, batch))):
-        evaluator = DetectionEvaluator(records, names)
-        tensors = [{key: torch.from_numpy(value) for key, value in found.items()} for found in detections]
-        evaluator.update(
-            range(len(records)), [{**found, "labels": found["labels"].long()} for found in tensors]
-        )
-        ap[name] = evaluator.compute().statistics["AP"]
-    return {**ap, "difference": ap["file"] - ap["torch"]}
+def average_precision(
+    detections: Iterable[Detections], records: Sequence[AnnotatedImage], names: Sequence[str]
+) -> float:
+    """Measure AP of the detections in annotated images. `names`: of the classes."""
+    evaluator = DetectionEvaluator(records, names)
+    tensors = [{key: torch.from_numpy(value) for key, value in found.items()} for found in detections]
+    evaluator.update(range(len(records)), [{**found, "labels": found["labels"].long()} for found in tensors])
+    return evaluator.compute().statistics["AP"]
 
 
 def detect(session: Session, inputs: Mapping[str, np.ndarray], batch: int) -> Iterator[Detections]:

@@ -15,9 +15,9 @@ import logging
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,10 +34,12 @@ from thawline.exporters.bisect import Parting, first_partings
 from thawline.exporters.certificate import (
     BUDGETS,
     SCORE_BUDGETS,
+    Detections,
     Reference,
     Row,
-    average_precisions,
+    average_precision,
     compare,
+    detect,
     generated_images,
 )
 from thawline.exporters.forms import Sampling, build_graph
@@ -66,7 +68,7 @@ TOLERANCE = {"fp32": 5e-3, "fp16": 0.02}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to export."""
+    """Settings of an export: format, batch, precision and error budget."""
 
     format: Format = "onnx"
     batch: int | None = None
@@ -253,14 +255,25 @@ class _Job:
         ]
         self.report.rows = [row for row in self.report.rows if row.precision != precision] + rows
         if self.samples.records:
-            whole = Reference(self.model, self.samples.images, self.samples.sizes)
-            names = self.config.class_names or [f"class {i}" for i in range(self.config.num_classes)]
-            batch = self.settings.batch or 1
-            self.report.ap = average_precisions(plain, whole, batch, self.samples.records, names)
+            own, inputs = self._torch_ap, self._labelled.inputs
+            ap = self._average_precision(detect(plain, inputs, settings.batch or 1))
+            self.report.ap = {"torch": own, "file": ap, "difference": ap - own}
         self.report.passed = all(
             row.box_error_px <= limit and row.score_error <= SCORE_BUDGETS[precision] for row in rows
         )
         return self.report.passed
+
+    @cached_property
+    def _labelled(self) -> Reference:
+        return Reference(self.model, self.samples.images, self.samples.sizes)
+
+    @cached_property
+    def _torch_ap(self) -> float:
+        indices = range(len(self.samples.records))
+        return self._average_precision(self._labelled.detect(index, None)[0] for index in indices)
+
+    def _average_precision(self, detections: Iterable[Detections]) -> float:
+        return average_precision(detections, self.samples.records, self.config.shown_names)
 
     def certify(self, model: Any, translated: Translated) -> bool:
         """Judge an ONNX model in full precision by its detections and by all its inner values."""
@@ -400,7 +413,7 @@ def _trace(model: DEIMv2, settings: Settings) -> ExportedProgram:
 def _metadata(model: DEIMv2, settings: Settings) -> dict[str, str]:
     config = model.config
     values = {
-        "class_names": config.class_names or [f"class {i}" for i in range(config.num_classes)],
+        "class_names": config.shown_names,
         "image_size": config.image_size,
         "image_mean": config.image_mean,
         "image_std": config.image_std,

@@ -31,7 +31,7 @@ def export_text(
     """Write a tuned model for serving.
 
     Args:
-        load: returns the tuned model anew, since merging changes it, and its tokenizer.
+        load: returns a freshly loaded tuned model, because merging changes it, and its tokenizer.
         out: folder; with `all` it gets a folder for each task.
         format: merged, lora or gguf-ready.
         task: name of a task of the adapter, or `all`. None: the only one.

@@ -69,9 +69,7 @@ class Detector:
         fuse = getattr(model.eval(), "fuse", lambda: model)
         self.model = fuse().to(self.device).eval()
         self.threshold = threshold
-        self.class_names = self.config.class_names or tuple(
-            f"class {index}" for index in range(self.config.num_classes)
-        )
+        self.class_names = self.config.shown_names
         self._mean = torch.tensor(self.config.image_mean, device=self.device)[:, None, None]
         self._std = torch.tensor(self.config.image_std, device=self.device)[:, None, None]
 

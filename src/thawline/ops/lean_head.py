@@ -26,7 +26,7 @@ from thawline.ops.linear_cross_entropy import LEAST, linear_cross_entropy
 
 IGNORED = -100
 Form = tuple[bool, float, float | None]
-"""Whether labels are shifted; scale and cap of the logits."""
+"""True if labels are shifted; scale and cap of the logits."""
 
 
 class LeanHeadModel(nn.Module):
@@ -149,7 +149,7 @@ def _logits(hidden: Tensor, head: nn.Linear, scale: float, softcap: float | None
 
 
 class _Output:
-    """What a stand-in for a part of a model returns: its first value is the hidden states."""
+    """Output of a stand-in for a part of a model; its first value is the hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden

@@ -1,1 +1,1 @@
-"""What a run will need, before anything is loaded: memory by part, time, and the settings that fit."""
+"""Plan a run before anything is loaded: memory by part, time, and the settings that fit."""

@@ -1,4 +1,4 @@
-"""What a recipe trains, without its weights: the model, a full batch, the loss, the optimiser."""
+"""Build what a recipe trains, without its weights: the model, a full batch, the loss, the optimiser."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Blueprint:
     n_rows: int | None
     """Training rows. None: they could not be read."""
     averaged: bool = False
-    """Whether a moving average of the weights is kept."""
+    """True if a moving average of the weights is kept."""
 
 
 def draw_blueprint(

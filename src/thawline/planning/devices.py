@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["DEVICES", "Device", "available_bytes", "find_device"]
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from thawline.errors import ConfigError, did_you_mean
-from thawline.files import write_json
+from thawline.errors import CheckpointError, ConfigError, did_you_mean
+from thawline.files import read_json, write_json
 from thawline.planning.simulate import StepCost
 
 DEVICES: dict[str, tuple[str, float, float, float]] = {
@@ -57,7 +56,7 @@ class Device:
     overhead: int
     """Bytes of a process before the first tensor."""
     precision: Literal["fp16", "bf16"] = "bf16"
-    """What `training.precision: auto` means there."""
+    """Precision that `training.precision: auto` selects on this device."""
     assumptions: tuple[str, ...] = ()
 
     def seconds(self, cost: StepCost, dtype: torch.dtype) -> float:
@@ -113,8 +112,8 @@ def _measured(kind: str) -> Device:
     name = torch.cuda.get_device_name() if kind == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thawline" / "rates.json"
     try:
-        known: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known: dict[str, Any] = read_json(cache)
+    except (OSError, CheckpointError):
         known = {}
     if name not in known:
         known[name] = _calibrate(torch.device(kind)) | {"date": time.strftime("%Y-%m-%d")}

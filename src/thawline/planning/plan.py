@@ -28,14 +28,14 @@ SHARDINGS: dict[str, tuple[str, ...]] = {
     "zero3": ("optimizer", "gradients", "weights"),
     "fsdp2": ("optimizer", "gradients", "weights", "tuner"),
 }
-"""How several devices share a run → the parts that are divided among them."""
+"""Sharding method → the parts of a run that it divides among the devices."""
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
 """Bytes of a weight in bitsandbytes' nf4, doubly quantised: blocks of 64, their scales in blocks of 256."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one device needs for a run."""
+    """Needs of a run on one device."""
 
     parameters: int
     """Parameters of the model, a tuner's included."""
@@ -56,7 +56,7 @@ class Plan:
     device: str
     """Name of the device that the plan is for."""
     assumptions: tuple[str, ...] = field(default=())
-    """What the numbers rest on."""
+    """Assumptions behind the numbers."""
 
     @property
     def seconds(self) -> float | None:

@@ -31,7 +31,7 @@ NOT_OF_DETECTORS = ("MHR", "QLoRA", "QPaCA", "LoRA bf16")
 LENGTH_STEP = 64
 """Granularity of the longest sequence, tokens."""
 LARGEST = 1 << 26
-"""Where the search ends in any case."""
+"""Upper limit of the search."""
 
 
 def variants(

@@ -29,7 +29,7 @@ class Window(NamedTuple):
 
 NEVER = Window(0, 0)
 COARSEST_STRIDE = 32
-"""Of every published size; sides of the input are multiples of it."""
+"""Coarsest stride of every published size; sides of the input are multiples of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ LONGEST_SAMPLE = 300
 PR_CLASSES = 12
 """Classes that get a precision-recall curve: the most frequent ones."""
 MATRIX_CLASSES = 24
-"""Of more classes, the most frequent confusions are listed instead of a matrix."""
+"""Number of classes above which the most frequent confusions are listed instead of a matrix."""
 TOP_CONFUSIONS = 30
 CLASS_COLUMNS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "precision", "recall", "f1",

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
 from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -73,8 +73,7 @@ class WholeCheckpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the manifest of the checkpoint that was just saved."""
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+        PartialState().wait_for_everyone()
         if args.should_save:
             seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -42,7 +42,7 @@ OTHER_TEMPLATE = (
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn whose text a template may leave out of earlier turns, but not of all."""
 END_OF_THOUGHT = "</think>"
-"""What stands before this in a turn's content is such a text too."""
+"""Text before this marker in the content of a turn is reasoning as well."""
 
 ASKED = {"role": "user", "content": "question"}
 """A turn to try templates with."""

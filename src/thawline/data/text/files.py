@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["Rows", "data_files", "decode_text", "file_name", "file_rows", "read_text"]
 
-import codecs
 import csv
 import gzip
 import io
@@ -24,6 +23,7 @@ from typing import Any
 from thawline.data.text.datasets import table_rows
 from thawline.data.text.turns import parse_json
 from thawline.errors import DataError
+from thawline.files import marked_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,6 @@ NOT_ROWS = ("manifest.json", "dataset_infos.json", "dataset_info.json", "dataset
 """Files of a folder that describe its rows."""
 DOCUMENTS = ("", ".md", ".py", ".yaml", ".yml")
 """Suffixes of files that nobody takes for rows."""
-
-MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-"""Bytes in front of a text → its encoding."""
 
 
 def data_files(root: Path) -> list[Path]:
@@ -103,7 +100,7 @@ def decode_text(data: bytes, name: str) -> str:
 
     Raises: DataError: naming the first byte that cannot be read.
     """
-    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+    encoding = marked_encoding(data) or "utf-8"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

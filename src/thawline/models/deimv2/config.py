@@ -120,6 +120,11 @@ class DEIMv2Config:
         height_width("image_size", self.image_size, self.strides[-1])
 
     @property
+    def shown_names(self) -> tuple[str, ...]:
+        """Class names; "class 0", "class 1", … where the config has none."""
+        return self.class_names or tuple(f"class {index}" for index in range(self.num_classes))
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Strides of the maps that the decoder reads, fine to coarse."""
         if isinstance(self.encoder, LiteEncoderConfig):

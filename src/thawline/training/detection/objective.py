@@ -104,7 +104,7 @@ class DetectionObjective(Objective):
         self.class_names = tuple(described.get("class_names", ()))
         if read == "none":
             return
-        found = read_detection(data.path, None if data.format == "auto" else data.format, data.images)
+        found = read_detection(data.path, data.format, data.images)
         judged = evaluated_split(found, data)
         check_usable(found, data.path, None if read == "all" else judged or data.train_split)
         self.class_ids = dict(zip(found.class_names, found.class_ids, strict=True))

@@ -319,10 +319,9 @@ class RowObjective(Objective):
         Raises: RoutingError: for an unknown task, or none where the model routes several.
         """
         known = self.described.get("tasks", {})
-        if task is not None and task not in (known or self.task_ids or ()):
-            raise RoutingError(
-                f"The model knows no task '{task}'. {did_you_mean(task, known or self.task_ids or ())}"
-            )
+        names = known or self.task_ids or ()
+        if task is not None and task not in names:
+            raise RoutingError(f"The model knows no task '{task}'. {did_you_mean(task, names)}")
         if task is None and self.task_ids is not None and len(self.task_ids) > 1:
             raise RoutingError(f"Which task are the texts of? {did_you_mean('', self.task_ids)}")
         task = task or next(iter(self.task_ids or known), "")

@@ -1,4 +1,4 @@
-"""Where the files of a dataset are: folders walked, names resolved and text decoded, alike for every format.
+"""Files of a dataset: walk its folders, resolve the names in annotations and decode text, for every format.
 
 A name in an annotation file was often written on another machine: with backslashes, percent signs for spaces,
 another Unicode form, another case, an absolute path. `Places` takes a file of exactly that name first; else
@@ -23,7 +23,6 @@ __all__ = [
     "subfolders",
 ]
 
-import codecs
 import os
 import re
 import unicodedata
@@ -35,6 +34,7 @@ from urllib.parse import unquote
 
 from thawline.data.detection.formats.splits import split_of_folder
 from thawline.data.detection.images import IMAGE_SUFFIXES, is_image
+from thawline.files import marked_encoding
 
 
 class Places:
@@ -164,10 +164,8 @@ def decode_text(data: bytes) -> tuple[str, bool]:
 
     Returns: the text, and True if its encoding is certain.
     """
-    encoding = "utf-8-sig"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
-    elif 0 in data[:2]:
+    encoding = marked_encoding(data) or "utf-8"
+    if encoding == "utf-8" and 0 in data[:2]:
         encoding = "utf-16-le" if data[0] else "utf-16-be"
     try:
         return data.decode(encoding), True

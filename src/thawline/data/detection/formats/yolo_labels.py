@@ -110,23 +110,21 @@ class LabelReader:
         if not class_id.is_integer():
             raise ValueError(f"the class must be an integer, got {line.split()[0]}")
         n, n_more = len(values), self.n_keypoint_values
-        hint = ". Of a box and keypoints? Then add `kpt_shape` to the YAML file"
-        hint = hint if _is_like_keypoints(values, 3) else ""
         if n_more and n not in (4, 4 + n_more):
             raise ValueError(
                 f"expected `class cx cy w h` and {n_more} values of keypoints, got {n + 1} numbers"
             )
         is_polygon = not n_more and n >= 6 and n % 2 == 0
         if not n_more and n != 4 and not is_polygon:
-            raise ValueError(f"expected `class cx cy w h` or a polygon, got {n + 1} numbers{hint}")
-        values = values if is_polygon else values[:4]
-        if min(values) < RELATIVE_MIN or max(values) > RELATIVE_MAX:
-            raise ValueError(f"expected fractions of the image, got pixels ('{line.strip()}'){hint}")
+            raise ValueError(f"expected `class cx cy w h` or a polygon, got {n + 1} numbers{_hint(values)}")
+        coordinates = values if is_polygon else values[:4]
+        if min(coordinates) < RELATIVE_MIN or max(coordinates) > RELATIVE_MAX:
+            raise ValueError(f"expected fractions of the image, got pixels ('{line.strip()}'){_hint(values)}")
         if is_polygon:
             self._n_polygons += 1
             self._n_like_keypoints.update(k for k in (2, 3) if _is_like_keypoints(values, k))
             return RawBox(box_around(values[::2], values[1::2]), int(class_id))
-        cx, cy, w, h = values
+        cx, cy, w, h = coordinates
         return RawBox((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), int(class_id))
 
     def _report_orphans(self, images: Sequence[Path], used: set[Path], split: str) -> None:
@@ -148,6 +146,13 @@ class LabelReader:
                     self.raw.add_problem(
                         "unknown-image", path.name, f"no image '{path.stem}.*'{other}", split
                     )
+
+
+def _hint(values: Sequence[float]) -> str:
+    """Return what to try for numbers that cannot be read as they are."""
+    if not _is_like_keypoints(values, 3):
+        return ""
+    return ". Of a box and keypoints? Then add `kpt_shape` to the YAML file"
 
 
 def _is_like_keypoints(values: Sequence[float], n_values: int) -> bool:
