@@ -268,6 +268,13 @@ def test_a_coco_file_that_names_no_split_beside_others_is_said(tmp_path: Path) -
     assert problems(data) == {"left-out": "annotations/instances_all.json: names no split, as others do"}
 
 
+def test_other_yaml_files_beside_data_yaml_are_said(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "set")
+    shutil.copy(root / "data.yaml", root / "copy.yaml")
+    (root / "hyp.yaml").write_text("lr0: 0.01\n")
+    assert problems(load_detection(root)) == {"left-out": "copy.yaml: 'data.yaml' is read"}
+
+
 # --- YOLO's YAML
 
 

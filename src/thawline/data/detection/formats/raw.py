@@ -42,7 +42,7 @@ class Found:
             f"{split}: {' '.join(relative_name(path, self.root) for path in paths)}"
             for split, paths in self.splits.items()
         )
-        return f"{self.format} ({parts})"
+        return f"{self.format} ({self.fault or parts})"
 
 
 class RawBox(NamedTuple):

@@ -17,6 +17,7 @@ from __future__ import annotations
 __all__ = ["HINT", "look", "read"]
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def look(path: Path) -> list[Found]:
                 is_meant = file == path or file.stem == "data" or re.search("(?m)^(names|nc):", text)
                 faulty += [_found(file, fault=str(error))] if is_meant else []
     # The usual name wins over a recipe's or an exporter's own copy.
-    return [one for one in found if one.index and one.index.stem == "data"] or found or faulty[:1]
+    named = [one for one in found if one.index and one.index.stem == "data"]
+    others = tuple(one.index for one in found if one.index and one not in named)
+    return [replace(one, left_out=others) for one in named] or found or faulty[:1]
 
 
 def _found(file: Path, splits: dict[str, tuple[Path, ...]] | None = None, fault: str = "") -> Found:
@@ -76,6 +79,8 @@ def read(found: Found, images: Path | None = None) -> RawSet:
     file = found.index
     assert file is not None, "set by `look`"
     raw = RawSet(format="yolo", root=found.root, is_relative=True, applies_orientation=True)
+    for other in found.left_out:
+        raw.add_problem("left-out", other.name, f"'{file.name}' is read")
     content = _parse_yaml(file, raw.read_text(file))
     table = _class_table(file, content, raw)
     for note in _sources(file, content)[1]:
