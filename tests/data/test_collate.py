@@ -224,3 +224,13 @@ def test_the_loader_turns_epochs_and_leaves_out_the_short_batch() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="mixup_prob.*-1"):
         Augmentation(mixup_prob=-1)
+
+
+def test_workers_are_forked_from_a_process_without_threads_of_opencv() -> None:
+    before = collate.opencv().getNumThreads()
+    try:
+        collate.opencv().setNumThreads(2)
+        build_loader(TrainingImages(Painted(4), Augmentation(size=SIZE)), Collate(), batch_size=2, workers=1)
+        assert collate.opencv().getNumThreads() == 1
+    finally:
+        collate.opencv().setNumThreads(before)

@@ -208,6 +208,9 @@ def build_loader(
         pin_memory: pin batches for asynchronous copies to a GPU.
     """
     sampler = sampler or images.sampler()
+    if workers:
+        # A forked worker that gives up this process' threads may wait for them for ever: there must be none.
+        opencv().setNumThreads(1)
     return DataLoader(
         images,
         batch_size=batch_size,
