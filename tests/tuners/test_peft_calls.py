@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.support.models import tiny_llama
@@ -92,6 +93,8 @@ def test_layers_tell_their_sizes_as_pefts_do(make) -> None:
     model = get_peft_model(tiny_llama(), make(target_modules=["k_proj"]))
     layer = model.base_model.model.model.layers[0].self_attn.k_proj
     assert (layer.in_features, layer.out_features) == (24, 12)
+    conv = get_peft_model(nn.Sequential(nn.Conv2d(6, 9, 3, groups=3)), PacaConfig(r=1, target_modules=["0"]))
+    assert (conv.base_model.model[0].in_features, conv.base_model.model[0].out_features) == (6, 9)
 
 
 def test_merging_one_adapter_leaves_nothing_of_another_in_layers_it_does_not_adapt(make) -> None:

@@ -33,8 +33,12 @@ NOTICES: dict[str, Callable[[str], bool]] = {
     "transformers.modeling_utils": _is_expected,
 }
 """Logger → which of its messages are hidden."""
-WARNINGS = ("Position ids are not supported for parameter efficient tuning",)
-"""Beginnings of Python warnings that are hidden; this one is of PEFT's learned prompts."""
+WARNINGS = (
+    "Position ids are not supported for parameter efficient tuning",
+    "The following (rank|alpha)_pattern keys did not match",
+)
+"""Beginnings of Python warnings that are hidden, as patterns: PEFT's on learned prompts, and on entries that
+it wrote itself for fused experts; what a user wrote is checked in `tuners/targets.py`."""
 
 
 def quiet_libraries() -> None:

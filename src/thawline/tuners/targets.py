@@ -189,7 +189,12 @@ def check_fused(config: Any, model: nn.Module) -> None:
 
 
 def warn_of_the_rest(config: Any, model: nn.Module) -> None:
-    """Warn of layers that "all-linear" does not reach, unless `config` excludes them."""
+    """Warn of layers that "all-linear" does not reach, unless `config` excludes them.
+
+    A model that is all on meta, as a plan builds it, is not going to train.
+    """
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return
     fused = {name: weight for name, weight in fused_weights(model).items() if not _is_left_out(config, name)}
     if fused:
         share = sum(weight.numel() for weight in fused.values()) / sum(p.numel() for p in model.parameters())

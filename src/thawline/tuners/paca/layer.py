@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.pytorch_utils import Conv1D
@@ -78,7 +78,10 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.columns_of = column_view(base_layer)
-        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        if isinstance(base_layer, nn.Conv2d):
+            self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
+        else:
+            self.out_features, self.in_features = self.columns_of(base_layer.weight).shape
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
