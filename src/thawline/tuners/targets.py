@@ -110,8 +110,7 @@ def check_patterns(config: Any, model: nn.Module, targets: Any, adapted: Collect
         named = [name for name in names if _ends(name, entry)]
         if not named:
             raise ConfigError(f"`target_modules` has '{entry}': {_no_module(entry, model, names)}")
-        left = [name for name in named if name not in adapted]
-        if len(left) == len(named) and not any(_is_left_out(config, name) for name in named):
+        if not any(name in adapted or _is_left_out(config, name) for name in named):
             raise ConfigError(
                 f"`target_modules` has '{entry}', of which `layers_to_transform` leaves nothing."
             )
