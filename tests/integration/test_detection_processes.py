@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support.detection_runs import forget_after
 from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import RunConfig
 from thawline.run import evaluate, run
@@ -95,7 +96,7 @@ def a_share_of_a_run(rank: int, mapping: dict, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    result = run(RunConfig.from_mapping(mapping))
+    result = run(RunConfig.from_mapping(mapping), resume=Path(mapping["folder"], mapping["name"]).exists())
     Path(mapping["folder"], f"{rank}.json").write_text(json.dumps([result.steps, result.metrics]))
     torch.distributed.destroy_process_group()
 
@@ -131,14 +132,25 @@ def test_two_processes_make_one_run_and_agree_on_what_it_came_to(tmp_path: Path)
         "folder": str(tmp_path),
         "name": "run",
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(a_share_of_a_run, (mapping, port), nprocs=2, start_method="fork")
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second
+
+    def run_in_two() -> list:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start_processes(a_share_of_a_run, (mapping, port), nprocs=2, start_method="fork")
+        first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+        assert first == second
+        return first
+
+    first = run_in_two()
     assert first[0] == 4  # two epochs of eight pictures, four a step
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert sum("eval_AP" in line for line in lines) == 2
     # One process alone finds the same on all of the held-out images.
     assert evaluate(tmp_path / "run").metrics == pytest.approx(first[1])
+    # Both go on from the checkpoint before one whose second process's part is cut.
+    forget_after(tmp_path / "run", step=4)
+    manifest = json.loads((tmp_path / "run" / "checkpoint-4" / "manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= set(manifest)
+    (tmp_path / "run" / "checkpoint-4" / "rng_state_1.pth").write_bytes(b"")
+    assert run_in_two() == first
