@@ -126,3 +126,20 @@ def test_a_saved_adapter_is_gone_on_from(model: nn.Module, tiny_llama: Path, tmp
         attach_tuner(base, PeftMethod(method="ia3", start_from=folder))
     with pytest.raises(CheckpointError, match="holds no adapter"):
         attach_tuner(base, kind(start_from=str(tmp_path)))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "p_tuning"])
+def test_a_learned_prompt_generates_what_its_forwards_give(model: nn.Module, method: str) -> None:
+    args = {"num_virtual_tokens": 3} | ({"encoder_hidden_size": 8} if method == "p_tuning" else {})
+    tuned = attach_tuner(model, PeftMethod(method=method, args=args)).eval()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    ids = torch.tensor([[5, 70, 71], [90, 91, 92]])
+    written = tuned.generate(
+        input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    for _ in range(6):
+        ids = torch.cat([ids, tuned(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert written.tolist() == ids.tolist()

@@ -73,6 +73,8 @@ def attach_tuner(
     else:
         tuned = _load_adapter(model, settings.start_from, settings.method, saved)
     expect_gradients(tuned.get_base_model())
+    if tuned.active_peft_config.is_prompt_learning:
+        _keep_prompt_in_generate(tuned)
     if isinstance(settings, Mhr):
         if settings.start_from is not None:
             _adapt(tuned, settings, tasks, saved)
@@ -89,6 +91,24 @@ def routed_tasks(model: nn.Module) -> list[str] | None:
     if config.router == "uniform" or (config.n_tasks == 1 and config.task_names is None):
         return None
     return config.task_names or [str(number) for number in range(config.n_tasks or 1)]
+
+
+def _keep_prompt_in_generate(model: Any) -> None:
+    """Let PEFT find the cache when a learned prompt generates; transformers 5.24 gives it another name.
+
+    Otherwise PEFT 0.21 takes every token for the first one: it puts the prompt in again, or loses the prefix.
+    """
+    prepare = getattr(model, "base_model_prepare_inputs_for_generation", None)
+    if prepare is None:
+        return
+
+    def with_old_name(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = prepare(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
+    model.base_model_prepare_inputs_for_generation = with_old_name
 
 
 def _new_adapter(
