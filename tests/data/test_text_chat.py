@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.text import byte_tokenizer
 from thawline.data.text import IGNORED, Example, TextEncoder, load_examples
-from thawline.errors import DataError
+from thawline.errors import ConfigError, DataError
 
 ASK, ANSWER = {"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "18 degrees"}
 MARKED = (
@@ -307,3 +307,10 @@ def test_an_encoder_decoder_learns_a_last_turn_of_text_alone(tmp_path: Path) -> 
     for last in (ASK, {"role": "assistant", "tool_calls": [call({})]}, {**ANSWER, "weight": 0}):
         with pytest.raises(DataError, match="learns the last turn of a chat, which must be the assistant's"):
             writes(read(tmp_path, messages=[ASK, ANSWER, ASK, last]))
+
+
+def test_a_tokenizer_without_offsets_is_refused_for_chats(tmp_path: Path, monkeypatch) -> None:
+    encode, example = encoder(tmp_path), read(tmp_path, messages=[ASK, ANSWER])
+    monkeypatch.setattr(type(encode.tokenizer), "is_fast", False)
+    with pytest.raises(ConfigError, match="does not say where tokens stand"):
+        encode(example)

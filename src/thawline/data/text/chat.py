@@ -95,6 +95,11 @@ class ChatTemplate:
         learned = [bool(turn.get("weight", is_usual)) for turn, is_usual in zip(turns, usual, strict=True)]
         # What stands between turns is learned with `learn_all` alone.
         located = [i for i, is_learned in enumerate(learned) if is_learned != learn_all]
+        if located and not self.tokenizer.is_fast:
+            raise ConfigError(
+                f"The tokenizer '{self.tokenizer.name_or_path}' does not say where tokens stand in "
+                "a text, which chats need. Use a fast one (tokenizer.json), or rows of prompt and completion."
+            )
         has_marks = MARKS.search(self._source(example)) is not None
         locate = self._marked if located and has_marks else self._added
         ids, is_located = locate(example, located)
