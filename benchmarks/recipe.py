@@ -1,0 +1,194 @@
+"""What each part of the derived detection recipe is worth on small sets, by budget.
+
+    python benchmarks/recipe.py --shared ../shared --arms lr4 lr4+plain --budgets 10 --data bccd
+
+One run: Atto (or --variant) from random weights at 320 × 320 on 160 images of a set (all, where it has
+fewer), fp32, one thread, with the derived schedule for the epochs of the budget and the changes of an arm.
+An arm joins changes by "+":
+
+    base           the derived recipe as it is
+    lr4            all rates × 4               bb2       the backbone's rate × 2 more
+    plain          flips only                  nomosaic  no Mosaic, MixUp, CopyBlend
+    nocolour, nozoom, nocrop                   one operation off
+    strong.5       strong augmentation ends after half of the epochs (mosaic.5: Mosaic alone)
+    batch16        images per step             warm.1    warm-up, share of the run
+    flat.5         end of the full rate, share of the run
+    final.1        share of the run at the final rate          gamma.05  final rate over full rate
+    ema.05         reach of the average, share of the run
+    match.5        share of the run after which matching is by overlap alone (match1: never)
+    wd.01, clip1   weight decay, gradient clipping             box1      smallest box trained on, pixels
+
+AP is of the averaged weights at the end of the run (`AP`), and of the raw ones (`raw_AP`). Rows are appended
+to <out>.rows.jsonl as they come, so that a stopped study resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness import Rows, study_parser, study_results
+from thawline.measure import write_results
+
+N_IMAGES = 160
+SIZE = 320
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    data: str
+    epochs: int
+    arm: str
+    seed: int = 0
+    variant: str = "atto"
+    n_images: int = N_IMAGES
+
+
+def main() -> None:
+    parser = study_parser(__doc__, "recipe.json")
+    parser.add_argument("--data", nargs="+", default=["bccd"], help="Sets in data/detection.")
+    parser.add_argument("--budgets", nargs="+", type=int, default=[10], help="Epochs.")
+    parser.add_argument("--arms", nargs="*", default=["base"], help="Changes of the recipe.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--variant", default="atto")
+    parser.add_argument("--images", type=int, default=N_IMAGES, help="Training images.")
+    args = parser.parse_args()
+    rows = Rows(args.out, Job)
+    jobs = [
+        Job(data, epochs, arm, seed, args.variant, args.images)
+        for seed in args.seeds
+        for epochs in args.budgets
+        for data in args.data
+        for arm in args.arms
+    ]
+    rows.run(partial(train_one, shared=args.shared), jobs, workers=args.workers, jobs_per_process=1)
+    write_results(args.out, study_results("recipe.py", table=summarise(rows.done)))
+
+
+def train_one(job: Job, shared: Path) -> dict[str, Any]:
+    """Train and evaluate once."""
+    import torch
+    import transformers
+
+    from thawline.recipe import RunConfig
+    from thawline.training.detection.schedule import DetectionSchedule
+    from thawline.training.objective import build_objective
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    start = time.process_time()
+    folder = Path(tempfile.mkdtemp(prefix="recipe-"))
+    batch = re.search(r"batch(\d+)", job.arm)
+    config = RunConfig.from_mapping(
+        {
+            "objective": {"kind": "detection"},
+            "base": {"variant": job.variant, "size": SIZE},
+            "tuner": "none",
+            "data": {
+                "path": str(shared / "data" / "detection" / job.data), "format": "coco", "max_images": job.n_images,
+            },
+            "training": {
+                "epochs": job.epochs, "save_every": "end", "eval_every": "end", "workers": 0,
+                "precision": "fp32", "log_every": 10_000, "args": {"disable_tqdm": True},
+                "batch_size": int(batch[1]) if batch else None,
+            },
+            "folder": str(folder), "name": "run", "seed": job.seed,
+        }
+    )  # fmt: skip
+    torch.manual_seed(job.seed)
+    transformers.set_seed(job.seed)
+    objective: Any = build_objective(config)
+    schedule: DetectionSchedule = objective.schedule
+    objective.__dict__["schedule"] = replace(schedule, settings=changed(schedule, job.arm))
+    model = objective.build_model()
+    trainer = objective.build_trainer(model, [])
+    trainer.train()
+    s = objective.schedule.settings
+    raw = objective.measure(trainer.evaluated_model, 2 * s.batch_size)[0].statistics
+    outcome = {"raw_AP": raw["AP"], "raw_AP50": raw["AP50"]}
+    if trainer.average is not None:
+        with trainer.average.applied():
+            found = objective.measure(trainer.evaluated_model, 2 * s.batch_size)[0].statistics
+        outcome = {"AP": found["AP"], "AP50": found["AP50"], **outcome}
+    shutil.rmtree(folder)
+    return {
+        **{k: round(v, 5) for k, v in outcome.items()},
+        "steps": trainer.state.global_step,
+        "lr": s.lr,
+        "batch": s.batch_size,
+        "cpu_seconds": round(time.process_time() - start, 1),
+    }
+
+
+def changed(schedule: Any, arm: str) -> Any:
+    """Return the settings of a schedule with the changes of an arm."""
+    from thawline.recipe.resolved import NEVER, Window
+
+    s, n_steps = schedule.settings, schedule.n_steps
+    for change in arm.split("+"):
+        match = re.fullmatch(r"([a-z]+)([\d.]*)", change)
+        if match is None:
+            raise SystemExit(f"Cannot read the change {change!r}.")
+        name, value = match[1], float(match[2]) if match[2] else 1.0
+        epoch = round(value * s.epochs)
+        first = s.strong_epochs.start
+        changes: dict[str, Any] = {
+            "base": {},
+            "batch": {},
+            "lr": {"lr": s.lr * value, "backbone_lr": s.backbone_lr * value},
+            "bb": {"backbone_lr": s.backbone_lr * value},
+            "plain": {"strong_epochs": NEVER, "mosaic_epochs": NEVER, "mixup_epochs": NEVER, "copyblend_epochs": NEVER},
+            "nomosaic": {"mosaic_epochs": Window(first, first), "mixup_epochs": NEVER, "copyblend_epochs": NEVER},
+            "nocolour": {"colour_prob": 0.0},
+            "nozoom": {"zoom_out_prob": 0.0},
+            "nocrop": {"crop_prob": 0.0},
+            "strong": {
+                "strong_epochs": Window(first, max(first, epoch)),
+                "mosaic_epochs": Window(first, max(first, min(epoch, s.mosaic_epochs.stop))),
+            },
+            "mosaic": {"mosaic_epochs": Window(first, max(first, epoch))},
+            "warm": {"warmup_steps": max(1, round(value * n_steps))},
+            "flat": {"flat_epoch": epoch},
+            "final": {"no_aug_epochs": epoch},
+            "gamma": {"lr_gamma": value},
+            "ema": {"ema_decay": 1 - 1 / max(1.0, value * n_steps), "ema_warmup_steps": max(1, round(value * n_steps / 10))},
+            "match": {"matcher_change_epoch": epoch},
+            "wd": {"weight_decay": value},
+            "clip": {"max_grad_norm": value},
+            "box": {"min_box_size": int(value)},
+        }[name]  # fmt: skip
+        s = replace(s, **changes)
+    return s
+
+
+def summarise(done: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over seeds of each arm."""
+    groups: dict[Job, list[dict[str, Any]]] = {}
+    for job, outcome in done.items():
+        groups.setdefault(replace(job, seed=0), []).append(outcome)
+    return [
+        {
+            "data": job.data, "epochs": job.epochs, "variant": job.variant, "n_images": job.n_images,
+            "arm": job.arm, "seeds": len(found),
+            **{
+                name: round(statistics.mean(row[name] for row in found if name in row), 4)
+                for name in ("AP", "AP50", "raw_AP")
+            },
+            "AP_by_seed": [row["AP"] for row in found],
+        }
+        for job, found in groups.items()
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
