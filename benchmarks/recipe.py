@@ -17,6 +17,8 @@ An arm joins changes by "+":
     ema.05         reach of the average, share of the run
     match.5        share of the run after which matching is by overlap alone (match1: never)
     wd.01, clip1   weight decay, gradient clipping             box1      smallest box trained on, pixels
+    beta.99        AdamW's second beta                         bn.03     momentum of batch norms
+    focal, vfl     classification loss                         dn200     denoising queries
 
 AP is of the averaged weights at the end of the run (`AP`), and of the raw ones (`raw_AP`). Rows are appended
 to <out>.rows.jsonl as they come, so that a stopped study resumes.
@@ -88,11 +90,15 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     start = time.process_time()
     folder = Path(tempfile.mkdtemp(prefix="recipe-"))
-    batch = re.search(r"batch(\d+)", job.arm)
+    batch, denoising = (re.search(rf"{name}(\d+)", job.arm) for name in ("batch", "dn"))
+    class_loss = next((name for name in ("focal", "vfl") if name in job.arm), "mal")
     config = RunConfig.from_mapping(
         {
-            "objective": {"kind": "detection"},
-            "base": {"variant": job.variant, "size": SIZE},
+            "objective": {"kind": "detection", "class_loss": class_loss},
+            "base": {
+                "variant": job.variant, "size": SIZE,
+                "overrides": {"num_denoising": int(denoising[1])} if denoising else {},
+            },
             "tuner": "none",
             "data": {
                 "path": str(shared / "data" / "detection" / job.data), "format": "coco", "max_images": job.n_images,
@@ -111,6 +117,10 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
     schedule: DetectionSchedule = objective.schedule
     objective.__dict__["schedule"] = replace(schedule, settings=changed(schedule, job.arm))
     model = objective.build_model()
+    if momentum := re.search(r"bn([\d.]+)", job.arm):
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = float(momentum[1])
     trainer = objective.build_trainer(model, [])
     trainer.train()
     s = objective.schedule.settings
@@ -143,8 +153,7 @@ def changed(schedule: Any, arm: str) -> Any:
         epoch = round(value * s.epochs)
         first = s.strong_epochs.start
         changes: dict[str, Any] = {
-            "base": {},
-            "batch": {},
+            **dict.fromkeys(("base", "batch", "bn", "focal", "vfl", "dn"), {}),
             "lr": {"lr": s.lr * value, "backbone_lr": s.backbone_lr * value},
             "bb": {"backbone_lr": s.backbone_lr * value},
             "plain": {"strong_epochs": NEVER, "mosaic_epochs": NEVER, "mixup_epochs": NEVER, "copyblend_epochs": NEVER},
@@ -165,6 +174,8 @@ def changed(schedule: Any, arm: str) -> Any:
             "match": {"matcher_change_epoch": epoch},
             "wd": {"weight_decay": value},
             "clip": {"max_grad_norm": value},
+            "beta": {"betas": (0.9, value)},
+            "start": {"strong_epochs": Window(epoch, s.strong_epochs.stop), "mosaic_epochs": Window(epoch, s.mosaic_epochs.stop)},
             "box": {"min_box_size": int(value)},
         }[name]  # fmt: skip
         s = replace(s, **changes)

@@ -132,7 +132,7 @@ def run(
         result = dataclasses.replace(
             result, status="finished", seconds=seconds,
             metrics=evaluation.metrics, parts=evaluation.parts, start=folder.start(),
-            stopped="".join(callback.stopped for callback in patience),
+            stopped="".join(callback.stopped for callback in patience), ending=trainer.ending,
         )  # fmt: skip
         if is_first_process:
             folder.save_evaluation(evaluation)

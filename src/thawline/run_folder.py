@@ -89,6 +89,8 @@ class RunResult:
     """Wall time of training, since it was last resumed."""
     stopped: str = ""
     """Why training ended before its last step (`training.patience`); empty where it did not."""
+    ending: str = ""
+    """Detection: how the last and the best epoch compare, and which weights were kept."""
     signal: int | None = None
     """Signal that interrupted the run."""
 

@@ -31,6 +31,7 @@ from thawline.recipe.resolved import TrainingSettings, Window
 from thawline.run import evaluate, run, saved_config
 from thawline.training.detection import schedule as schedules
 from thawline.training.detection.backbone import merged_detector
+from thawline.training.detection.trainer import DetectionTrainer
 from thawline.training.objective import build_objective
 
 
@@ -82,6 +83,31 @@ def test_a_run_leaves_detectors_ready_to_use_and_says_how_good_they_are(
     assert (
         main(["predict", str(folder), "--source", source, "--threshold", "0", "--max_detections", "1"]) == 0
     )
+
+
+@pytest.mark.parametrize("eval_every", ["epoch", "end"])
+@pytest.mark.parametrize("trained", [0.25, 0.5])
+def test_a_run_keeps_the_better_of_averaged_and_trained_weights_and_says_which(
+    recipe, monkeypatch: pytest.MonkeyPatch, eval_every: str, trained: float
+) -> None:
+    monkeypatch.setattr(
+        DetectionTrainer, "_score", lambda trainer: trained if trainer.average is None else 0.375
+    )
+    result = run(recipe(eval_every=eval_every))
+    state = torch.load(result.folder / "checkpoint-9/pytorch_model.bin", weights_only=True)
+    average = torch.load(result.folder / "checkpoint-9/average.pt", weights_only=True)["tensors"]
+    name = next(name for name in average if name.endswith("conv.weight"))
+    kept = state if trained > 0.375 else average
+    last = DEIMv2.from_pretrained(result.folder / "last").state_dict()
+    assert torch.equal(last[name.removeprefix("detector.")], kept[name])
+    said = {0.25: "0.375 after the last epoch, 3 (averaged weights; 0.250 as trained)",
+            0.5: "0.500 after the last epoch, 3 (weights as trained; 0.375 averaged)"}  # fmt: skip
+    assert result.ending.startswith(f"AP {said[trained]}")
+    if trained > 0.375 or eval_every == "end":
+        assert result.ending == f"AP {said[trained]}"
+        assert_same(DEIMv2.from_pretrained(result.folder / "model").state_dict(), last)
+    else:
+        assert result.ending.endswith("; the best, which is kept, is 0.375 after epoch 1, 0.000 above")
 
 
 def test_a_dry_run_plans_and_takes_no_step(recipe) -> None:

@@ -74,6 +74,8 @@ def _train(options: Namespace) -> int:
     if options.json:
         return show_json(asdict(result))
     show(evaluation_table(result.metrics, result.parts, result.start))
+    if result.ending:
+        show(result.ending)
     stopped = f", stopped early: {result.stopped}" if result.stopped else ""
     return show(f"{result.folder}: {result.steps} steps in {result.seconds:.1f} s{stopped}")
 

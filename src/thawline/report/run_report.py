@@ -101,11 +101,12 @@ def _headline(folder: Path) -> Headline | None:
         return None
     status = result.get("status", "not finished")
     seconds = f", {timedelta(seconds=round(result['seconds']))} of training" if result.get("seconds") else ""
+    ending = [("End", result["ending"])] if result.get("ending") else []
     return Headline(
         score="–" if name is None else f"{metrics[name]:.3f}",
         label="not evaluated yet" if name is None else f"{name} on the held-out rows",
         facts=[(key.capitalize(), overview[key]) for key in HEADLINE if key in overview]
-        + [("Status", status + seconds)],
+        + [("Status", status + seconds), *ending],
     )
 
 

@@ -59,6 +59,8 @@ class Trainer(transformers.Trainer):
         self.broken_loss = BrokenLoss(on_broken_loss)
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step = -1
+        self.ending = ""
+        """How the run's last and best evaluations compare, in words."""
         super().__init__(
             model=model,
             args=args,

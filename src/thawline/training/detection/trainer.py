@@ -6,6 +6,9 @@ run's folder holds two detectors ready to use, with averaged weights and any ada
     best/   highest value of the chosen metric so far
     last/   latest evaluation
 
+At the end of a run the weights are evaluated as trained, too: where they score higher than their average, which
+in a short run may lag behind, they are what is kept.
+
 A published run starts stage 2 from the best epoch of stage 1 (weights, average and optimiser), and restarts
 it from there after every epoch that beats none of those since the last restart.
 """
@@ -179,9 +182,7 @@ class DetectionTrainer(Trainer):
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), self._averaged():
             output = super().evaluation_loop(dataloader, description, metric_key_prefix, **kwargs)
-            is_best_of_stage_1 = self.is_in_train and self._save_evaluated(
-                self._score(output.metrics or {}, metric_key_prefix)
-            )
+            is_best_of_stage_1 = self.is_in_train and self._save_evaluated()
         if is_best_of_stage_1 and self.schedule.published:
             self._save_stage_1()
         return output
@@ -242,6 +243,8 @@ class DetectionTrainer(Trainer):
         That is the best one of the run if images are held out, else the latest one.
         """
         folder = Path(output_dir or self.args.output_dir)
+        if not _internal_call and self.objective.held_out_rows:
+            self._evaluate_end()
         if not self.args.should_save:
             return
         if _internal_call:
@@ -315,11 +318,38 @@ class DetectionTrainer(Trainer):
         """Give the model the averaged weights inside the context."""
         return nullcontext() if self.average is None else self.average.applied()
 
-    def _save_evaluated(self, score: float) -> bool:
-        """Save the current, averaged weights as last/ and, if they score best, as best/.
+    def _evaluate_end(self) -> None:
+        """Evaluate the weights that training ends with, their average first, and save the better ones."""
+        step, per_epoch = self.state.global_step, self.schedule.steps_per_epoch
+        if self.last_evaluated_step != step:
+            self.evaluate()
+            with self._averaged():
+                self._save_evaluated()
+        last, weights = self._score(), ""
+        if self.average is not None and not self.schedule.published:
+            average, averaged = self.average, self.last_evaluation
+            self.average = None  # from here on the weights as trained are what is evaluated and saved
+            super().evaluation_loop(self.get_eval_dataloader(), "as trained")
+            trained = self._score()
+            weights = f" (averaged weights; {trained:.3f} as trained)"
+            if trained > last:
+                weights = f" (weights as trained; {last:.3f} averaged)"
+                last = trained
+                self._save_evaluated()
+            else:
+                self.average, self.last_evaluation = average, averaged
+        scores, metric = self.scores, self.objective.training.best_metric
+        self.ending = f"{metric} {last:.3f} after the last epoch, {step / per_epoch:.4g}{weights}"
+        if scores.best_step != step:
+            best = f"{scores.best:.3f} after epoch {scores.best_step / per_epoch:.4g}"
+            self.ending += f"; the best, which is kept, is {best}, {scores.best - last:.3f} above"
+
+    def _save_evaluated(self) -> bool:
+        """Save the weights of the latest evaluation as last/ and, if they score best, as best/.
 
         Returns: whether they are the best of stage 1 so far.
         """
+        score = self._score()
         epoch = (self.state.global_step - 1) // self.schedule.steps_per_epoch
         is_stage_2 = self.schedule.windows["stage_2"].covers(epoch)
         is_best = self.scores.note(score, step=self.state.global_step, is_stage_2=is_stage_2)
@@ -329,9 +359,10 @@ class DetectionTrainer(Trainer):
                 _copy_folder(self.folder / "last", self.folder / "best")
         return is_best and not is_stage_2
 
-    def _score(self, metrics: Mapping[str, float], prefix: str) -> float:
-        """Return the metric that chooses the best detector; 0 without anything to measure it on."""
-        return metrics.get(f"{prefix}_{self.objective.training.best_metric}", 0.0)
+    def _score(self) -> float:
+        """Return the latest value of the metric that chooses the best detector; 0 where there is none."""
+        metrics = self.last_evaluation.metrics if self.last_evaluation is not None else {}
+        return metrics.get(self.objective.training.best_metric, 0.0)
 
     def _save_stage_1(self) -> None:
         """Save the start of stage 2: the weights in training, their average, the optimiser."""
