@@ -26,7 +26,6 @@ to <out>.rows.jsonl as they come, so that a stopped study resumes.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import statistics
@@ -42,6 +41,8 @@ from thawline.measure import write_results
 
 N_IMAGES = 160
 SIZE = 320
+ELSEWHERE = ("base", "batch", "bn", "focal", "vfl", "dn")
+"""Changes of an arm that `train_one` makes."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
             },
             "tuner": "none",
             "data": {
-                "path": str(shared / "data" / "detection" / job.data), "format": "coco", "max_images": job.n_images,
+                "path": str(shared / "data" / "detection" / job.data), "format": "coco",
+                "max_images": job.n_images,
             },
             "training": {
                 "epochs": job.epochs, "save_every": "end", "eval_every": "end", "workers": 0,
@@ -150,35 +152,34 @@ def changed(schedule: Any, arm: str) -> Any:
         if match is None:
             raise SystemExit(f"Cannot read the change {change!r}.")
         name, value = match[1], float(match[2]) if match[2] else 1.0
+        if name in ELSEWHERE:
+            continue
         epoch = round(value * s.epochs)
         first = s.strong_epochs.start
-        changes: dict[str, Any] = {
-            **dict.fromkeys(("base", "batch", "bn", "focal", "vfl", "dn"), {}),
+        mosaic = Window(first, max(first, min(epoch, s.mosaic_epochs.stop)))
+        reach = max(1.0, value * n_steps)
+        no_mixing: dict[str, Any] = {"mixup_epochs": NEVER, "copyblend_epochs": NEVER}
+        s = replace(s, **{
             "lr": {"lr": s.lr * value, "backbone_lr": s.backbone_lr * value},
             "bb": {"backbone_lr": s.backbone_lr * value},
-            "plain": {"strong_epochs": NEVER, "mosaic_epochs": NEVER, "mixup_epochs": NEVER, "copyblend_epochs": NEVER},
-            "nomosaic": {"mosaic_epochs": Window(first, first), "mixup_epochs": NEVER, "copyblend_epochs": NEVER},
+            "plain": {"strong_epochs": NEVER, "mosaic_epochs": NEVER, **no_mixing},
+            "nomosaic": {"mosaic_epochs": Window(first, first), **no_mixing},
             "nocolour": {"colour_prob": 0.0},
             "nozoom": {"zoom_out_prob": 0.0},
             "nocrop": {"crop_prob": 0.0},
-            "strong": {
-                "strong_epochs": Window(first, max(first, epoch)),
-                "mosaic_epochs": Window(first, max(first, min(epoch, s.mosaic_epochs.stop))),
-            },
-            "mosaic": {"mosaic_epochs": Window(first, max(first, epoch))},
+            "strong": {"strong_epochs": Window(first, max(first, epoch)), "mosaic_epochs": mosaic},
+            "mosaic": {"mosaic_epochs": mosaic},
             "warm": {"warmup_steps": max(1, round(value * n_steps))},
             "flat": {"flat_epoch": epoch},
             "final": {"no_aug_epochs": epoch},
             "gamma": {"lr_gamma": value},
-            "ema": {"ema_decay": 1 - 1 / max(1.0, value * n_steps), "ema_warmup_steps": max(1, round(value * n_steps / 10))},
+            "ema": {"ema_decay": 1 - 1 / reach, "ema_warmup_steps": max(1, round(reach / 10))},
             "match": {"matcher_change_epoch": epoch},
             "wd": {"weight_decay": value},
             "clip": {"max_grad_norm": value},
             "beta": {"betas": (0.9, value)},
-            "start": {"strong_epochs": Window(epoch, s.strong_epochs.stop), "mosaic_epochs": Window(epoch, s.mosaic_epochs.stop)},
             "box": {"min_box_size": int(value)},
-        }[name]  # fmt: skip
-        s = replace(s, **changes)
+        }[name])  # fmt: skip
     return s
 
 

@@ -6,8 +6,8 @@ run's folder holds two detectors ready to use, with averaged weights and any ada
     best/   highest value of the chosen metric so far
     last/   latest evaluation
 
-At the end of a run the weights are evaluated as trained, too: where they score higher than their average, which
-in a short run may lag behind, they are what is kept.
+At the end of a run the weights are evaluated as trained, too: where they score higher than their average,
+which in a short run may lag behind, they are what is kept.
 
 A published run starts stage 2 from the best epoch of stage 1 (weights, average and optimiser), and restarts
 it from there after every epoch that beats none of those since the last restart.
