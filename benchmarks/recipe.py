@@ -2,9 +2,9 @@
 
     python benchmarks/recipe.py --shared ../shared --arms lr4 lr4+plain --budgets 10 --data bccd
 
-One run: Atto (or --variant) from random weights at 320 × 320 on 160 images of a set (all, where it has
-fewer), fp32, one thread, with the derived schedule for the epochs of the budget and the changes of an arm.
-An arm joins changes by "+":
+One run: Atto (or --variant) from random weights at 320 × 320 (or --size) on 160 images of a set (all, where
+it has fewer), fp32, one thread, with the derived schedule for the epochs of the budget and the changes of an
+arm. An arm joins changes by "+":
 
     base           the derived recipe as it is
     lr4            all rates × 4               bb2       the backbone's rate × 2 more
@@ -55,6 +55,7 @@ class Job:
     seed: int = 0
     variant: str = "atto"
     n_images: int = N_IMAGES
+    size: int = SIZE
 
 
 def main() -> None:
@@ -65,10 +66,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--variant", default="atto")
     parser.add_argument("--images", type=int, default=N_IMAGES, help="Training images.")
+    parser.add_argument("--size", type=int, default=SIZE, help="Side of the input, pixels.")
     args = parser.parse_args()
     rows = Rows(args.out, Job)
     jobs = [
-        Job(data, epochs, arm, seed, args.variant, args.images)
+        Job(data, epochs, arm, seed, args.variant, args.images, args.size)
         for seed in args.seeds
         for epochs in args.budgets
         for data in args.data
@@ -97,7 +99,7 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
         {
             "objective": {"kind": "detection", "class_loss": class_loss},
             "base": {
-                "variant": job.variant, "size": SIZE,
+                "variant": job.variant, "size": job.size,
                 "overrides": {"num_denoising": int(denoising[1])} if denoising else {},
             },
             "tuner": "none",
@@ -191,7 +193,7 @@ def summarise(done: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "data": job.data, "epochs": job.epochs, "variant": job.variant, "n_images": job.n_images,
-            "arm": job.arm, "seeds": len(found),
+            "size": job.size, "arm": job.arm, "seeds": len(found),
             **{
                 name: round(statistics.mean(row[name] for row in found if name in row), 4)
                 for name in ("AP", "AP50", "raw_AP")

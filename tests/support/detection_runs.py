@@ -52,7 +52,7 @@ def write_painted_coco(root: Path) -> Path:
 
 
 class DetectionRecipes:
-    """Recipes of 3 epochs, 3 steps each, on one dataset and in one folder."""
+    """Recipes of 3 epochs, 3 steps each, on one dataset and in one folder, with strong augmentation."""
 
     def __init__(self, data: Path, runs: Path) -> None:
         self.data, self.runs = data, runs
@@ -71,7 +71,7 @@ class DetectionRecipes:
         steps = {"epochs": 3, "batch_size": 2, "log_every": 1}
         return RunConfig.from_mapping(
             {
-                "objective": {"kind": "detection", **(objective or {})},
+                "objective": {"kind": "detection", "strong_augmentation": True, **(objective or {})},
                 "name": name,
                 "folder": str(self.runs),
                 "base": {"variant": variant, "size": 64, "overrides": network, **(base or {})},

@@ -237,6 +237,26 @@ def test_switches_take_augmentation_away(recipe) -> None:
     assert not any(map(settings.strong_epochs.covers, range(100)))
 
 
+@pytest.mark.parametrize(
+    "objective", [{"strong_augmentation": True}, {"mosaic_prob": 0.1}, {"colour_prob": 0.2}]
+)
+def test_a_short_run_has_strong_augmentation_where_the_recipe_asks_for_it(recipe, objective) -> None:
+    def of(objective: dict) -> tuple[bool, dict[str, str]]:
+        schedule = build_objective(recipe(objective={"strong_augmentation": None, **objective})).schedule
+        return schedule.settings.strong_epochs.covers(1), schedule.reasons
+
+    assert of({}) == (False, of({"colour_prob": 0.0})[1])
+    has_strong, reasons = of(objective)
+    assert has_strong
+    assert "left out" not in reasons["epochs"]
+    assert "left out" in of({})[1]["epochs"]
+
+
+def test_a_rate_that_is_given_follows_from_no_rule(recipe) -> None:
+    assert "rates" in build_objective(recipe()).schedule.reasons
+    assert "rates" not in build_objective(recipe(lr=0.5)).schedule.reasons
+
+
 def test_values_of_the_recipe_reach_the_settings_by_name(recipe) -> None:
     objective = {"mosaic_prob": 0.1, "colour_prob": 0.2, "vertical_flip_prob": 0.3, "min_box_size": 4}
     training = {"lr": 0.5, "backbone_lr": 0.25, "weight_decay": 0.125, "max_grad_norm": 3.0}

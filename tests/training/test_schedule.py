@@ -121,12 +121,53 @@ def test_derived_windows_lie_in_the_run_and_leave_its_end_clean(variant: str, ep
     ("n_images", "batch_size"), [(COCO_IMAGES, 32), (511, 16), (255, 8), (100, 4), (18, 4), (3, 3), (1, 1)]
 )
 def test_derived_batch_leaves_sixteen_steps_an_epoch_where_it_can(n_images: int, batch_size: int) -> None:
-    assert derive_schedule(10, variant="s", n_images=n_images).settings.batch_size == batch_size
+    assert derive_schedule(200, variant="s", n_images=n_images).settings.batch_size == batch_size
+
+
+@pytest.mark.parametrize(("epochs", "batch_size"), [(60, 16), (59, 16), (30, 8), (13, 4), (1, 4)])
+def test_derived_batch_leaves_a_thousand_steps_a_run_where_it_can(epochs: int, batch_size: int) -> None:
+    schedule = derive_schedule(epochs, variant="atto", n_images=292)
+    assert schedule.settings.batch_size == batch_size
+    assert schedule.n_steps >= 1000 or batch_size == 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_short_run_from_random_weights_has_a_high_rate_and_flips_alone(variant: str) -> None:
+    schedule = derive_schedule(10, variant=variant, n_images=160)
+    settings, published = schedule.settings, PUBLISHED[variant]
+    share = math.sqrt(4 / published.batch_size)
+    assert settings.lr == settings.backbone_lr == pytest.approx(published.lr * min(1, 4 * share))
+    for name in ("strong", "mosaic", "mixup", "copyblend", "overlap_matcher"):
+        start, stop = schedule.windows[name]
+        assert start == stop, name
+    assert "1,600 images" in schedule.reasons["rates"]
+    assert "100% of the strong ones left out" in schedule.reasons["epochs"]
+
+
+def test_a_longer_run_goes_over_to_the_published_recipe_step_by_step() -> None:
+    schedules = [derive_schedule(epochs, variant="atto", n_images=160) for epochs in range(8, 120)]
+    rates = [s.settings.lr / math.sqrt(s.settings.batch_size) for s in schedules]
+    strong, late = (
+        [stop - start for s in schedules for start, stop in [s.windows[name]]]
+        for name in ("strong", "overlap_matcher")
+    )
+    assert max(rates) / min(rates) == pytest.approx(4)
+    assert rates == sorted(rates, reverse=True)
+    assert all(abs(a - b) <= 2 for epochs in (strong, late) for a, b in itertools.pairwise(epochs))
+    assert (strong[0], late[0]) == (0, 0)
+    assert (strong[-1], late[-1]) == (94, 12)  # of 119: 0.79 and 0.1 of the run
+    # A long run, or one that starts from a detector, is none of it.
+    lr = PUBLISHED["atto"].lr
+    assert schedules[-1].settings.lr == lr * math.sqrt(schedules[-1].settings.batch_size / 128)
+    short = derive_schedule(10, variant="atto", n_images=160, start="detector")
+    assert short.settings.lr == lr * math.sqrt(4 / 128) / 4
+    assert short.windows["strong"] == (0, 8)
+    assert "what is pretrained × 0.25" in short.reasons["rates"]
 
 
 def test_derived_rates_follow_the_root_of_the_batch_and_spare_what_is_pretrained() -> None:
     def rates(start: str, n_images: int, batch: int) -> tuple[float, float]:
-        schedule = derive_schedule(20, variant="s", n_images=n_images, batch_size=batch, start=start)  # type: ignore[arg-type]
+        schedule = derive_schedule(2000, variant="s", n_images=n_images, batch_size=batch, start=start)  # type: ignore[arg-type]
         return schedule.settings.lr, schedule.settings.backbone_lr
 
     lr, backbone = PUBLISHED["s"].lr, PUBLISHED["s"].backbone_lr
@@ -177,8 +218,8 @@ def test_another_input_size_carries_everything_that_is_measured_in_it() -> None:
 
 
 def test_schedule_describes_itself_in_plain_values() -> None:
-    text = json.dumps(derive_schedule(20, variant="n", n_images=64).describe())
-    assert '"mosaic": [0, 10]' in text
+    text = json.dumps(derive_schedule(72, variant="n", n_images=255).describe())
+    assert '"mosaic": [2, 35]' in text
 
 
 @pytest.mark.parametrize(

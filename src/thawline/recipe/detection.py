@@ -104,8 +104,9 @@ class DetectionSettings:
     """Evaluate and save an exponential moving average of the weights."""
     dense_o2o: bool = True
     """Mosaic, MixUp and CopyBlend: more boxes per image."""
-    strong_augmentation: bool = True
-    """Dense O2O, colour changes, zoom-out and crop. Off: flips only."""
+    strong_augmentation: bool | None = None
+    """Dense O2O, colour changes, zoom-out and crop. true: in the published share of the epochs; false: flips
+    only. None: true, but less or none in a short run, unless one of the probabilities below is given."""
     multi_scale: bool = True
     """Batches of several image sizes, for the detectors that were trained so (S to X)."""
     mosaic_prob: float | None = None

@@ -58,6 +58,7 @@ from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.evaluation import measure_detector, n_devices, to_evaluation
 from thawline.training.detection.schedule import (
     DetectionSchedule,
+    asks_for_augmentation,
     derive_schedule,
     override,
     published_schedule,
@@ -134,7 +135,9 @@ class DetectionObjective(Objective):
         n_draws = len(self.records) if self.image_repeats is None else round(self.image_repeats.sum())
         n_batches = max(1, n_draws // self._per_forward(settings.batch_size))
         steps = math.ceil(math.ceil(n_batches / n_devices()) / self.training.gradient_accumulation)
-        return replace(schedule, settings=settings, steps_per_epoch=steps)
+        given = {"rates": self.training.lr, "boxes": self.settings.min_box_size}
+        reasons = {name: why for name, why in schedule.reasons.items() if given.get(name) is None}
+        return replace(schedule, settings=settings, steps_per_epoch=steps, reasons=reasons)
 
     @cached_property
     def class_repeats(self) -> np.ndarray | None:
@@ -317,6 +320,7 @@ class DetectionObjective(Objective):
             size=self.size,
             start=self.start,
             box_sides=shorter_sides(self.records, self.size),
+            strong_augmentation=asks_for_augmentation(self.settings),
         )
 
     def _per_forward(self, batch_size: int) -> int:

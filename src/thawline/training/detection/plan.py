@@ -20,10 +20,13 @@ SHOWN_CLASSES = 3
 
 
 def schedule_overview(schedule: DetectionSchedule, plan: Mapping[str, Any]) -> dict[str, str]:
-    """Return the schedule in words, under at most four headings; `plan` is the trainer's."""
+    """Return the schedule in words, under at most four headings; `plan` is the trainer's.
+
+    Each says in brackets which rules its values follow from.
+    """
     settings = schedule.settings
     windows = {name: f"{a}–{b - 1}" for name, (a, b) in schedule.windows.items() if b > a}
-    return {
+    lines = {
         "steps": f"{plan['steps']:,} of {plan['rows_a_step']} images: {schedule.epochs} epochs × "
         f"{schedule.steps_per_epoch}, {plan['loader']['images_per_second_each']} images/s per process",
         "rates": f"{settings.lr:.2g}, backbone {settings.backbone_lr:.2g}, {plan['schedule']['form']}, "
@@ -31,6 +34,10 @@ def schedule_overview(schedule: DetectionSchedule, plan: Mapping[str, Any]) -> d
         "epochs": ", ".join(f"{name} {span}" for name, span in windows.items()),
         "boxes": f"not learned with a side under {settings.min_box_size} px of "
         + " × ".join(map(str, settings.height_width)),
+    }
+    return {
+        name: f"{text} ({why})" if (why := schedule.reasons.get(name)) else text
+        for name, text in lines.items()
     }
 
 

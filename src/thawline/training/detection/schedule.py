@@ -16,10 +16,18 @@ down to `lr_gamma` of it, and that rate to the end.
 
 from __future__ import annotations
 
-__all__ = ["DetectionSchedule", "derive_schedule", "flat_cosine", "override", "published_schedule"]
+__all__ = [
+    "DetectionSchedule",
+    "asks_for_augmentation",
+    "derive_schedule",
+    "flat_cosine",
+    "override",
+    "published_schedule",
+]
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -35,12 +43,17 @@ _PUBLISHED_FIRST_STEP = 1 / 500
 
 # Derived settings, see `derive_schedule`.
 _MIN_BATCHES_PER_EPOCH = 16
+_MIN_STEPS = 1000
 _MIN_BATCH_SIZE = 4
+_SHORT_RUN, _LONG_RUN = 2_000, 16_000
+_SHORT_RUN_RATE = 4.0
 _MAX_WARMUP_SHARE = 0.05
 _MAX_EMA_SHARE = 0.05
 _MANY_IMAGES = 5000
 _LOWEST_PRETRAINED_SHARE = 0.25
 _MAX_SHARE_OF_SMALL_BOXES = 0.05
+
+_OF_STRONG_AUGMENTATION = ("mosaic_prob", "mixup_prob", "copyblend_prob", "colour_prob", "merged_mosaic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +64,14 @@ class DetectionSchedule:
         variant: a size of DEIMv2.
         settings: the run's settings.
         steps_per_epoch: optimiser steps.
+        reasons: rules behind derived values, in words.
     """
 
     variant: str
     settings: TrainingSettings
     steps_per_epoch: int
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Rules behind derived values, in words, by the line of the plan that shows those."""
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch < 1:
@@ -153,6 +169,7 @@ class DetectionSchedule:
                 "mosaic": s.mosaic_prob, "mixup": s.mixup_prob, "copyblend": s.copyblend_prob,
             },
             "windows": {name: list(window) for name, window in self.windows.items()},
+            "reasons": dict(self.reasons),
         }  # fmt: skip
 
 
@@ -195,17 +212,23 @@ def derive_schedule(
     size: int | tuple[int, int] | None = None,
     start: Literal["scratch", "backbone", "detector"] = "scratch",
     box_sides: np.ndarray | None = None,
+    strong_augmentation: bool = False,
 ) -> DetectionSchedule:
     """Scale the published schedule of a size to a user's own data.
 
     - **Windows** keep their share of the run: an epoch of the published run moves to the same fraction of
       `epochs`, but the last epoch is always without strong augmentation. At the published length they are
       the published windows. N gets the cosine its recipe named and never reached.
-    - **Batch**: the published one, halved until an epoch has at least 16 steps, but not below 4.
+    - **Batch**: the published one, halved until an epoch has at least 16 steps and the run 1,000, but not
+      below 4.
     - **Rates** follow the square root of the batch, the rule for Adam (Malladi et al., NeurIPS 2022).
     - **Small data**: what is pretrained moves less, by √(n_images / 5000), a quarter at least. `start` says
       what that is: nothing, the backbone, or the whole detector. A backbone with random weights trains at
       the full rate, not at the low one for pretrained weights.
+    - **Short runs** from random weights: a run that sees at most 2,000 images, epochs × `n_images`, has
+      four times the rate, at most the published one, no strong augmentation, and matching by score and
+      overlap never replaces the first form of matching, since boxes overlap too little. From 16,000 images on
+      all of it is as published; between, it changes with the logarithm of their number.
     - **Warm-up**: the published steps, at most a twentieth of the run.
     - **EMA** averages over the published number of images, at most a twentieth of the run; its warm-up is a
       tenth of that, as published.
@@ -222,6 +245,7 @@ def derive_schedule(
         start: source of the initial weights.
         box_sides: (N,), the shorter side of every training box in an input whose longer side is 1; `None`
             leaves the published limit of small boxes.
+        strong_augmentation: `True` leaves it its share of a short run, too.
     Raises: ConfigError: unknown size, or no epochs, images or batch.
     """
     published = _published(variant)
@@ -229,19 +253,24 @@ def derive_schedule(
         if value is not None and value < 1:
             raise ConfigError(f"`{name}={value}`: expected 1 or more.")
     size = published.size if size is None else height_width("size", size, COARSEST_STRIDE)
-    batch = batch_size if batch_size is not None else _batch_size(published.batch_size, n_images)
+    batch = batch_size if batch_size is not None else _batch_size(published.batch_size, n_images, epochs)
     steps_per_epoch = max(1, n_images // batch)
     n_steps = epochs * steps_per_epoch
+    # 1 for a run that is too short for the published recipe, 0 for one that is long enough.
+    shortness = 0.0 if start == "detector" else _shortness(epochs * n_images)
 
-    def scaled(epoch: int) -> int:
+    def scaled(epoch: float) -> int:
         return min(round(epoch * epochs / published.epochs), max(1, epochs - 1))
 
-    def scaled_window(window: Window) -> Window:
-        return Window(*map(scaled, window))
+    left_out = 0.0 if strong_augmentation else shortness
+
+    def shortened(window: Window) -> Window:
+        return Window(scaled(window.start), scaled(window.stop - left_out * (window.stop - window.start)))
 
     pretrained = min(1.0, max(_LOWEST_PRETRAINED_SHARE, math.sqrt(n_images / _MANY_IMAGES)))
     per_batch = math.sqrt(batch / published.batch_size)
-    lr = published.lr * per_batch
+    boost = max(1.0, min(_SHORT_RUN_RATE**shortness, 1 / per_batch))
+    lr = published.lr * per_batch * boost
     # 1 / (1 - decay) is how many steps the average reaches back.
     ema_steps = (1 / (1 - published.ema_decay)) * published.batch_size / batch
     ema_steps = max(1.0, min(ema_steps, _MAX_EMA_SHARE * n_steps))
@@ -249,7 +278,7 @@ def derive_schedule(
     if box_sides is not None and len(box_sides):
         smallest = max(height_width("size", size)) * float(np.quantile(box_sides, _MAX_SHARE_OF_SMALL_BOXES))
         min_box_size = max(1, min(min_box_size, math.floor(smallest)))
-    flat_epoch = published.flat_epoch
+    flat_epoch, change = published.flat_epoch, scaled(published.matcher_change_epoch)
     settings = replace(
         published,
         published=False,
@@ -262,18 +291,36 @@ def derive_schedule(
         no_aug_epochs=epochs - scaled(published.epochs - published.no_aug_epochs),
         flat_epoch=scaled(flat_epoch if flat_epoch <= published.epochs else published.mosaic_epochs.stop),
         lr_gamma=published.lr_gamma if published.lr_gamma < 1 else 0.5,
-        strong_epochs=scaled_window(published.strong_epochs),
-        mosaic_epochs=scaled_window(published.mosaic_epochs),
-        mixup_epochs=scaled_window(published.mixup_epochs),
-        copyblend_epochs=scaled_window(published.copyblend_epochs),
-        matcher_change_epoch=scaled(published.matcher_change_epoch),
+        strong_epochs=shortened(published.strong_epochs),
+        mosaic_epochs=shortened(published.mosaic_epochs),
+        mixup_epochs=shortened(published.mixup_epochs),
+        copyblend_epochs=shortened(published.copyblend_epochs),
+        matcher_change_epoch=change + round(shortness * (epochs - change)),
         warmup_steps=min(published.warmup_steps, math.ceil(_MAX_WARMUP_SHARE * n_steps)),
         lr=lr * pretrained if start == "detector" else lr,
         backbone_lr=lr if start == "scratch" else published.backbone_lr * per_batch * pretrained,
         ema_decay=1 - 1 / ema_steps,
         ema_warmup_steps=max(1, round(ema_steps / 10)),
     )
-    return DetectionSchedule(variant=variant, settings=settings, steps_per_epoch=steps_per_epoch)
+    reasons = {
+        "rates": f"published {published.lr:g} × √({batch} / {published.batch_size})",
+        "epochs": f"shares of the published {published.epochs}",
+    }
+    if batch_size is None and batch < published.batch_size:
+        reasons["steps"] = (
+            f"published {published.batch_size}, less for {_MIN_BATCHES_PER_EPOCH} steps an epoch and "
+            f"{_MIN_STEPS:,} a run"
+        )
+    if shortness:
+        reasons["rates"] += f" × {boost:.2g}: a short run, of {epochs * n_images:,} images"
+        reasons["epochs"] += f"; {left_out:.0%} of the strong ones left out: a short run" if left_out else ""
+    if start != "scratch" and pretrained < 1:
+        reasons["rates"] += f"; what is pretrained × {pretrained:.2g}: {n_images:,} images"
+    if min_box_size < published.min_box_size:
+        reasons["boxes"] = f"published {published.min_box_size}, less to keep 95 % of the boxes"
+    return DetectionSchedule(
+        variant=variant, settings=settings, steps_per_epoch=steps_per_epoch, reasons=reasons
+    )
 
 
 def override(
@@ -294,9 +341,10 @@ def override(
     start = settings.strong_epochs.start
     if not objective.multi_scale:
         given["multi_scale_repeat"] = None
-    if not objective.strong_augmentation:
+    is_plain = objective.strong_augmentation is False
+    if is_plain:
         given["strong_epochs"] = Window(start, start)
-    if not (objective.dense_o2o and objective.strong_augmentation):
+    if is_plain or not objective.dense_o2o:
         given["mosaic_epochs"] = Window(start, start)
         given["mixup_epochs"] = given["copyblend_epochs"] = NEVER
     return replace(settings, **given)
@@ -305,7 +353,7 @@ def override(
 def _check_augmentation(variant: str, objective: DetectionSettings) -> None:
     """Refuse settings of augmentation that nothing reads."""
     published = _published(variant)
-    off = [name for name in ("strong_augmentation", "dense_o2o") if not getattr(objective, name)]
+    off = [name for name in ("strong_augmentation", "dense_o2o") if getattr(objective, name) is False]
     reason = {name: f"`objective.{off[0]}` is off" for name in ("mosaic_prob", "merged_mosaic") if off}
     if off[:1] == ["strong_augmentation"]:
         reason["colour_prob"] = "`objective.strong_augmentation` is off"
@@ -316,9 +364,21 @@ def _check_augmentation(variant: str, objective: DetectionSettings) -> None:
         if off or window == NEVER:
             reason[name] = f"`objective.{off[0]}` is off" if off else f"'{variant}' is trained without it"
     for name, why in reason.items():
-        value = getattr(objective, name)
-        if value and value != getattr(DetectionSettings, name):
+        if _is_given(objective, name):
+            value = getattr(objective, name)
             raise ConfigError(f"`objective.{name}={value}`: nothing reads it, since {why}. Leave it out.")
+
+
+def asks_for_augmentation(objective: DetectionSettings) -> bool:
+    """Return whether a recipe asks for strong augmentation: as such, or by giving one of its settings."""
+    return bool(objective.strong_augmentation) or any(
+        _is_given(objective, name) for name in _OF_STRONG_AUGMENTATION
+    )
+
+
+def _is_given(objective: DetectionSettings, name: str) -> bool:
+    value = getattr(objective, name)
+    return bool(value) and value != getattr(DetectionSettings, name)
 
 
 def _published(variant: str) -> TrainingSettings:
@@ -327,8 +387,16 @@ def _published(variant: str) -> TrainingSettings:
     return PUBLISHED[variant]
 
 
-def _batch_size(published: int, n_images: int) -> int:
+def _batch_size(published: int, n_images: int, epochs: int) -> int:
     batch = published
-    while batch > _MIN_BATCH_SIZE and n_images // batch < _MIN_BATCHES_PER_EPOCH:
+    while batch > _MIN_BATCH_SIZE and (
+        n_images // batch < _MIN_BATCHES_PER_EPOCH or epochs * (n_images // batch) < _MIN_STEPS
+    ):
         batch //= 2
     return min(batch, n_images)
+
+
+def _shortness(n_seen: int) -> float:
+    """Return 1 for at most 2,000 images seen, 0 from 16,000 on, and linear in the logarithm between."""
+    share = math.log(_LONG_RUN / n_seen) / math.log(_LONG_RUN / _SHORT_RUN)
+    return min(1.0, max(0.0, share))
