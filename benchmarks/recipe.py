@@ -1,12 +1,13 @@
 """What each part of the derived detection recipe is worth on small sets, by budget.
 
-    python benchmarks/recipe.py --shared ../shared --arms lr4 lr4+plain --budgets 10 --data bccd
+    python benchmarks/recipe.py --shared ../shared --arms derived before+batch8 --budgets 10 --data bccd
 
 One run: Atto (or --variant) from random weights at 320 × 320 (or --size) on 160 images of a set (all, where
 it has fewer), fp32, one thread, with the derived schedule for the epochs of the budget and the changes of an
 arm. An arm joins changes by "+":
 
-    base           the derived recipe as it is
+    derived        the derived recipe as it is
+    before         the scaled published recipe, without the rules for short runs, at the derived batch
     lr4            all rates × 4               bb2       the backbone's rate × 2 more
     plain          flips only                  nomosaic  no Mosaic, MixUp, CopyBlend
     nocolour, nozoom, nocrop                   one operation off
@@ -41,7 +42,7 @@ from thawline.measure import write_results
 
 N_IMAGES = 160
 SIZE = 320
-ELSEWHERE = ("base", "batch", "bn", "focal", "vfl", "dn")
+ELSEWHERE = ("derived", "batch", "bn", "focal", "vfl", "dn")
 """Changes of an arm that `train_one` makes."""
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     parser = study_parser(__doc__, "recipe.json")
     parser.add_argument("--data", nargs="+", default=["bccd"], help="Sets in data/detection.")
     parser.add_argument("--budgets", nargs="+", type=int, default=[10], help="Epochs.")
-    parser.add_argument("--arms", nargs="*", default=["base"], help="Changes of the recipe.")
+    parser.add_argument("--arms", nargs="*", default=["derived"], help="Changes of the recipe.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--variant", default="atto")
     parser.add_argument("--images", type=int, default=N_IMAGES, help="Training images.")
@@ -119,7 +120,7 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
     transformers.set_seed(job.seed)
     objective: Any = build_objective(config)
     schedule: DetectionSchedule = objective.schedule
-    objective.__dict__["schedule"] = replace(schedule, settings=changed(schedule, job.arm))
+    objective.__dict__["schedule"] = replace(schedule, settings=changed(schedule, job))
     model = objective.build_model()
     if momentum := re.search(r"bn([\d.]+)", job.arm):
         for module in model.modules():
@@ -144,12 +145,12 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
     }
 
 
-def changed(schedule: Any, arm: str) -> Any:
-    """Return the settings of a schedule with the changes of an arm."""
+def changed(schedule: Any, job: Job) -> Any:
+    """Return the settings of a schedule with the changes of a job's arm."""
     from thawline.recipe.resolved import NEVER, Window
 
     s, n_steps = schedule.settings, schedule.n_steps
-    for change in arm.split("+"):
+    for change in job.arm.split("+"):
         match = re.fullmatch(r"([a-z]+)([\d.]*)", change)
         if match is None:
             raise SystemExit(f"Cannot read the change {change!r}.")
@@ -162,6 +163,7 @@ def changed(schedule: Any, arm: str) -> Any:
         reach = max(1.0, value * n_steps)
         no_mixing: dict[str, Any] = {"mixup_epochs": NEVER, "copyblend_epochs": NEVER}
         s = replace(s, **{
+            "before": without_short_runs(s, job),
             "lr": {"lr": s.lr * value, "backbone_lr": s.backbone_lr * value},
             "bb": {"backbone_lr": s.backbone_lr * value},
             "plain": {"strong_epochs": NEVER, "mosaic_epochs": NEVER, **no_mixing},
@@ -183,6 +185,19 @@ def changed(schedule: Any, arm: str) -> Any:
             "box": {"min_box_size": int(value)},
         }[name])  # fmt: skip
     return s
+
+
+def without_short_runs(s: Any, job: Job) -> dict[str, Any]:
+    """Return what the rules for short runs change, as it was without them."""
+    from thawline.models.deimv2.published import PUBLISHED
+    from thawline.training.schedule import derive_schedule
+
+    published = PUBLISHED[job.variant]
+    lr = published.lr * (s.batch_size / published.batch_size) ** 0.5
+    # They are not for detectors that start from one.
+    long = derive_schedule(job.epochs, variant=job.variant, n_images=job.n_images, start="detector").settings
+    windows = ("strong_epochs", "mosaic_epochs", "mixup_epochs", "copyblend_epochs", "matcher_change_epoch")
+    return {"lr": lr, "backbone_lr": lr, **{name: getattr(long, name) for name in windows}}
 
 
 def summarise(done: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:

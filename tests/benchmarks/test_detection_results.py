@@ -119,3 +119,13 @@ def test_detectors_on_real_sets_are_shown_as_recorded() -> None:
             result = found["few"][name][tuner]
             row = cells(result["AP"], result["AP50"], result["best_AP_on_the_way"])
             assert f"| {name} | {title} | {row} |" in page
+
+
+def test_rows_of_the_recipe_study_are_shown_as_recorded() -> None:
+    page = (ROOT / "docs" / "results" / "recipe.md").read_text(encoding="utf-8")
+    rows = recorded("recipe")["table"]
+    for row in rows:
+        cells = [row["data"], row["size"], row["epochs"], f"`{row['arm']}`", row["seeds"]]
+        scores = [f"{row[name]:.3f}" for name in ("AP", "raw_AP")]
+        assert f"| {' | '.join(map(str, [*cells, *scores]))} |" in page
+    assert page.count("` | ") == len(rows)

@@ -252,6 +252,15 @@ def test_a_short_run_has_strong_augmentation_where_the_recipe_asks_for_it(recipe
     assert "left out" in of({})[1]["epochs"]
 
 
+def test_a_run_that_is_made_longer_keeps_its_batches(recipe) -> None:
+    config = recipe(epochs=500, batch_size=None)
+    assert build_objective(config).schedule.settings.batch_size == 4
+    # The rule of images and steps never gives 3.
+    (config.run_folder / "checkpoint-2").mkdir(parents=True)
+    (config.run_folder / "plan.json").write_text('{"rows_a_step": 3}')
+    assert build_objective(config).schedule.settings.batch_size == 3
+
+
 def test_a_rate_that_is_given_follows_from_no_rule(recipe) -> None:
     assert "rates" in build_objective(recipe()).schedule.reasons
     assert "rates" not in build_objective(recipe(lr=0.5)).schedule.reasons

@@ -35,6 +35,7 @@ from thawline.data.detection.records import ImageRecord, n_learnable
 from thawline.data.detection.sampling import class_repeats, image_repeats
 from thawline.data.draws import Draw
 from thawline.errors import ConfigError, DataError
+from thawline.files import read_json
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
 from thawline.models.deimv2.checkpoints.read import read_checkpoint
 from thawline.models.deimv2.config import with_overrides
@@ -316,12 +317,18 @@ class DetectionObjective(Objective):
             self.training.epochs or DEFAULT_EPOCHS,
             variant=self.base.variant,
             n_images=len(self.records),
-            batch_size=self.training.batch_size,
+            batch_size=self.training.batch_size or self._resumed_batch_size(),
             size=self.size,
             start=self.start,
             box_sides=shorter_sides(self.records, self.size),
             strong_augmentation=asks_for_augmentation(self.settings),
         )
+
+    def _resumed_batch_size(self) -> int | None:
+        """Return the batch that this run's steps have had: in a longer run, an epoch stays as many steps."""
+        folder = self.config.run_folder
+        has_steps = any(folder.glob("checkpoint-*"))
+        return read_json(folder / "plan.json").get("rows_a_step") if has_steps else None
 
     def _per_forward(self, batch_size: int) -> int:
         parts = n_devices() * self.training.gradient_accumulation
