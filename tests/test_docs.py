@@ -15,7 +15,7 @@ import thawline
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md"])
-PUBLIC = {"thawline", "thawline.tuners", "thawline.tuners.mhr"}
+PUBLIC = {"thawline", "thawline.runtime", "thawline.tuners", "thawline.tuners.mhr"}
 
 
 def python_blocks(page: Path) -> list[str]:

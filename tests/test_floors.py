@@ -9,11 +9,11 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "thawline"
 FLOOR = {
-    "errors": -3, "tables": -1, "files": -2, "measure": -1,  # used on every floor
+    "errors": -3, "coco": -3, "files": -2, "tables": -1, "measure": -1, "sessions": -1,  # used on every floor
     "recipe": 0, "ops": 0,
     "tuners": 1, "models": 1, "data": 1, "metrics": 1,
     "training": 3, "analysis": 3, "exporters": 3, "inference": 3, "report": 3,
-    "run_folder": 4, "planning": 4,
+    "run_folder": 4, "planning": 4, "runtime": 4,
     "run": 5, "bench": 5,
     "jobs": 6, "demo": 6,
     "cli": 7,
@@ -25,9 +25,9 @@ DOORS = {
     "faster_coco_eval": ("metrics", "data"),
     "supervision": ("data", "metrics", "inference", "report"),
     "cv2": ("data", "inference", "report"),
-    "onnx": ("exporters",),
-    "onnxruntime": ("exporters",),
-    "openvino": ("exporters",),
+    "onnx": ("exporters", "sessions"),
+    "onnxruntime": ("exporters", "sessions"),
+    "openvino": ("exporters", "sessions"),
     "bitsandbytes": ("tuners/paca",),
     "matplotlib": ("report", "analysis"),
     "scipy": ("analysis", "models/deimv2/loss/matcher"),

@@ -41,6 +41,8 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> object:
+    if name == "runtime":
+        return importlib.import_module("thawline.runtime")
     if name not in _HOMES:
         raise AttributeError(f"module 'thawline' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -14,7 +14,7 @@ from tests.exporters.conftest import build_detector
 from thawline.exporters.certificate import compare, generated_images
 from thawline.exporters.export import Samples, Settings, _Job
 from thawline.exporters.onnx_graph import Translated
-from thawline.exporters.sessions import Session, open_onnx
+from thawline.sessions import Session, open_onnx
 
 
 @pytest.fixture(scope="module")

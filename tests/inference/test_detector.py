@@ -17,9 +17,9 @@ from torch.testing import assert_close
 from thawline.cli import main
 from thawline.errors import CheckpointError, ConfigError, DataError
 from thawline.inference import Detector
-from thawline.inference.detector import _resize
 from thawline.inference.files import predict_files
 from thawline.inference.images import to_rgb
+from thawline.inference.torch_network import _resize
 from thawline.models.deimv2 import DEIMv2
 
 NAMES = ("disc", "square", "cross")

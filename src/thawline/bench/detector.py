@@ -38,10 +38,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from thawline.bench.harness import bench_parser, bench_results, markdown, use_device
 from thawline.bench.port import build_port
 from thawline.errors import ConfigError
-from thawline.exporters.sessions import open_session
 from thawline.files import read_json
 from thawline.measure import Sample, median_ratio, median_seconds, paired_rounds, write_results
 from thawline.models.deimv2 import VARIANTS, DEIMv2
+from thawline.sessions import open_session
 
 FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")
 EXPORTED = ("onnx", "openvino", "pt2")

@@ -32,6 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error) if isinstance(error, DataError) else " ".join(str(error).split())
         sys.stderr.write(f"thawline: {message}\n")
         return 2 if isinstance(error, ConfigError) else OVER_BUDGET if isinstance(error, BudgetError) else 1
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "peft", "huggingface_hub"):
+            raise
+        sys.stderr.write(
+            f"thawline: This needs {error.name}: `pip install thawline`. Without it, detectors run as "
+            "exported files (.onnx, .xml).\n"
+        )
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("thawline: interrupted\n")
         return INTERRUPTED

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from thawline.exporters.sessions import open_onnx
+from thawline.sessions import open_onnx
 
 LARGEST = 4_000_000
 """Values of more elements are passed over: the attention of a large size would fill the memory."""

@@ -34,9 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thawline.exporters.sessions import OUTPUTS, Session
 from thawline.metrics.detection import AnnotatedImage, DetectionEvaluator
 from thawline.models.deimv2.model import DEIMv2
+from thawline.sessions import OUTPUTS, Session
 
 BUDGETS = {"fp32": 0.5, "fp16": 4.0}
 """Precision → largest box error in pixels, if the user names none."""

@@ -44,10 +44,10 @@ from thawline.exporters.certificate import (
 )
 from thawline.exporters.forms import Sampling, build_graph
 from thawline.exporters.onnx_graph import OPSETS, Translated, to_onnx
-from thawline.exporters.sessions import OUTPUTS, Session, open_onnx, open_session
 from thawline.files import write_json
 from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe.checks import at_least, one_of
+from thawline.sessions import OUTPUTS, Session, open_onnx, open_session
 from thawline.tables import aligned
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,7 @@
 """Detector for images and videos: `Detector.from_pretrained("runs/cards")("photo.jpg")`.
 
-Images are resized to the training size without keeping their aspect ratio, as in training, by Pillow's
-antialiased bilinear filter (torch computes the same bytes), and normalised as the checkpoint's config says.
-Boxes are returned in pixels of the original image, clipped to its edges.
+Boxes are returned in pixels of the original image, clipped to its edges. This file loads no torch: a network
+is either a `TorchNetwork`, imported where one is given, or an `ExportedNetwork`.
 """
 
 from __future__ import annotations
@@ -11,27 +10,26 @@ __all__ = ["Detector", "Prediction"]
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from thawline.errors import CheckpointError, DataError, requires_extra
+from thawline.errors import ConfigError, DataError, requires_extra
 from thawline.inference.classes import class_ids
-from thawline.inference.frames import Frame
+from thawline.inference.exported import ExportedNetwork, check_number_of_classes, is_exported
+from thawline.inference.frames import Found, Frame, Network
 from thawline.inference.sources import is_single, open_source
 from thawline.inference.videos import is_video
-from thawline.models.deimv2 import VARIANTS, DEIMv2
-from thawline.models.deimv2.checkpoints.read import read_checkpoint
 
 if TYPE_CHECKING:
     import supervision
+    import torch
+
+    from thawline.models.deimv2 import DEIMv2
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +54,32 @@ class Detector:
     """Detector that takes images and returns `supervision.Detections`.
 
     Args:
-        model: a detector; it is put into eval mode and fused.
-        device: None: a GPU if there is one.
+        model: a `DEIMv2`, which is put into eval mode and fused; or an exported file (.onnx, .xml), or a
+            folder that holds one, itself or in `exports/`, which runs on the CPU without torch.
+        device: of a `DEIMv2`. None: a GPU if there is one.
         threshold: minimum score of a detection; a call may override it.
+    Raises: CheckpointError: no exported file, or not one of thawline's.
     """
 
     def __init__(
-        self, model: DEIMv2, *, device: str | torch.device | None = None, threshold: float = THRESHOLD
+        self,
+        model: DEIMv2 | str | Path,
+        *,
+        device: str | torch.device | None = None,
+        threshold: float = THRESHOLD,
     ) -> None:
-        self.config = model.config
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        fuse = getattr(model.eval(), "fuse", lambda: model)
-        self.model = fuse().to(self.device).eval()
+        self.network: Network
+        """The network: from RGB images to the highest-scoring boxes."""
+        if isinstance(model, str | Path):
+            if device not in (None, "cpu"):
+                raise ConfigError(f"`device={device}`: exported files run on the CPU.")
+            self.network = ExportedNetwork(model)
+        else:
+            from thawline.inference.torch_network import TorchNetwork
+
+            self.network = TorchNetwork(model, device)
         self.threshold = threshold
-        self.class_names = self.config.shown_names
-        self._mean = torch.tensor(self.config.image_mean, device=self.device)[:, None, None]
-        self._std = torch.tensor(self.config.image_std, device=self.device)[:, None, None]
+        self.class_names = self.network.class_names
 
     @classmethod
     def from_pretrained(
@@ -84,24 +92,28 @@ class Detector:
         device: str | torch.device | None = None,
         threshold: float = THRESHOLD,
     ) -> Detector:
-        """Load a detector from anything `DEIMv2.from_pretrained` reads.
+        """Load a detector from anything `DEIMv2.from_pretrained` reads, or from an exported file.
 
         Args:
-            path_or_variant: path of the weights, or a size (atto … x) for its published weights.
+            path_or_variant: path of the weights, or a size (atto … x) for its published weights; or an
+                exported file (.onnx, .xml), or a folder with nothing else.
             variant: the size, for weights that do not determine it.
             weights: "random" builds the size untrained, to try things out.
             class_names: names of class 0, 1, …; they replace those of the weights.
         Raises: CheckpointError: unreadable, does not fit, or holds no trained detector.
         """
-        if weights == "random":
-            names = {} if class_names is None else {"class_names": tuple(class_names)}
-            model = DEIMv2.from_variant(variant or str(path_or_variant), **names)
-        else:
-            _check_trained(path_or_variant, class_names)
-            model = DEIMv2.from_pretrained(path_or_variant, variant)
-            if class_names is not None:
-                model.config = replace(model.config, class_names=tuple(class_names))
-        return cls(model, device=device, threshold=threshold)
+        if not is_exported(path_or_variant):
+            from thawline.inference.torch_network import load_model
+
+            model: Any = load_model(path_or_variant, variant, weights, class_names)
+            return cls(model, device=device, threshold=threshold)
+        if variant is not None or weights == "random":
+            raise ConfigError(f"'{path_or_variant}' is exported: its size and its weights are in the file.")
+        detector = cls(path_or_variant, device=device, threshold=threshold)
+        if class_names is not None:
+            check_number_of_classes(path_or_variant, len(detector.class_names), class_names)
+            detector.class_names = tuple(class_names)
+        return detector
 
     def __call__(self, source: Any, **options: Any) -> Any:
         """Detect.
@@ -183,14 +195,10 @@ class Detector:
                 detections = detections[np.argsort(-detections.confidence, kind="stable")[:max_detections]]
             yield Prediction(frame.name, image, detections)
 
-    @torch.inference_mode()
     def _detect(self, images: Sequence[np.ndarray], threshold: float) -> list[supervision.Detections]:
-        pixels = torch.stack([_resize(image, self.config.image_size) for image in images]).to(self.device)
-        output = self.model((pixels / 255 - self._mean) / self._std)
-        sizes = [(image.shape[0], image.shape[1]) for image in images]
         return [
-            self._detections({key: value.cpu().numpy() for key, value in found.items()}, size, threshold)
-            for found, size in zip(self.model.postprocess(output, sizes), sizes, strict=True)
+            self._detections(found, (image.shape[0], image.shape[1]), threshold)
+            for found, image in zip(self.network(images), images, strict=True)
         ]
 
     def _detect_tiles(
@@ -204,9 +212,7 @@ class Detector:
         )
         return slicer(image)
 
-    def _detections(
-        self, found: dict[str, np.ndarray], size: tuple[int, int], threshold: float
-    ) -> supervision.Detections:
+    def _detections(self, found: Found, size: tuple[int, int], threshold: float) -> supervision.Detections:
         height, width = size
         boxes = found["boxes"].clip(0, np.array([width, height, width, height], np.float32))
         kept = (found["scores"] >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
@@ -225,25 +231,6 @@ class Detector:
         return prediction.detections
 
 
-def _check_trained(path: str | Path, class_names: Sequence[str] | None) -> None:
-    """Reject weights that would leave a part of the detector random."""
-    try:
-        checkpoint = read_checkpoint(path)
-    except CheckpointError as error:
-        if str(path) in VARIANTS:
-            raise CheckpointError(f"{error} For random weights pass weights='random'.") from error
-        raise
-    if checkpoint.layout == "backbone":
-        raise CheckpointError(
-            f"'{path}' holds a backbone alone: the rest of the detector would be random. Train it first."
-        )
-    n_classes = len(checkpoint.score_head)
-    if class_names is not None and len(class_names) != n_classes:
-        raise CheckpointError(
-            f"'{path}' has {n_classes} classes, but {len(class_names)} `class_names` were given."
-        )
-
-
 def _load(frame: Frame) -> tuple[np.ndarray | None, str]:
     try:
         return frame.load(), ""
@@ -251,12 +238,6 @@ def _load(frame: Frame) -> tuple[np.ndarray | None, str]:
         return None, str(error)
     except Exception as error:  # decoders raise anything, and one file must not end a whole folder
         return None, f"'{frame.name}': {type(error).__name__}: {error}"
-
-
-def _resize(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Resize (H, W, 3) to (3, *size), both uint8, with the same result as Pillow."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def _supervision() -> ModuleType:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from thawline.coco import COCO_IDS, COCO_NAMES
 from thawline.data.detection.drawing import draw_boxes
 from thawline.errors import ConfigError
 from thawline.inference.detector import Detector, Prediction
 from thawline.inference.output import Output
 from thawline.inference.sources import open_source
-from thawline.models.deimv2.coco import COCO_IDS, COCO_NAMES
 
 if TYPE_CHECKING:
     import supervision

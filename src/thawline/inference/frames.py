@@ -1,12 +1,13 @@
-"""Images on their way to a detector: `Frame`, and the `Source` that they come from."""
+"""Images on their way to a network: `Frame`, the `Source` that they come from, and what `Network` finds."""
 
 from __future__ import annotations
 
-__all__ = ["Frame", "Source"]
+__all__ = ["Found", "Frame", "Network", "Source"]
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -39,3 +40,23 @@ class Source:
     """Live frames are predicted one by one: waiting for a batch would add delay."""
     rate: float | None = None
     """Frames per second of a video, camera or stream, 25 if unknown; None for images."""
+
+
+class Found(TypedDict):
+    """Detections of one image, highest score first, without a threshold."""
+
+    labels: np.ndarray
+    """(K,), int."""
+    boxes: np.ndarray
+    """(K, 4), xyxy in pixels of the image, not clipped."""
+    scores: np.ndarray
+    """(K,), in 0–1."""
+
+
+class Network(Protocol):
+    """Network of a detector, whatever runs it."""
+
+    class_names: tuple[str, ...]
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Found]:
+        """Detect in images, each (H, W, 3) uint8, RGB."""

@@ -7,13 +7,13 @@ or floats in 0–1.
 
 from __future__ import annotations
 
-__all__ = ["to_rgb"]
+__all__ = ["is_tensor", "to_rgb"]
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from thawline.data.detection.images import read_image
 from thawline.errors import DataError
@@ -30,17 +30,23 @@ def to_rgb(source: Any) -> np.ndarray:
     """
     if isinstance(source, str | Path):
         return read_image(Path(source))
-    if isinstance(source, torch.Tensor):
+    if is_tensor(source):
         if source.dim() != 3 or source.shape[0] not in (1, 3):
             raise DataError(f"Expected a tensor (3, H, W) or (1, H, W), got {tuple(source.shape)}.")
         source = source.detach().cpu()
-        source = source.float() if source.dtype in (torch.bfloat16, torch.float16) else source
+        source = source.float() if source.is_floating_point() else source
         return _to_bytes(source.permute(1, 2, 0).numpy())
     if isinstance(source, np.ndarray):
         return _to_bytes(source)
     if hasattr(source, "getexif"):
         return _to_bytes(_from_pillow(source))
     raise DataError(f"Expected a path, a Pillow image, an array or a tensor, got {type(source).__name__}.")
+
+
+def is_tensor(source: Any) -> bool:
+    """Return True for a tensor of torch, which need not be installed."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
 
 
 def _from_pillow(image: Any) -> np.ndarray:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from thawline.data.detection.formats.places import list_images
 from thawline.data.detection.images import IMAGE_SUFFIXES
 from thawline.errors import DataError
 from thawline.files import read_jsonl
 from thawline.inference.frames import Frame, Source
-from thawline.inference.images import to_rgb
+from thawline.inference.images import is_tensor, to_rgb
 from thawline.inference.videos import download_image, is_url, is_video, open_video, without_password
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def is_single(source: Any) -> bool:
     """Return True for a single image."""
     if isinstance(source, str | Path):
         return not is_video(source) and not Path(source).is_dir() and not _is_pattern(str(source))
-    if isinstance(source, torch.Tensor | np.ndarray):
+    if isinstance(source, np.ndarray) or is_tensor(source):
         return source.ndim < 4
     return not isinstance(source, int | Sequence)
 

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from thawline.coco import COCO_NAMES
 from thawline.errors import CheckpointError, ConfigError
 from thawline.models.deimv2 import DEIMv2
 from thawline.models.deimv2.checkpoints import read as load
 from thawline.models.deimv2.checkpoints.names import StateDict, read_backbone
 from thawline.models.deimv2.checkpoints.read import load_backbone
 from thawline.models.deimv2.checkpoints.write import save_as
-from thawline.models.deimv2.coco import COCO_NAMES
 from thawline.models.deimv2.network.vit import VisionTransformer, ViTConfig
 
 LOGGER = "thawline.models.deimv2.checkpoints.read"

@@ -31,10 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from thawline.coco import COCO_NAMES
 from thawline.errors import CheckpointError
 from thawline.files import read_json
 from thawline.models.deimv2.checkpoints.names import StateDict, from_transformers, read_backbone
-from thawline.models.deimv2.coco import COCO_NAMES
 from thawline.models.deimv2.config import DEIMv2Config, with_overrides
 from thawline.models.deimv2.network.hgnetv2 import HGNetV2
 from thawline.models.deimv2.network.sta import AdaptedViT, AdaptedViTConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["OUTPUTS", "Session", "open_onnx", "open_session"]
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ class Session:
     inputs: Sequence[str]
     """Inputs that it takes; others are ignored."""
     call: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+    batch: int | None = None
+    """Number of images in a call; None: any."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Class names, image size, …, as the export wrote them."""
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run once."""
@@ -52,8 +56,10 @@ def open_session(path: Path, format: str, threads: int | None = None, also: Sequ
 def open_onnx(model: Path | bytes, threads: int | None = None, also: Sequence[str] = ()) -> Session:
     """Open an ONNX model, a file or its bytes, in onnxruntime on the CPU."""
     with requires_extra("Running ONNX", "onnx and onnxruntime", "export"):
-        import onnx
         import onnxruntime
+
+        if also:
+            import onnx
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
@@ -67,7 +73,13 @@ def open_onnx(model: Path | bytes, threads: int | None = None, also: Sequence[st
     inputs, outputs = (
         [value.name for value in values] for values in (session.get_inputs(), session.get_outputs())
     )
-    return Session(inputs, lambda given: dict(zip(outputs, session.run(outputs, given), strict=True)))
+    n = session.get_inputs()[0].shape[0]
+    return Session(
+        inputs,
+        lambda given: dict(zip(outputs, session.run(outputs, given), strict=True)),
+        n if isinstance(n, int) else None,
+        session.get_modelmeta().custom_metadata_map,
+    )
 
 
 def _open_openvino(path: Path, threads: int | None, also: Sequence[str]) -> Session:
@@ -83,8 +95,13 @@ def _open_openvino(path: Path, threads: int | None, also: Sequence[str]) -> Sess
     compiled = core.compile_model(model, "CPU", settings)
     names = {output: next(iter({*OUTPUTS, *also} & output.get_names())) for output in compiled.outputs}
     inputs = [value.get_any_name() for value in compiled.inputs]
+    n = compiled.inputs[0].partial_shape[0]
+    about = model.get_rt_info("thawline").value if model.has_rt_info("thawline") else {}
     return Session(
-        inputs, lambda given: {names[key]: np.array(value) for key, value in compiled(given).items()}
+        inputs,
+        lambda given: {names[key]: np.array(value) for key, value in compiled(given).items()},
+        n.get_length() if n.is_static else None,
+        dict(about),
     )
 
 
