@@ -19,7 +19,9 @@ _NAMES = {
         "ThawlineError",
     ],
     "thawline.inference.detector": ["Detector"],
-    "thawline.jobs": ["align", "check_data", "convert", "evaluate", "export", "plan", "predict", "train"],
+    "thawline.jobs": [
+        "align", "check_data", "convert", "evaluate", "export", "plan", "predict", "serve", "train",
+    ],
     "thawline.planning.plan": ["Plan"],
     "thawline.metrics.detection": ["DetectionEvaluator"],
     "thawline.models.deimv2": ["DEIMv2", "DEIMv2Config", "VARIANTS"],

@@ -16,6 +16,7 @@ __all__ = [
     "is_main_process",
     "plan",
     "predict",
+    "serve",
     "train",
 ]
 
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from thawline.errors import ConfigError, DataError, MissingExtraError
+from thawline.errors import ConfigError, DataError, MissingExtraError, requires_extra
 from thawline.files import write_json, write_jsonl
 from thawline.recipe import RunConfig, build_config, dotted_values, load_recipe
 from thawline.recipe.checks import at_least
@@ -350,6 +351,52 @@ def _held_out(model: str, data: str | Path | None) -> Sequence[ImageRecord]:
         logger.info("Compared on generated images: the run's dataset cannot be read here. %s", error)
         return ()
     return split_images(found, config.data, config.seed)[1]
+
+
+def serve(
+    models: str | Path | Sequence[str] | Mapping[str, str | Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    variant: str | None = None,
+    weights: Literal["pretrained", "random"] = "pretrained",
+    device: str | None = None,
+    threshold: float = 0.4,
+    workers: int = 1,
+    batch_size: int = 8,
+    batch_wait: float = 0.005,
+    **limits: Any,
+) -> None:
+    """Serve detectors by HTTP, until Ctrl-C or SIGTERM: `POST /predict` with an image.
+
+    Call it below `if __name__ == "__main__":`, since it starts processes.
+
+    Args:
+        models: what `Detector.from_pretrained` reads: a run, weights, a size or an exported file; several by
+            name, which makes their paths /predict/NAME.
+        host, port: address to listen at; port 0: any free one.
+        token: bearer token that requests must send. None: the environment's THAWLINE_TOKEN, or none.
+        variant, weights, device, threshold: as in `Detector.from_pretrained`.
+        workers: processes per model.
+        batch_size, batch_wait: largest number of images in a forward pass, and seconds to wait for others.
+        limits: `max_bytes`, `max_pixels`, `max_requests`, `timeout`: fields of
+            `thawline.service.limits.Limits`.
+    Raises: ConfigError: the address is in use, or a setting cannot work. CheckpointError: as in `Detector`.
+    """
+    from thawline.service.limits import Limits
+
+    with requires_extra("Serving", "litserve", "serve"):
+        from thawline.service.server import serve_models
+
+    at_least("workers", workers, 1)
+    at_least("batch_size", batch_size, 1)
+    at_least("batch_wait", batch_wait, 0)
+    options = {"variant": variant, "weights": weights, "device": device, "threshold": threshold}
+    serve_models(
+        models, Limits(**limits), options, host=host, port=port, workers=workers, batch_size=batch_size,
+        batch_wait=batch_wait, token=token or os.environ.get("THAWLINE_TOKEN"),
+    )  # fmt: skip
 
 
 def align(

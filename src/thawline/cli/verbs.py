@@ -320,6 +320,37 @@ def _export(options: Namespace) -> int:
     return show_json(report.to_dict()) if options.json else show("\n".join(report.lines()))
 
 
+SERVICE_OPTIONS = [
+    argument("--host", help="Address to listen at. Default: 127.0.0.1, this machine alone."),
+    argument("--port", type=int, help="Default: 8000; 0: any free one."),
+    argument("--token", help="Bearer token that requests must send. Default: $THAWLINE_TOKEN, or none."),
+    argument("--threshold", type=float, help="Lowest score of a detection. Default: 0.4."),
+    argument("--workers", type=int, help="Processes per model. Default: 1."),
+    argument("--batch_size", type=int, help="Largest number of images in a forward pass. Default: 8."),
+    argument("--batch_wait", type=float, help="Seconds that a request waits for others. Default: 0.005."),
+    argument("--max_bytes", type=int, help="Largest body. Default: 20 000 000."),
+    argument("--max_pixels", type=int, help="Largest image, by its header. Default: 50 000 000."),
+    argument("--max_requests", type=int, help="Requests at once; others get 503. Default: 32."),
+    argument("--timeout", type=float, help="Seconds for a body, and for its answer. Default: 30."),
+    argument("--variant", help="Size of the detector, where the weights do not say."),
+    argument("--weights", choices=["pretrained", "random"], help="Default: pretrained."),
+    argument("--device", help="cpu, cuda, cuda:1, …. None: a GPU if there is one."),
+]
+
+
+@verb(
+    "serve",
+    argument(
+        "models", nargs="+", metavar="MODEL", help="Run, weights, size or exported file; several: NAME=MODEL."
+    ),
+    *SERVICE_OPTIONS,
+)
+def _serve(options: Namespace) -> int:
+    """Serve detectors by HTTP: POST /predict with an image, until Ctrl-C."""
+    jobs.serve(options.models, **_given(options, SERVICE_OPTIONS))
+    return 0
+
+
 @verb(
     "list",
     argument("topics", nargs="*", help=f"Any of {', '.join(CHOICES)}. None: all."),

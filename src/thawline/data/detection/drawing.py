@@ -5,7 +5,7 @@ In a grid, images are scaled before they are drawn on, so that lines and text ar
 
 from __future__ import annotations
 
-__all__ = ["Panel", "class_colours", "draw_boxes", "draw_panel", "panel_grid", "save_image"]
+__all__ = ["Panel", "class_colours", "draw_boxes", "draw_panel", "encode_image", "panel_grid", "save_image"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,10 +140,16 @@ def class_colours() -> supervision.ColorPalette:
 def save_image(path: Path, image: np.ndarray) -> Path:
     """Write an RGB image, in the format of the path's suffix, and return the path."""
     suffix = ".jpg" if path.suffix.lower() == ".jfif" else path.suffix
-    _, data = opencv().imencode(suffix, np.ascontiguousarray(image[..., ::-1]))
     with atomic_file(path) as temporary:
-        temporary.write_bytes(data.tobytes())
+        temporary.write_bytes(encode_image(image, suffix))
     return path
+
+
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
+    """Return an RGB image as a file of a format, e.g. ".png"."""
+    _, data = opencv().imencode(suffix, np.ascontiguousarray(image[..., ::-1]))
+    encoded: bytes = data.tobytes()
+    return encoded
 
 
 def _legend(class_names: Mapping[int, str], width: int) -> np.ndarray:

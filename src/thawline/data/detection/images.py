@@ -12,10 +12,14 @@ by OpenCV, whose versions differ in the formats for which they do.
 
 from __future__ import annotations
 
-__all__ = ["IMAGE_SUFFIXES", "ImageProbe", "decode_image", "is_image", "opencv", "probe_image", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES", "ImageProbe", "decode_image", "is_image", "opencv", "probe_image", "read_image",
+    "stored_size",
+]  # fmt: skip
 
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -129,6 +133,20 @@ def decode_image(data: bytes, oriented: bool = True) -> np.ndarray:
     return _turn(image, _orientation(data)) if oriented else image
 
 
+def stored_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
+    """Return (width, height) of the bytes of an image file, from its header; nothing is decoded.
+
+    Args:
+        formats: those that are accepted, as Pillow names them.
+    Raises: DataError: the bytes are of none of them.
+    """
+    try:
+        size: tuple[int, int] = _open(io.BytesIO(data), formats).size
+    except Exception as error:  # Pillow raises what its plugins raise
+        raise DataError(_reason(error)) from error
+    return size
+
+
 def opencv() -> ModuleType:
     """Return the module `cv2`. Raises: MissingExtraError: if it is not installed."""
     with requires_extra("Working with images", "opencv-python-headless", "detect"):
@@ -193,14 +211,14 @@ def _unsupported(data: bytes) -> str:
     return f"OpenCV does not support {image.format} of mode {image.mode}; convert it to PNG or JPEG"
 
 
-def _open(stream: BinaryIO) -> Any:
+def _open(stream: BinaryIO, formats: Sequence[str] | None = None) -> Any:
     """Open an image with Pillow, up to the size that OpenCV decodes rather than Pillow's own limit."""
     module = _pillow()
     stream.seek(0)
     with _PILLOW_LIMIT:
         limit, module.MAX_IMAGE_PIXELS = module.MAX_IMAGE_PIXELS, None
         try:
-            image = module.open(stream)
+            image = module.open(stream, formats=formats)
         finally:
             module.MAX_IMAGE_PIXELS = limit
     if image.width * image.height > MAX_PIXELS:

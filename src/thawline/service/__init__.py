@@ -1,0 +1,1 @@
+"""Detectors as an HTTP service, on LitServe."""

@@ -1,0 +1,109 @@
+"""A detector in LitServe's terms: requests predicted in batches and encoded, in a process of its own."""
+# No `from __future__ import annotations`: LitServe reads the annotation of `decode_request` as a value.
+
+__all__ = ["DetectionAPI"]
+
+import signal
+import time
+from collections.abc import Sequence
+from functools import partial
+from queue import Empty
+from typing import Annotated, Any
+
+from fastapi import Depends
+from litserve import LitAPI
+from litserve.loops.simple_loops import BatchedLoop
+from litserve.utils import LitAPIStatus, LoopResponseType
+from starlette.responses import JSONResponse, Response
+
+from thawline.data.detection.drawing import encode_image
+from thawline.data.detection.images import decode_image
+from thawline.inference.detector import Detector, Prediction
+from thawline.inference.files import draw
+from thawline.inference.frames import Frame, Source
+from thawline.service.upload import Upload, read_upload
+
+
+class Loop(BatchedLoop):
+    """Batches of what is waiting; LitServe's own loop asks the queue without a pause while nothing is."""
+
+    def get_batch_requests(self, lit_api: LitAPI, request_queue: Any, transport: Any) -> tuple[list, list]:
+        """Wait for a request, and take those that wait already or arrive within `batch_timeout`.
+
+        Returns: (queue of the answer, id, request) of each, and (queue, id) of those that waited too long.
+        """
+        taken: list[tuple[int, str, Any]] = []
+        late: list[tuple[int, str]] = []
+        end = None
+        while len(taken) < lit_api.max_batch_size:
+            wait = 1.0 if end is None else end - time.monotonic()
+            try:
+                queue, uid, since, request = request_queue.get(block=wait > 0, timeout=max(wait, 0))
+            except Empty:
+                break
+            start = {"response_data": (), "status": LitAPIStatus.START}
+            self.put_response(transport, queue, uid, response_type=LoopResponseType.REGULAR, **start)
+            end = end or time.monotonic() + lit_api.batch_timeout
+            if time.monotonic() - since > lit_api.request_timeout:
+                late.append((queue, uid))
+            else:
+                taken.append((queue, uid, request))
+        return taken, late
+
+
+class DetectionAPI(LitAPI):
+    """Endpoint of a detector.
+
+    Args:
+        path: of the endpoint.
+        model, options: arguments of `Detector.from_pretrained`.
+        batch_size: largest number of images in a forward pass.
+        batch_wait: seconds that a request waits for others.
+    """
+
+    def __init__(
+        self, path: str, model: str, options: dict[str, Any], *, batch_size: int, batch_wait: float
+    ) -> None:
+        super().__init__(batch_size, batch_wait, path, loop=Loop())
+        self._model, self._options = model, options
+
+    def setup(self, device: str) -> None:
+        """Load the detector, in the process that runs it."""
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C reaches all processes: what was taken is finished
+        self._detector = Detector.from_pretrained(self._model, **self._options)
+
+    def decode_request(self, request: Annotated[Upload, Depends(read_upload)]) -> Upload:
+        """Return the upload: it is read in the server's process, and decoded in `predict`."""
+        return request
+
+    def predict(self, uploads: Sequence[Upload]) -> list[tuple[Upload, Prediction]]:
+        """Detect in a batch of images."""
+        frames = [Frame("image", partial(decode_image, upload.data)) for upload in uploads]
+        scores = [self._threshold(upload) for upload in uploads]
+        source = Source(frames, len(frames))
+        found = self._detector.stream(source, threshold=min(scores), batch_size=len(frames))
+        return list(zip(uploads, found, strict=True))
+
+    def encode_response(self, output: tuple[Upload, Prediction]) -> Response:
+        """Return detections as JSON, or drawn, as PNG."""
+        upload, prediction = output
+        if prediction.image is None:
+            return JSONResponse({"detail": prediction.error}, 400)
+        found = prediction.detections
+        found = found[found.confidence >= self._threshold(upload)]
+        if upload.draw:
+            # The encoding keeps LitServe from compressing it again.
+            headers = {"Content-Encoding": "identity"}
+            return Response(encode_image(draw(prediction.image, found), ".png"), 200, headers, "image/png")
+        rows = zip(found.xyxy.tolist(), found.confidence.tolist(), found.data["class_name"], strict=True)
+        return JSONResponse({
+            "detections": [
+                {"box": [round(edge, 2) for edge in box], "score": round(score, 5), "class_name": str(name)}
+                for box, score, name in rows
+            ]
+        })  # fmt: skip
+
+    def _threshold(self, upload: Upload) -> float:
+        return self._detector.threshold if upload.threshold is None else upload.threshold
