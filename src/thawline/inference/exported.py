@@ -51,7 +51,7 @@ class ExportedNetwork:
         if not about.keys() >= {"class_names", "image_size"}:
             raise CheckpointError(f"'{file}' was not written by `thawline export`: it has no class names.")
         self.class_names: tuple[str, ...] = tuple(json.loads(about["class_names"]))
-        self._size: tuple[int, int] = tuple(json.loads(about["image_size"]))
+        self.size: tuple[int, int] = tuple(json.loads(about["image_size"]))
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Found]:
         """Detect in images, each (H, W, 3) uint8, RGB."""
@@ -61,7 +61,7 @@ class ExportedNetwork:
     def _run(self, images: Sequence[np.ndarray]) -> list[Found]:
         """Detect in as many images as the file takes, or fewer."""
         sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
-        pixels = np.divide(_resize(images, self._size), 255, dtype=np.float32)
+        pixels = np.divide(_resize(images, self.size), 255, dtype=np.float32)
         missing = (self._session.batch or len(images)) - len(images)  # a file for a fixed number of images
         inputs = {"images": pixels, "orig_target_sizes": sizes}
         found = self._session({name: _pad(values, missing) for name, values in inputs.items()})

@@ -10,6 +10,7 @@ from functools import partial
 from queue import Empty
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import Depends
 from litserve import LitAPI
 from litserve.loops.simple_loops import BatchedLoop
@@ -73,6 +74,7 @@ class DetectionAPI(LitAPI):
             signal.SIGINT, signal.SIG_IGN
         )  # Ctrl-C reaches all processes: what was taken is finished
         self._detector = Detector.from_pretrained(self._model, **self._options)
+        self._detector(np.zeros((8, 8, 3), np.uint8))  # a runtime's first call is its slowest
 
     def decode_request(self, request: Annotated[Upload, Depends(read_upload)]) -> Upload:
         """Return the upload: it is read in the server's process, and decoded in `predict`."""

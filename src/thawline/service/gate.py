@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/ready")
 """Paths that need no token: probes send none, and they tell nothing."""
-MARGIN = 5.0
-"""Seconds that a request may take beyond the time for its body and for its answer."""
 
 
 class Gate:
@@ -77,11 +75,22 @@ class Gate:
         self.metrics.add(label, answer.status, time.perf_counter() - start)
 
     async def _work(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        """Run the application; after too long a time answer in its place, and let it end unheard."""
-        task = asyncio.ensure_future(self.app(scope, receive, answer))
+        """Run the application; if its answer takes too long, refuse in its place, and let it end unheard."""
+        arrived = asyncio.Event()
+
+        async def watched() -> Message:
+            message = await receive()
+            if not message.get("more_body"):
+                arrived.set()
+            return message
+
+        task = asyncio.ensure_future(self.app(scope, watched, answer))
         self.metrics.active += 1
         task.add_done_callback(self._end)
-        done, _ = await asyncio.wait({task}, timeout=2 * self.limits.timeout + MARGIN)
+        body = asyncio.ensure_future(arrived.wait())  # its own time is limited where it is read
+        await asyncio.wait({task, body}, return_when=asyncio.FIRST_COMPLETED)
+        body.cancel()
+        done, _ = await asyncio.wait({task}, timeout=self.limits.timeout)
         if done:
             task.result()
         elif not answer.status:

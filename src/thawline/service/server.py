@@ -123,7 +123,7 @@ def _name(model: str) -> tuple[str, str]:
 
 
 def _application(server: LitServer, models: Sequence[str], limits: Limits, token: str | None) -> Gate:
-    metrics = Metrics()
+    metrics = Metrics(models)
     server.app.state.limits = limits
 
     async def health() -> Response:

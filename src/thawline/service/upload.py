@@ -94,6 +94,6 @@ def _check(data: bytes, limits: Limits) -> None:
     try:
         width, height = stored_size(data, FORMATS)
     except DataError as error:
-        raise HTTPException(415, f"Expected an image ({', '.join(FORMATS)}): {error}") from None
+        raise HTTPException(415, f"Expected an image ({', '.join(FORMATS)}): {error}.") from None
     if width * height > limits.max_pixels:
         raise HTTPException(413, f"{width}×{height} pixels are more than {limits.max_pixels:,}.")

@@ -142,6 +142,8 @@ def stored_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
     """
     try:
         size: tuple[int, int] = _open(io.BytesIO(data), formats).size
+    except _pillow().UnidentifiedImageError as error:
+        raise DataError("the bytes are of none of these formats") from error
     except Exception as error:  # Pillow raises what its plugins raise
         raise DataError(_reason(error)) from error
     return size
