@@ -395,7 +395,7 @@ def serve(
     options = {"variant": variant, "weights": weights, "device": device, "threshold": threshold}
     serve_models(
         models, Limits(**limits), options, host=host, port=port, workers=workers, batch_size=batch_size,
-        batch_wait=batch_wait, token=token or os.environ.get("THAWLINE_TOKEN"),
+        batch_wait=batch_wait, token=token or os.environ.get("THAWLINE_TOKEN") or None,
     )  # fmt: skip
 
 

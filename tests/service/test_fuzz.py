@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from service import MALFORMED, fuzz
+from serving import MALFORMED, fuzz
 from tests.service.conftest import Service
 from tests.service.test_service import PATH, encoded
 

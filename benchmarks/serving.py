@@ -1,7 +1,7 @@
 """`thawline serve` under load, under malformed requests, and its memory after 10,000 requests, on loopback.
 
     thawline export runs/cards --out model.onnx
-    python benchmarks/service.py model.onnx photo.jpg
+    python benchmarks/serving.py model.onnx photo.jpg
 
 Load: clients that each send their next request when they have their answer, with and without batches, beside
 the bare network on the same image, resized once. Malformed: cut and damaged files, bombs, wrong forms,
