@@ -141,7 +141,7 @@ def stored_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
     Raises: DataError: the bytes are of none of them.
     """
     try:
-        size: tuple[int, int] = _open(io.BytesIO(data), formats).size
+        size: tuple[int, int] = _read_header(io.BytesIO(data), formats).size
     except _pillow().UnidentifiedImageError as error:
         raise DataError("the bytes are of none of these formats") from error
     except Exception as error:  # Pillow raises what its plugins raise
@@ -213,21 +213,26 @@ def _unsupported(data: bytes) -> str:
     return f"OpenCV does not support {image.format} of mode {image.mode}; convert it to PNG or JPEG"
 
 
-def _open(stream: BinaryIO, formats: Sequence[str] | None = None) -> Any:
-    """Open an image with Pillow, up to the size that OpenCV decodes rather than Pillow's own limit."""
-    module = _pillow()
-    stream.seek(0)
-    with _PILLOW_LIMIT:
-        limit, module.MAX_IMAGE_PIXELS = module.MAX_IMAGE_PIXELS, None
-        try:
-            image = module.open(stream, formats=formats)
-        finally:
-            module.MAX_IMAGE_PIXELS = limit
+def _open(stream: BinaryIO) -> Any:
+    """Open an image with Pillow, up to the size that OpenCV decodes."""
+    image = _read_header(stream)
     if image.width * image.height > MAX_PIXELS:
         raise DataError(
             f"{image.width}×{image.height} pixels are more than OpenCV decodes, {MAX_PIXELS:,}; cut the image"
         )
     return image
+
+
+def _read_header(stream: BinaryIO, formats: Sequence[str] | None = None) -> Any:
+    """Open an image with Pillow, of any size."""
+    module = _pillow()
+    stream.seek(0)
+    with _PILLOW_LIMIT:
+        limit, module.MAX_IMAGE_PIXELS = module.MAX_IMAGE_PIXELS, None
+        try:
+            return module.open(stream, formats=formats)
+        finally:
+            module.MAX_IMAGE_PIXELS = limit
 
 
 def _orientation(data: bytes) -> int:
