@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from thawline.errors import ConfigError, DataError, MissingExtraError, requires_extra
 from thawline.files import write_json, write_jsonl
 from thawline.recipe import RunConfig, build_config, dotted_values, load_recipe
-from thawline.recipe.checks import at_least
+from thawline.recipe.checks import at_least, height_width
 
 if TYPE_CHECKING:
     from thawline.data.detection.check import DataCheck
@@ -221,7 +221,7 @@ def check_data(
     images: str | Path | None = None,
     out: str | Path | None = None,
     fix: str | Path | None = None,
-    size: int = 640,
+    size: int | Sequence[int] = 640,
 ) -> DataCheck:
     """Check a detection dataset for errors before training.
 
@@ -231,15 +231,16 @@ def check_data(
         images: folder that image names are relative to. None: searched for.
         out: folder for check.json and sample images. None: runs/check-NAME.
         fix: new folder for a repaired copy; the original is only read.
-        size: side of the augmented samples in pixels.
+        size: side of the augmented samples in pixels, or height and width.
     """
     from thawline.data.detection.check import check_detection, save_augmented, save_samples
     from thawline.data.detection.repair import write_repaired
 
+    height, width = height_width("size", size)
     check = check_detection(path, format, images)
     out = Path(out or f"runs/check-{Path(path).resolve().name}")
     write_json(out / "check.json", check.to_dict())
-    samples = [*save_samples(check.data, out), save_augmented(check.data, out, size)]
+    samples = [*save_samples(check.data, out), save_augmented(check.data, out, (height, width))]
     logger.info("Sample images: %s", ", ".join(str(file) for file in samples if file))
     if fix is not None:
         copy = write_repaired(check, fix)

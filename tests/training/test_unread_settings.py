@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,11 @@ def test_settings_of_augmentation_without_effect(
         return
     with pytest.raises(ConfigError, match=message):
         assert built.schedule
+
+
+def test_lean_where_the_network_has_nothing_for_it(recipe) -> None:
+    with pytest.raises(ConfigError, match="DEIMv2 has nothing that can be lean.*Leave `lean` out"):
+        build_objective(dataclasses.replace(recipe(), lean=True)).build_model()
 
 
 @pytest.mark.parametrize(

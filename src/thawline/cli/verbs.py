@@ -27,6 +27,7 @@ from thawline.demo import PARTS, run_demo
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import read_json, to_json, write_text
 from thawline.recipe import CHOICES, build_config, list_choices, read_recipe
+from thawline.recipe.values import read_yaml
 from thawline.tables import labelled
 
 logger = logging.getLogger(__name__)
@@ -372,7 +373,12 @@ def _list(options: Namespace) -> int:
     argument("--images", help="Folder that image names are relative to. None: searched for."),
     argument("--out", help="Folder for check.json and sample images. None: runs/check-NAME."),
     argument("--fix", metavar="NEW_FOLDER", help="Write a repaired copy here; the original is only read."),
-    argument("--size", type=int, default=640, help="Side of the augmented samples, pixels. Default: 640."),
+    argument(
+        "--size",
+        type=read_yaml,
+        default=640,
+        help='Side of the augmented samples in pixels, or "[height, width]". Default: 640.',
+    ),  # fmt: skip
     JSON,
 )
 def _data(options: Namespace) -> int:

@@ -37,7 +37,8 @@ class Source:
     path: Path | None = None
     """File of a video; of images the folder that they have in common."""
     is_live: bool = False
-    """Live frames are predicted one by one: waiting for a batch would add delay."""
+    """Live frames are predicted one by one, since waiting for a batch would add delay; those that come
+    meanwhile are left out."""
     rate: float | None = None
     """Frames per second of a video, camera or stream, 25 if unknown; None for images."""
 

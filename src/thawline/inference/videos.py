@@ -1,16 +1,26 @@
-"""Videos, cameras and network streams, read by OpenCV; a stream that is lost is opened again."""
+"""Videos, cameras and network streams, read by OpenCV.
+
+A live source is read by a thread of its own and gives its newest image, so that a slow detector is not
+further behind with every image. A stream that is lost is opened again.
+"""
 
 from __future__ import annotations
 
 __all__ = ["download_image", "is_url", "is_video", "open_video", "without_password"]
 
 import logging
+import queue
 import re
+import threading
 import time
 import urllib.request
+from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import closing, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -69,27 +79,25 @@ def open_video(source: str | Path | int) -> Source:
     # A file behind an address ends; a stream without a length goes on, and may be lost on the way.
     is_endless = is_stream and count <= 0 and not _suffix(str(source))
 
+    is_live = camera is not None or is_endless
+
     def frames() -> Iterator[Frame]:
-        nonlocal capture
         index = attempts = 0
-        try:
-            while True:
-                has_image, image = capture.read()
-                if has_image:
-                    yield _decoded(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), f"frame {index}")
+        opened = capture
+        while True:
+            images = _images(opened)
+            with closing(_newest(images) if is_live else images) as shown:
+                for image in shown:
+                    yield _decoded(image, f"frame {index}")
                     index, attempts = index + 1, 0
-                elif not is_endless:
-                    return
-                elif attempts == len(PAUSES):
-                    break
-                else:
-                    pause, attempts = PAUSES[attempts], attempts + 1
-                    logger.warning("'%s' stopped at image %d. Reopening it in %g s.", name, index, pause)
-                    capture.release()
-                    time.sleep(pause)
-                    capture = connect()
-        finally:
-            capture.release()
+            if not is_endless:
+                return
+            if attempts == len(PAUSES):
+                break
+            pause, attempts = PAUSES[attempts], attempts + 1
+            logger.warning("'%s' stopped at image %d. Reopening it in %g s.", name, index, pause)
+            time.sleep(pause)
+            opened = connect()
         yield Frame(name, lambda: _raise_ended(name, index))
 
     return Source(
@@ -97,9 +105,43 @@ def open_video(source: str | Path | int) -> Source:
         count if count > 0 and camera is None else None,
         name=file.name if file else "stream" if is_stream else "camera",
         path=file,
-        is_live=camera is not None or is_endless,
+        is_live=is_live,
         rate=rate if 0 < rate < 1000 else 25.0,
     )
+
+
+def _images(capture: Any) -> Iterator[np.ndarray]:
+    """Yield the images of an opened capture, RGB, and release it."""
+    try:
+        while (found := capture.read())[0]:
+            yield opencv().cvtColor(found[1], opencv().COLOR_BGR2RGB)
+    finally:
+        capture.release()
+
+
+def _newest(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the newest of the images that a thread reads meanwhile, each once, and always the last one."""
+    waiting: queue.Queue[np.ndarray | None] = queue.Queue()
+    is_closed = threading.Event()
+
+    def read() -> None:
+        try:
+            with closing(images):  # type: ignore[type-var]
+                for image in images:
+                    if is_closed.is_set():
+                        return
+                    with suppress(queue.Empty):
+                        waiting.get_nowait()
+                    waiting.put(image)
+        finally:
+            waiting.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while (image := waiting.get()) is not None:
+            yield image
+    finally:
+        is_closed.set()
 
 
 def _decoded(image: np.ndarray, name: str) -> Frame:
@@ -112,14 +154,19 @@ def _raise_ended(name: str, n_images: int) -> np.ndarray:
 
 def download_image(address: str) -> np.ndarray:
     """Return the image at an address, RGB. Raises: DataError: it cannot be downloaded, or is none."""
+    name, parts = without_password(address), urlsplit(address)
     try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
+        request = urllib.request.Request(name)
+        if parts.username is not None:
+            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            request.add_header("Authorization", f"Basic {b64encode(login.encode()).decode()}")
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             kind = response.headers.get_content_type()
             if kind.startswith(("multipart/", "text/")):
-                raise DataError(f"'{without_password(address)}' is {kind}, not an image.")
+                raise DataError(f"'{name}' is {kind}, not an image.")
             return decode_image(response.read())
-    except OSError as error:
-        raise DataError(f"'{without_password(address)}' cannot be downloaded: {error}.") from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise DataError(f"'{name}' cannot be downloaded: {error}.") from error
 
 
 def is_url(source: Any) -> bool:
@@ -147,4 +194,4 @@ def _camera(source: Any) -> int | str | None:
 
 def without_password(source: Any) -> str:
     """Return a source as messages name it."""
-    return re.sub(r"(?<=://)[^/@]+@", "", str(source))
+    return re.sub(r"(?<=://)[^/]+@", "", str(source))

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from thawline.errors import ConfigError
 from thawline.ops.lean_head import LeanHeadModel, lean_head_form
 
 aten = torch.ops.aten
@@ -60,6 +61,7 @@ def apply_lean(model: nn.Module, *, loss: bool = False) -> nn.Module:
             (`thawline.ops.lean_head`): equal within rounding; `logits` of its output are then computed when
             asked for, without a gradient. The recipe's `lean` does.
     Returns: `model` itself.
+    Raises: ConfigError: if the model has nothing that can be lean.
     """
     left_alone: dict[str, str] = {}
     n_lean = 0
@@ -73,11 +75,15 @@ def apply_lean(model: nn.Module, *, loss: bool = False) -> nn.Module:
             n_lean += 1
         elif (reason := _why_left_alone(module)) is not None:
             left_alone[type(module).__name__] = reason
-    if left_alone or not n_lean:
-        detail = "; ".join(f"{name} ({reason})" for name, reason in sorted(left_alone.items()))
+    detail = "; ".join(f"{name} ({reason})" for name, reason in sorted(left_alone.items()))
+    if not n_lean:
+        raise ConfigError(
+            f"{type(model).__name__} has nothing that can be lean: "
+            f"{detail or 'no RMSNorm, no gated MLP and no language model head'}. Leave `lean` out."
+        )
+    if left_alone:
         warnings.warn(
-            f"apply_lean replaced {n_lean} modules of {type(model).__name__}. Left alone: "
-            f"{detail or 'everything, since it has no RMSNorm and no gated MLP'}.",
+            f"apply_lean replaced {n_lean} modules of {type(model).__name__}. Left alone: {detail}.",
             stacklevel=2,
         )
     return model

@@ -170,8 +170,11 @@ def save_samples(data: DetectionSet, folder: Path, n_images: int = N_SAMPLES) ->
     return paths
 
 
-def save_augmented(data: DetectionSet, folder: Path, size: int = INPUT) -> Path | None:
+def save_augmented(data: DetectionSet, folder: Path, size: tuple[int, int] = (INPUT, INPUT)) -> Path | None:
     """Write augmented.png, training images as the network sees them. Returns: its path, if any.
+
+    Args:
+        size: height and width of the input, pixels.
 
     The first half is from epochs with Mosaic and MixUp, the second from those with zoom-out, crop, CopyBlend.
     """
@@ -195,8 +198,8 @@ def save_augmented(data: DetectionSet, folder: Path, size: int = INPUT) -> Path 
     for epoch, caption in enumerate(("Mosaic, MixUp", "zoom-out, crop, CopyBlend")):
         batch = collate([images[Draw(epoch, position)] for position in range(min(half, len(images)))])
         for pixels, target in zip(batch["pixel_values"], batch["targets"], strict=True):
-            image, boxes = pixels.permute(1, 2, 0).numpy(), cxcywh_to_xyxy(target["boxes"]).numpy() * size
-            labels = target["labels"].numpy()
+            image, labels = pixels.permute(1, 2, 0).numpy(), target["labels"].numpy()
+            boxes = cxcywh_to_xyxy(target["boxes"]).numpy() * (size[::-1] * 2)
             panels.append(Panel(image=image, boxes_xyxy=boxes, labels=labels, caption=caption))
     return save_image(folder / "augmented.png", panel_grid(panels, data.class_names))
 

@@ -165,8 +165,8 @@ def _table_rows(file: Path, text: str) -> Rows:
             continue
         if names is None:
             names = [cell.strip() for cell in cells]
-            if len(set(names)) < len(names):
-                raise DataError(f"{where}: two columns have the same name: {', '.join(names)}.")
+            if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
+                raise DataError(f"{where}: two columns are called '{twice[0]}'. Rename or remove one.")
         elif len(cells) == len(names):
             yield where, dict(zip(names, cells, strict=True))
         else:

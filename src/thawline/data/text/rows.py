@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = [
     "FORMATS",
+    "TEMPLATES",
     "Example",
     "Split",
     "format_prompt",
@@ -44,11 +45,12 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 """Format → the keys a row must have. Tried in this order: rows may have more keys than they need."""
 
-TEMPLATES = {
+TEMPLATES: dict[str, str] = {
     "prompt-completion": "{prompt}",
     "instruction": "### Instruction:\n{instruction}\n\n### Response:\n",
     "input-output": "{input}\n",
 }
+"""Format → its prompt where the recipe has no template of its own."""
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")

@@ -17,10 +17,9 @@ SHAREGPT_ROLES = {
     **{name: name for name in ("system", "user", "assistant", "tool")},
     "human": "user",
     "gpt": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("chatgpt", "bing", "bard", "bot", "model"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
 """ShareGPT's `from` → role."""
 
@@ -97,7 +96,7 @@ def _from_sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where} needs 'from' and 'value', got {turn!r}.")
     if name not in SHAREGPT_ROLES:
         raise DataError(f"{where}: 'from' is {name!r}. {did_you_mean(str(name), SHAREGPT_ROLES)}")
-    if name != "function_call":
+    if name not in ("function_call", "tool_call"):
         return {"role": SHAREGPT_ROLES[name], "content": value, **rest}
     calls = _decoded(value, f"{where}: the call")
     return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **rest}

@@ -11,7 +11,7 @@ from operator import attrgetter, itemgetter
 from typing import Any, TypeVar
 
 from thawline.data.text.fewshot import few_shot
-from thawline.data.text.rows import Example, Split, load_examples, read_manifest, split_examples
+from thawline.data.text.rows import TEMPLATES, Example, Split, load_examples, read_manifest, split_examples
 from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.recipe import TextData
 from thawline.training.evaluation import Evaluation
@@ -46,6 +46,7 @@ def read_rows(data: TextData, *, seed: int, read: ReadRows = "all") -> Split:
     train = _draw(train, data.max_rows, seed)
     if not train:
         raise DataError(f"'{data.path}' holds no row to train on: every row is marked as held out.")
+    _check_read(data, [*train, *held_out])
     return Split(train, held_out)
 
 
@@ -93,6 +94,20 @@ def _average(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[
 
 def _read(data: TextData, path: str | list[str]) -> list[Example]:
     return load_examples(path, format=data.format, template=data.template, columns=data.columns)
+
+
+def _check_read(data: TextData, examples: Sequence[Example]) -> None:
+    """Check that some row reads the settings of prompts. Raises: ConfigError: naming one that none reads."""
+    kinds = {
+        "template": ("rows with a prompt", lambda row: row.format in TEMPLATES),
+        "chat_template": ("chats", lambda row: row.messages),
+        "chat_options": ("chats", lambda row: row.messages),
+    }
+    for name, (kind, reads) in kinds.items():
+        if getattr(data, name) and not any(map(reads, examples)):
+            raise ConfigError(
+                f"`data.{name}` is for {kind}, and the rows are of format '{examples[0].format}'. Leave it out."
+            )
 
 
 def _choose_tasks(examples: list[Example], data: TextData) -> list[Example]:
