@@ -72,6 +72,34 @@ def built(base: Path, data: str, *, kind: str = "text", head: str = "auto", **se
     )
 
 
+def test_a_chat_template_that_ends_no_answer_is_said(tmp_path: Path, caplog) -> None:
+    base = save_llama(tmp_path / "base", byte_tokenizer())
+    chat = [{"role": "user", "content": "colour?"}, {"role": "assistant", "content": "blue"}]
+    data = write_rows(tmp_path / "chats.jsonl", {"messages": chat})
+    (tmp_path / "endless.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    for template, is_endless in (("plain", False), (str(tmp_path / "endless.jinja"), True)):
+        caplog.clear()
+        built(base, data, chat_template=template)
+        assert ("cannot learn to stop" in caplog.text) == is_endless
+
+
+def test_settings_of_prompts_that_no_row_reads_are_refused(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", byte_tokenizer())
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = write_rows(tmp_path / "chats.jsonl", {"messages": chat})
+    texts = write_rows(tmp_path / "texts.jsonl", {"text": "plain"})
+    pairs = write_rows(tmp_path / "pairs.jsonl", {"input": "a", "output": "b"})
+    for data, name, value in (
+        (chats, "template", "{input}!"), (texts, "template", "{text}!"), (pairs, "chat_template", "plain"),
+        (texts, "chat_options", {"enable_thinking": False}),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"`data.{name}` is for .*Leave it out"):
+            built(base, data, **{"chat_template": "plain" if data == chats else None, name: value})
+    assert built(base, pairs, template="{input}!").train_rows
+
+
 @pytest.fixture
 def bases(tmp_path: Path) -> dict[str, dict]:
     """Bases of every kind, with the settings that they need."""

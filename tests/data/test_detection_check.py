@@ -343,5 +343,13 @@ def test_the_command_checks_draws_and_repairs(root: Path, tmp_path: Path, capsys
     assert main([*words, str(out), "--fix", str(tmp_path / "new")]) == 0
     assert "leaves the images out" in capsys.readouterr().out
     assert len(load_detection(tmp_path / "new").records("train")) == 2
+    for size, message in (
+        ("wide", "'size' takes int or list"),
+        ("[64]", "expected a side, or [height, width]"),
+    ):
+        assert main([*words[:4], size, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*words[:4], "[32, 128]", "--out", str(out)]) == 1  # an image is missing
+    assert Image.open(out / "augmented.png").height < 366 // 2  # panels are 366 wide
     assert main([*words, str(out), "--format", "cocoo"]) == 2
     assert "Did you mean 'coco'" in capsys.readouterr().err

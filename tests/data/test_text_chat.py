@@ -295,8 +295,37 @@ def test_sharegpt_rows_are_chats(tmp_path: Path) -> None:
     assert read(tmp_path, conversations=[ASK, ANSWER]).messages == (ASK, ANSWER)
     unlearned = [turns[0], {**turns[3], "weight": 0}, turns[0], turns[3]]
     assert learned(encoder(tmp_path), read(tmp_path, conversations=unlearned)) == " 18 degrees</s>\n"
-    with pytest.raises(DataError, match="turn 1: 'from' is 'hal'"):
-        read(tmp_path, conversations=[{"from": "hal", "value": "no"}])
+    for wrong in ("hal", ["human"]):
+        with pytest.raises(DataError, match=r"turn 1: 'from' is .*(hal|human)"):
+            read(tmp_path, conversations=[{"from": wrong, "value": "no"}])
+
+
+@pytest.mark.parametrize(
+    ("ask", "call", "result", "answer"),
+    [
+        ("human", "function_call", "observation", "gpt"),
+        ("user", "tool_call", "tool_response", "model"),
+        ("human", "function_call", "function", "bing"),
+    ],
+)
+@pytest.mark.parametrize(("name", "value"), [("from", "value"), ("role", "content")])
+def test_roles_have_other_names_too(tmp_path: Path, ask, call, result, answer, name, value) -> None:
+    said = [
+        (ask, "Rome?"),
+        (call, '{"name": "weather", "arguments": "{}"}'),
+        (result, "18 C"),
+        (answer, "18"),
+    ]
+    example = read(tmp_path, conversations=[{name: role, value: text} for role, text in said])
+    assert [turn["role"] for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
+    assert example.messages[1]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+def test_a_chat_without_an_answer_names_its_roles(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no turn of role 'assistant' \(roles: Assistant, user\)"):
+        read(tmp_path, messages=[ASK, {**ANSWER, "role": "Assistant"}])
+    with pytest.raises(DataError, match="turn 2 needs 'role' and text as 'content'"):
+        read(tmp_path, messages=[ASK, {**ANSWER, "role": ["assistant"]}])
 
 
 def test_an_encoder_decoder_learns_a_last_turn_of_text_alone(tmp_path: Path) -> None:

@@ -214,7 +214,8 @@ def test_frames_of_another_size_are_not_left_out_of_a_video(
 
     with monkeypatch.context() as patch:
         patch.setattr("cv2.VideoCapture", Turning)
-        predict(0, tmp_path / "turned.mp4")
+        (tmp_path / "video.mp4").touch()
+        predict(tmp_path / "video.mp4", tmp_path / "turned.mp4")
     assert cv2.VideoCapture(str(tmp_path / "turned.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
 
 

@@ -27,7 +27,7 @@ from thawline.demo import PARTS, run_demo
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import read_json, to_json, write_text
 from thawline.recipe import CHOICES, build_config, list_choices, read_recipe
-from thawline.recipe.values import read_yaml
+from thawline.recipe.values import convert
 from thawline.tables import labelled
 
 logger = logging.getLogger(__name__)
@@ -374,17 +374,14 @@ def _list(options: Namespace) -> int:
     argument("--out", help="Folder for check.json and sample images. None: runs/check-NAME."),
     argument("--fix", metavar="NEW_FOLDER", help="Write a repaired copy here; the original is only read."),
     argument(
-        "--size",
-        type=read_yaml,
-        default=640,
-        help='Side of the augmented samples in pixels, or "[height, width]". Default: 640.',
-    ),  # fmt: skip
+        "--size", default=640, help="Side or [height, width] of augmented samples, pixels. Default: 640."
+    ),
     JSON,
 )
 def _data(options: Namespace) -> int:
     """Check a detection dataset for errors before training: `thawline data check PATH`."""
-    given = {name: getattr(options, name) for name in ("format", "images", "out", "fix", "size")}
-    check = jobs.check_data(options.path, **given)
+    given = {name: getattr(options, name) for name in ("format", "images", "out", "fix")}
+    check = jobs.check_data(options.path, **given, size=convert("size", options.size, int | list[int]))
     show_json(check.to_dict()) if options.json else show("\n".join(check.lines()))
     return 0 if check.is_trainable or options.fix is not None else 1
 

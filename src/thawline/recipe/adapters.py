@@ -55,6 +55,11 @@ class _CommonFields(AdapterFields):
         for name, alpha in {"alpha": self.alpha, **_entries("alpha_pattern", self.alpha_pattern)}.items():
             if alpha is not None:
                 check_number(prefix + name, alpha, lambda x: x > 0, "a number above 0, or None for r")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError(
+                f"`{prefix}layers_pattern` is set but `layers_to_transform` is not. Set which blocks to "
+                "adapt."
+            )
         # Of the declaring class alone: a subclass's other bases may have annotations that do not resolve.
         declaring = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
         for name, hint in get_type_hints(declaring).items():
@@ -95,11 +100,6 @@ class PacaFields(_CommonFields):
             raise ConfigError(
                 f"selection='explicit' needs `{prefix}indices`, e.g. indices={{'q_proj': [0, 5, 9]}} with "
                 "r=3."
-            )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ConfigError(
-                f"`{prefix}layers_pattern` is set but `layers_to_transform` is not. Set which blocks to "
-                "adapt."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["TunerConfig", "pattern_value"]
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,12 +43,24 @@ class TunerConfig(PeftConfig):
         self.is_saved = self.peft_version is not None  # read from a file: PEFT fills it in
         super().__post_init__()
         self.peft_type = self.tuner_type
-        for name in ("target_modules", "exclude_modules"):  # PEFT compares names as sets
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list):  # PEFT compares names as sets
+                setattr(self, name, set(value))
+            elif isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ConfigError(f"`{name}`: {value!r} is no regular expression: {error}.") from error
         for name in ("rank_pattern", "alpha_pattern", "heads_pattern"):
             if hasattr(self, name):
                 setattr(self, name, dict(getattr(self, name) or {}))
+        blocks = getattr(self, "layers_to_transform", None)
+        if blocks is not None and isinstance(self.target_modules, str) and not self.is_saved:
+            raise ConfigError(
+                f"`layers_to_transform` needs a list of names, not target_modules={self.target_modules!r}. "
+                "List the modules, or write the block numbers into the regular expression."
+            )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and the import line into the folder's model card."""

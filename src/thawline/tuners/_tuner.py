@@ -69,7 +69,8 @@ class Tuner(BaseTuner):
             check_fused(config, model)
         check_in_memory(model, found)
         if not found:
-            raise ConfigError(f"`target_modules`: {targets!r} is no module of {type(model).__name__}.")
+            left = " that `exclude_modules` leaves" if config.exclude_modules else ""
+            raise ConfigError(f"`target_modules`: {targets!r} is no module of {type(model).__name__}{left}.")
         for name, module in found.items():
             if isinstance(module, cls.tuner_layer_cls):
                 continue

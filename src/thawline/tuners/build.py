@@ -7,6 +7,7 @@ __all__ = ["attach_tuner", "routed_tasks"]
 import copy
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def _new_adapter(
         tuned = peft.get_peft_model(model, config)
     except ConfigError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, re.error) as error:
         raise ConfigError(
             f"PEFT cannot attach '{settings.method}' to {type(model).__name__}: {error}"
         ) from error

@@ -122,25 +122,21 @@ def _json_rows(file: Path, text: str) -> Rows:
         if text.lstrip().startswith("["):
             parse_json(text, str(file))
         # Not splitlines(): JSON leaves line separators such as U+2028 unescaped within a text.
-        lines = enumerate(text.split("\n"), 1)
-        found = [(f"{file}:{i}", line) for i, line in lines if line.strip()]
+        for i, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    yield _object(f"{file}:{i}", parse_json(line, f"{file}:{i}"))
+                except DataError as error:
+                    yield f"{file}:{i}", error
+        return
+    if not isinstance(value, list):
+        yield _object(f"{file}:1", value)
     else:
-        is_list = isinstance(value, list)
-        found = (
-            [(f"{file}: row {i}", row) for i, row in enumerate(value, 1)]
-            if is_list
-            else [(f"{file}:1", value)]
-        )
-    for where, row in found:
-        yield _json_row(where, row)
+        yield from (_object(f"{file}: row {i}", row) for i, row in enumerate(value, 1))
 
 
-def _json_row(where: str, row: Any) -> tuple[str, Mapping[str, Any] | DataError]:
-    """Return a row, given as such or as a line of JSON, with its place."""
-    try:
-        row = parse_json(row, where) if isinstance(row, str) else row
-    except DataError as error:
-        return where, error
+def _object(where: str, row: Any) -> tuple[str, Mapping[str, Any] | DataError]:
+    """Return a row with its place, or what is wrong where it is no object."""
     if isinstance(row, dict):
         return where, row
     return where, DataError(f"{where}: expected an object with keys, got {type(row).__name__}.")
@@ -161,7 +157,7 @@ def _table_rows(file: Path, text: str) -> Rows:
             return
         if cells is None:
             return
-        if not any(cells):
+        if not any(map(str.strip, cells)):
             continue
         if names is None:
             names = [cell.strip() for cell in cells]

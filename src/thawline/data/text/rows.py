@@ -79,9 +79,11 @@ class Example:
 
     def __post_init__(self) -> None:
         """Check that tokenizers can read the text. Raises: DataError: for half of a character."""
-        fields = (self.prompt, self.completion, self.messages, self.tools, self.choices, self.task)
+        text = '"'.join((self.prompt, self.completion, self.task, *self.choices))
+        if self.messages:
+            text += json.dumps((self.messages, self.tools), ensure_ascii=False, default=str)
         try:
-            json.dumps(fields, ensure_ascii=False, default=str).encode()
+            text.encode()
         except UnicodeEncodeError as error:
             before = error.object[max(error.start - 20, 0) : error.start].rpartition('"')[2]
             raise DataError(

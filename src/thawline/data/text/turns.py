@@ -13,15 +13,17 @@ from typing import Any
 
 from thawline.errors import DataError, did_you_mean
 
+USUAL_ROLES = ("system", "user", "assistant", "tool")
+
 SHAREGPT_ROLES = {
-    **{name: name for name in ("system", "user", "assistant", "tool")},
+    **{name: name for name in USUAL_ROLES},
     "human": "user",
     "gpt": "assistant",
     **dict.fromkeys(("chatgpt", "bing", "bard", "bot", "model"), "assistant"),
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
-"""ShareGPT's `from` → role."""
+"""ShareGPT's `from`, which some rows have as `role` → role."""
 
 WEIGHTS = ("train", "training", "loss")
 """Keys of other tools that say by true and false what `weight` says by 1 and 0."""
@@ -49,7 +51,10 @@ def read_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         n_asked += bool(asked)
     answers = [turn for turn in messages[n_asked:] if turn["role"] == "assistant"]
     if not answers:
-        raise DataError(f"{where}: no turn of role 'assistant', so there is nothing to learn.")
+        roles = ", ".join(sorted({turn["role"] for turn in messages[n_asked:]}))
+        raise DataError(
+            f"{where}: no turn of role 'assistant' (roles: {roles}), so there is nothing to learn."
+        )
     if not any(turn.get("weight", 1) for turn in answers):
         raise DataError(f"{where}: every turn of the assistant has weight 0, so there is nothing to learn.")
     return {"messages": tuple(messages), "n_asked": n_asked, "tools": _tools(row, where)}
@@ -73,11 +78,14 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     found = {key: value for key, value in turn.items() if value is not None} if _is_object(turn) else {}
     if "role" not in found and "from" in found:
         found = _from_sharegpt(found, where)
+    elif str(found.get("role")) in SHAREGPT_ROLES.keys() - USUAL_ROLES:
+        role, content = found.pop("role"), found.pop("content", None)
+        found = _from_sharegpt({"from": role, "value": content, **found}, where)
     if "function_call" in found:
         found["tool_calls"] = [found.pop("function_call")]
     if calls := _decoded(found.pop("tool_calls", None), f"{where}: the `tool_calls`"):
         found = {"content": "", **found, "tool_calls": [_tool_call(call, where) for call in calls]}
-    if not {"role", "content"} <= set(found):
+    if "content" not in found or not isinstance(found.get("role"), str):
         raise DataError(f"{where} needs 'role' and text as 'content', got {turn!r}.")
     found["content"] = _content(found["content"], where)
     for key in WEIGHTS:
@@ -94,7 +102,7 @@ def _from_sharegpt(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     name, value = rest.pop("from"), rest.pop("value", None)
     if value is None:
         raise DataError(f"{where} needs 'from' and 'value', got {turn!r}.")
-    if name not in SHAREGPT_ROLES:
+    if not isinstance(name, str) or name not in SHAREGPT_ROLES:
         raise DataError(f"{where}: 'from' is {name!r}. {did_you_mean(str(name), SHAREGPT_ROLES)}")
     if name not in ("function_call", "tool_call"):
         return {"role": SHAREGPT_ROLES[name], "content": value, **rest}

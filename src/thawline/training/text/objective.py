@@ -72,6 +72,7 @@ class TextObjective(RowObjective):
                 sorted({label for one in examples for label in one.choices or [one.completion]})
             )
         self.encode_rows()
+        self._warn_of_endless_answers()
         if self.data.packing and self.train_rows:
             self._pack()
         chosen = self._choose_metrics()
@@ -243,6 +244,15 @@ class TextObjective(RowObjective):
     def _score(self, model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
         shifted = self.head == "causal-lm"
         return score_answers(model, rows, self.collate, batch_size=batch_size, shifted=shifted)
+
+    def _warn_of_endless_answers(self) -> None:
+        """Warn of a chat template that ends answers by no token at which writing stops."""
+        has_chats = any(example.messages for example in self.train_examples)
+        if has_chats and self.head == "causal-lm" and self.encoder.chat.turn_end is None:
+            logger.warning(
+                "The chat template ends an answer by no special token: the model cannot learn to stop, and "
+                "will answer up to `max_new_tokens`. Let `data.chat_template` write {{ eos_token }} there."
+            )
 
     def _pack(self) -> None:
         """Pack the training rows, or say why not. Raises: ConfigError: if they must be and cannot."""

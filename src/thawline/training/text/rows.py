@@ -106,7 +106,8 @@ def _check_read(data: TextData, examples: Sequence[Example]) -> None:
     for name, (kind, reads) in kinds.items():
         if getattr(data, name) and not any(map(reads, examples)):
             raise ConfigError(
-                f"`data.{name}` is for {kind}, and the rows are of format '{examples[0].format}'. Leave it out."
+                f"`data.{name}` is for {kind}, and the rows are of format '{examples[0].format}'. "
+                "Leave it out."
             )
 
 

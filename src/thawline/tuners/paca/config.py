@@ -7,7 +7,6 @@ __all__ = ["PACA", "PacaConfig"]
 from dataclasses import dataclass
 from typing import ClassVar
 
-from thawline.errors import ConfigError
 from thawline.recipe.adapters import PacaFields
 from thawline.tuners._config import TunerConfig
 from thawline.tuners._peft import TunerType
@@ -46,8 +45,3 @@ class PacaConfig(PacaFields, TunerConfig):
         self.check()
         if self.bias == "paca_only":
             self.bias = BIAS_ONLY  # type: ignore[assignment]  # as PEFT spells it: prefix and "only"
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ConfigError(
-                f"`layers_to_transform` needs a list of names, not target_modules={self.target_modules!r}. "
-                "List the modules, or write the block numbers into the regular expression."
-            )
