@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -78,7 +78,6 @@ def open_video(source: str | Path | int) -> Source:
     count, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     # A file behind an address ends; a stream without a length goes on, and may be lost on the way.
     is_endless = is_stream and count <= 0 and not _suffix(str(source))
-
     is_live = camera is not None or is_endless
 
     def frames() -> Iterator[Frame]:
@@ -110,7 +109,7 @@ def open_video(source: str | Path | int) -> Source:
     )
 
 
-def _images(capture: Any) -> Iterator[np.ndarray]:
+def _images(capture: Any) -> Generator[np.ndarray]:
     """Yield the images of an opened capture, RGB, and release it."""
     try:
         while (found := capture.read())[0]:
@@ -119,14 +118,14 @@ def _images(capture: Any) -> Iterator[np.ndarray]:
         capture.release()
 
 
-def _newest(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _newest(images: Generator[np.ndarray]) -> Generator[np.ndarray]:
     """Yield the newest of the images that a thread reads meanwhile, each once, and always the last one."""
     waiting: queue.Queue[np.ndarray | None] = queue.Queue()
     is_closed = threading.Event()
 
     def read() -> None:
         try:
-            with closing(images):  # type: ignore[type-var]
+            with closing(images):
                 for image in images:
                     if is_closed.is_set():
                         return
