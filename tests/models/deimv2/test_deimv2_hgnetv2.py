@@ -78,3 +78,17 @@ def test_evaluation_and_frozen_statistics_go_step_by_step() -> None:
     unit = _unit(-0.5).eval()
     x = torch.randn(2, 5, 6, 9, dtype=torch.float64)
     assert torch.equal(unit(x), _in_steps(unit, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_without_gradients_works_in_place_with_the_same_bits(dtype: torch.dtype) -> None:
+    """Under autocast the map is in half precision and the affine is not: it decides the result's type."""
+    unit, x = _unit(-0.5, torch.float32).eval(), torch.randn(2, 5, 6, 9)
+    before, made = x.clone(), []
+    unit.bn.register_forward_hook(lambda module, args, output: made.append(output.data_ptr()))
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found, expected = unit(x), _in_steps(unit, x)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    assert torch.equal(x, before)
+    assert (found.data_ptr() == made[0]) == (dtype == torch.float32)

