@@ -125,7 +125,8 @@ def test_rows_of_the_recipe_study_are_shown_as_recorded() -> None:
     page = (ROOT / "docs" / "results" / "recipe.md").read_text(encoding="utf-8")
     rows = recorded("recipe")["table"]
     for row in rows:
-        cells = [row["data"], row["size"], row["epochs"], f"`{row['arm']}`", row["seeds"]]
+        cells = [row[name] for name in ("data", "n_images", "size", "epochs")]
+        cells += [f"`{row['arm']}`", row["seeds"]]
         scores = [f"{row[name]:.3f}" for name in ("AP", "raw_AP")]
         assert f"| {' | '.join(map(str, [*cells, *scores]))} |" in page
-    assert page.count("` | ") == len(rows)
+    assert page.count("` | 1 | ") == len(rows)
