@@ -284,13 +284,15 @@ def export(
         variant: the size, for weights that do not determine it.
         weights: "random" builds the size untrained, to try things out.
         task: of a text run that serves several: one of them, or "all".
-        settings: `format` (onnx, openvino, tensorrt or pt2), `batch`, `opset`, `sampling`, `half`,
+        settings: `format` (onnx, openvino, tensorrt, pt2, or web), `batch`, `opset`, `sampling`, `half`,
             `single_input`, `budget`: fields of `thawline.exporters.export.Settings`.
     Returns: the report, which is also written as PATH.report.json; for text the folders.
     Raises: BudgetError: the detections differ by more than the budget; no file is kept.
     """
     if settings.get("format") in ("merged", "lora", "gguf-ready"):
         return _export_text(str(model), out, settings.pop("format"), task, settings)
+    if settings.get("format") == "web":
+        return _export_site(model, out, settings, data=data, variant=variant, weights=weights)
     from thawline.exporters.export import Settings, export_detector, read_samples
     from thawline.models.deimv2 import DEIMv2
     from thawline.run_folder import RunFolder
@@ -310,6 +312,23 @@ def export(
     report = export_detector(detector, out, chosen, samples)
     if run is not None:
         _report(run)
+    return report
+
+
+def _export_site(
+    model: str | Path | DEIMv2, out: str | Path | None, settings: dict[str, Any], **options: Any
+) -> ExportReport | list[Path]:
+    """Write a folder of static files for the browser, around the ONNX file."""
+    from thawline.site.build import find_runtime, write_site
+
+    for name in ("batch", "half", "single_input"):
+        if settings.get(name):
+            raise ConfigError(f"`{name}`: the page decides it, for web: one image and one input, in float32.")
+    folder, runtime = Path(out or "site"), find_runtime()
+    fixed = {"format": "onnx", "batch": 1, "single_input": True}
+    report: Any = export(model, folder / "model.onnx", **options, **{**settings, **fixed})
+    write_site(folder, report.path, runtime)
+    report.notes.append(f"To see it: python -m http.server --directory {folder}")
     return report
 
 
