@@ -34,7 +34,7 @@ import psutil
 from PIL import Image
 
 from harness import study_results
-from thawline.files import write_json
+from thawline.files import read_json, write_json
 from thawline.inference.exported import ExportedNetwork
 
 CLIENTS = (1, 4, 16)
@@ -69,6 +69,8 @@ class Service:
             if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
                 self.port = int(found[1])
                 break
+        else:
+            raise RuntimeError("".join(self.log))
         threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True).start()
 
     def memory_mib(self) -> list[float]:
@@ -225,7 +227,7 @@ def send(port: int, request: bytes, leaves: bool) -> str:
             connection.sendall(request)
             if leaves:
                 return "left"
-            connection.shutdown(socket.SHUT_WR) if request.endswith(b"\r\n\r\n") else None
+            connection.shutdown(socket.SHUT_WR) if not request.startswith(b"POST") else None
             answer = connection.recv(100)
         except (ConnectionResetError, BrokenPipeError):
             return "closed"
@@ -251,55 +253,76 @@ def fuzz(port: int, n: int, seed: int = 0, clients: int = 8) -> dict[str, dict[s
     return {kind: dict(counts) for kind, counts in sorted(found.items())}
 
 
+def measure_load(model: Path, image: bytes, options: argparse.Namespace) -> dict[str, Any]:
+    """Return medians over rounds, in turn: the network alone, and the service with and without batches."""
+    pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+    alone: dict[int, list[float]] = {1: [], 8: []}
+    rows: dict[tuple[int, int], list[dict[str, float]]] = {}
+    for _ in range(options.rounds):
+        for batch in alone:
+            alone[batch].append(bare(model, pixels, options.requests, batch))
+            with running(str(model), "--batch_size", str(batch)) as service:
+                load(service.port, image, 4, 40)
+                for clients in CLIENTS:
+                    rows.setdefault((batch, clients), []).append(
+                        load(service.port, image, clients, options.requests)
+                    )
+    names = ("images_per_s", "p50_ms", "p99_ms")
+    return {
+        "rounds": options.rounds, "requests": options.requests, "load_average": os.getloadavg(),
+        "bare": [{"batch": batch, "images_per_s": float(np.median(n))} for batch, n in alone.items()],
+        "serve": [
+            {"batch_size": batch, "clients": clients}
+            | {name: float(np.median([row[name] for row in group])) for name in names}
+            for (batch, clients), group in sorted(rows.items())
+        ],
+    }  # fmt: skip
+
+
+def measure_memory(model: Path, image: bytes, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the memory of the service's processes before and after many requests."""
+    with running(str(model)) as service:
+        load(service.port, image, 8, 1000)
+        before = service.memory_mib()
+        load(service.port, image, 8, options.many)
+        return {"requests": options.many, "before": before, "after": service.memory_mib()}
+
+
+def measure_malformed(model: Path, image: bytes, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the statuses of malformed requests, and whether the service goes on."""
+    with running(str(model), "--timeout", "3") as service:
+        statuses = fuzz(service.port, options.malformed)
+        errors = sum(
+            n for counts in statuses.values() for status, n in counts.items() if status.startswith("5")
+        )
+        lines = sum(bool(re.search(r": 5\d\d$", line)) for line in service.log)
+        alive = load(service.port, image, 2, 20)["requests"] == 20
+        return {
+            "requests": options.malformed, "statuses": statuses, "errors_of_the_server": errors,
+            "their_log_lines": lines, "answers_afterwards": alive, "exit_status": service.stop(),
+        }  # fmt: skip
+
+
+PARTS = {"load": measure_load, "memory": measure_memory, "malformed": measure_malformed}
+
+
 def main() -> int:
+    """Measure the parts that are asked for; the results of the others stay."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="Exported detector, .onnx or .xml.")
     parser.add_argument("image", type=Path, help="Image to send.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--requests", type=int, default=320, help="Requests per load test.")
-    parser.add_argument("--memory", type=int, default=10_000, help="Requests before memory is read again.")
+    parser.add_argument("--rounds", type=int, default=3, help="Rounds of load tests.")
+    parser.add_argument("--many", type=int, default=10_000, help="Requests before memory is read again.")
     parser.add_argument("--malformed", type=int, default=1000, help="Malformed requests.")
-    parser.add_argument("--rounds", type=int, default=3, help="Rounds of load tests, in turn.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serve.json"))
     options = parser.parse_args()
-    image, pixels = options.image.read_bytes(), np.asarray(Image.open(options.image).convert("RGB"))
-    found: dict[str, Any] = {"image": [*pixels.shape[1::-1], len(image)], "load_average": os.getloadavg()}
-    rows: dict[tuple[str, int, int], list[dict[str, float]]] = {}
-    alone: dict[int, list[float]] = {1: [], 8: []}
-    for _ in range(options.rounds):
-        for batch in alone:
-            alone[batch].append(bare(options.model, pixels, options.requests, batch))
-        for batch in (1, 8):
-            with running(str(options.model), "--batch_size", str(batch)) as service:
-                load(service.port, image, 4, 40)
-                for clients in CLIENTS:
-                    row = load(service.port, image, clients, options.requests)
-                    rows.setdefault(("serve", batch, clients), []).append(row)
-    found["bare"] = [{"batch": batch, "images_per_s": float(np.median(n))} for batch, n in alone.items()]
-    found["load"] = [
-        {"batch_size": batch, "clients": clients, "rounds": len(group)}
-        | {
-            name: float(np.median([row[name] for row in group]))
-            for name in ("images_per_s", "p50_ms", "p99_ms")
-        }
-        for (_, batch, clients), group in rows.items()
-    ]
-    with running(str(options.model)) as service:
-        load(service.port, image, 8, 1000)
-        before = service.memory_mib()
-        load(service.port, image, 8, options.memory)
-        found["memory_mib"] = {"requests": options.memory, "before": before, "after": service.memory_mib()}
-    with running(str(options.model), "--timeout", "3", "--max_bytes", "1_000_000") as service:
-        found["malformed"] = {
-            "requests": options.malformed,
-            "statuses": fuzz(service.port, options.malformed),
-        }
-        statuses = Counter[str]()
-        for counts in found["malformed"]["statuses"].values():
-            statuses.update(counts)
-        found["malformed"]["answers_5xx"] = {s: n for s, n in statuses.items() if s.startswith("5")}
-        found["malformed"]["log_lines_5xx"] = sum(bool(re.search(r": 5\d\d$", line)) for line in service.log)
-        found["malformed"]["alive"] = load(service.port, image, 2, 20)["requests"] == 20
-    write_json(options.out, study_results(__file__, **found))
+    found = read_json(options.out)
+    image = options.image.read_bytes()
+    for part in options.parts:
+        found |= study_results(__file__, **{part: PARTS[part](options.model, image, options)})
+        write_json(options.out, found)
     return 0
 
 

@@ -13,7 +13,7 @@ FLOOR = {
     "recipe": 0, "ops": 0,
     "tuners": 1, "models": 1, "data": 1, "metrics": 1,
     "training": 3, "analysis": 3, "exporters": 3, "inference": 3, "report": 3,
-    "run_folder": 4, "planning": 4, "runtime": 4, "service": 4, "site": 4,
+    "run_folder": 4, "planning": 4, "runtime": 4, "service": 4, "web": 4,
     "run": 5, "bench": 5,
     "jobs": 6, "demo": 6,
     "cli": 7,

@@ -319,7 +319,7 @@ def _export_site(
     model: str | Path | DEIMv2, out: str | Path | None, settings: dict[str, Any], **options: Any
 ) -> ExportReport | list[Path]:
     """Write a folder of static files for the browser, around the ONNX file."""
-    from thawline.site.build import find_runtime, write_site
+    from thawline.web.build import find_runtime, write_site
 
     for name in ("batch", "half", "single_input"):
         if settings.get(name):

@@ -1,0 +1,1 @@
+"""Detectors in a browser: a folder of static files."""
