@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.support.detection_files import write_coco, write_yolo
-from thawline.data.detection.dataset import DetectionDataset, Sample, load_detection
+from thawline.data.detection import DetectionDataset, Sample, load_detection
 from thawline.data.detection.images import probe_image, read_image
 from thawline.errors import DataError, MissingExtraError
 
