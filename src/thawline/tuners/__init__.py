@@ -10,14 +10,17 @@ from thawline.tuners.mhr.task_ids import route_by_batch, set_task_ids
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.model import PacaModel
+from thawline.tuners.paca.sync import apply_columns, pack_columns
 from thawline.tuners.to_lora import to_lora
 
 __all__ = [
     "MHRConfig",
     "PacaConfig",
     "add_tasks",
+    "apply_columns",
     "from_poly",
     "load_routing",
+    "pack_columns",
     "route_by_batch",
     "save_routing",
     "select_columns",

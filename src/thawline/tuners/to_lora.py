@@ -21,11 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from thawline.errors import ConfigError, did_you_mean
-
-PREFIX = "base_model.model."
+from thawline.tuners._names import PREFIX, plain_name, unwrapped
 
 
 def to_lora(
@@ -47,13 +45,13 @@ def to_lora(
         adapter_name: None: the only adapter, or the active one.
     Raises: ConfigError: for an unknown adapter, one of another tuner, or a layer that no LoRA equals.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     name = adapter_name or _active(model, configs)
     if name not in configs:
         raise ConfigError(f"The model has no adapter {name!r}. {did_you_mean(str(name), configs)}")
     factors = {
-        _plain(path): layer.low_rank_factors(name, task)
+        plain_name(path): layer.low_rank_factors(name, task)
         for path, layer in _layers(model).items()
         if name in layer._get_available_adapters()
     }
@@ -123,20 +121,8 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
-    names = {_plain(name) for name, _ in model.named_modules()}
+    names = {plain_name(name) for name, _ in model.named_modules()}
     return sorted(n for n in names - targets if any(n.endswith(f".{target}") for target in targets))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model without the wrappers of DDP and torch.compile, which prefix the modules' names."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model
-
-
-def _plain(path: str) -> str:
-    """Return a module's name in the base model."""
-    return path.removeprefix(PREFIX)
 
 
 def _active(model: nn.Module, configs: dict[str, Any]) -> str | None:

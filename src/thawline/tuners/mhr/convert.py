@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from thawline.errors import CheckpointError, ConfigError
+from thawline.tuners._names import PREFIX
 from thawline.tuners.mhr.config import MHRConfig
 
-PREFIX = "base_model.model."
 POLY_KEYS = {"poly_lora_A": "mhr_A", "poly_lora_B": "mhr_B", "poly_router.module_logits": "mhr_router.logits"}
 MTTL_KEYS = {"lora_a": "mhr_A", "lora_b": "mhr_B", "selector.module_logits": "mhr_router.logits"}
 SHARED_WITH_POLY = (

@@ -247,6 +247,18 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         state.resident.install(weight, changes)
         state.inside, state.stale = state.wanted, False
 
+    @property
+    def wanted_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters whose columns the weight should hold: the merged or the active ones."""
+        return self._state.wanted
+
+    def resident_columns(self) -> tuple[Tensor, Tensor]:
+        """Return the weight with its columns written, and which columns those are: (R,), sorted."""
+        self.write()
+        weight = self.base_layer.weight
+        self._check_not_gathered()
+        return weight, self._state.resident.index(weight)
+
     def evict(self) -> None:
         """Restore every bit of the original weight; the next forward writes the columns again."""
         state = self._state

@@ -113,6 +113,12 @@ class Resident:
             write_columns(self._columns_of(copy), *self._original)
         return copy
 
+    def index(self, weight: Tensor) -> Tensor:
+        """Return the columns of `weight` that are not its own, sorted."""
+        if self._original is None:
+            return torch.empty(0, dtype=torch.long, device=weight.device)
+        return self._original.index
+
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Return whether the columns inside the weight are free of NaN and infinity."""
