@@ -1,6 +1,6 @@
 """Tuners that PEFT does not have. Importing this package registers them with PEFT."""
 
-from thawline.tuners._peft import register_tuner
+from thawline.tuners._peft import is_registered, register_tuner
 from thawline.tuners.mhr.adapt import add_tasks, start_adaptation
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.convert import from_poly
@@ -10,6 +10,14 @@ from thawline.tuners.mhr.task_ids import route_by_batch, set_task_ids
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.model import PacaModel
+from thawline.tuners.paca.peft_paca import (
+    PEFT_PACA,
+    PeftPacaConfig,
+    PeftPacaModel,
+    from_peft_paca,
+    to_peft_paca,
+    use_for_peft_paca,
+)
 from thawline.tuners.paca.sync import apply_columns, pack_columns
 from thawline.tuners.to_lora import to_lora
 
@@ -18,6 +26,7 @@ __all__ = [
     "PacaConfig",
     "add_tasks",
     "apply_columns",
+    "from_peft_paca",
     "from_poly",
     "load_routing",
     "pack_columns",
@@ -27,7 +36,11 @@ __all__ = [
     "set_task_ids",
     "start_adaptation",
     "to_lora",
+    "to_peft_paca",
+    "use_for_peft_paca",
 ]
 
 register_tuner(PACA, PacaConfig, PacaModel)
 register_tuner(MHR, MHRConfig, MHRModel)
+if not is_registered(PEFT_PACA):
+    register_tuner(PEFT_PACA, PeftPacaConfig, PeftPacaModel)

@@ -8,7 +8,7 @@ Tested with the oldest and the newest supported peft, and with a `PeftType` that
 
 from __future__ import annotations
 
-__all__ = ["TunerType", "register_tuner"]
+__all__ = ["TunerType", "is_registered", "register_tuner", "set_tuner"]
 
 from peft.config import PeftConfig
 from peft.mapping import (
@@ -61,3 +61,13 @@ def register_tuner(tuner_type: TunerType, config_cls: type[PeftConfig], model_cl
     PEFT_TYPE_TO_CONFIG_MAPPING[tuner_type] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[tuner_type] = model_cls
     PEFT_TYPE_TO_PREFIX_MAPPING[tuner_type] = tuner_type.prefix
+
+
+def is_registered(tuner_type: TunerType) -> bool:
+    """Return whether PEFT knows a tuner of this type, its own or ours."""
+    return tuner_type in PEFT_TYPE_TO_TUNER_MAPPING
+
+
+def set_tuner(tuner_type: TunerType, model_cls: type[BaseTuner]) -> None:
+    """Let `model_cls` build the adapters of a type that PEFT knows."""
+    PEFT_TYPE_TO_TUNER_MAPPING[tuner_type] = model_cls

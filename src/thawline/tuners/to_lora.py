@@ -10,7 +10,7 @@ It raises ConfigError if no stock LoRA is equal, or `task` is not one of the ada
 
 from __future__ import annotations
 
-__all__ = ["to_lora"]
+__all__ = ["adapter_named", "namesakes", "other_tensors", "to_lora"]
 
 from collections import Counter
 from pathlib import Path
@@ -46,10 +46,8 @@ def to_lora(
     Raises: ConfigError: for an unknown adapter, one of another tuner, or a layer that no LoRA equals.
     """
     model = unwrapped(model)
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    name = adapter_name or _active(model, configs)
-    if name not in configs:
-        raise ConfigError(f"The model has no adapter {name!r}. {did_you_mean(str(name), configs)}")
+    name = adapter_named(model, adapter_name)
+    config = model.peft_config[name]
     factors = {
         plain_name(path): layer.low_rank_factors(name, task)
         for path, layer in _layers(model).items()
@@ -57,10 +55,10 @@ def to_lora(
     }
     if not factors:
         raise ConfigError(
-            f"Adapter {name!r} is of type {configs[name].peft_type.value}, which thawline cannot convert to "
+            f"Adapter {name!r} is of type {config.peft_type.value}, which thawline cannot convert to "
             "LoRA. If it is a LoRA adapter already, use save_pretrained."
         )
-    tensors = _other_tensors(model, name)
+    tensors = other_tensors(model, name)
     for path, (a, b) in factors.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b
@@ -70,7 +68,7 @@ def to_lora(
     # Cloned: safetensors refuses two names for one storage, as of a bias in a module trained in full.
     save_file({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
     ranks = {path: len(a) for path, (a, _) in factors.items()}
-    _lora_config(model, configs[name], ranks).save_pretrained(str(folder))
+    _lora_config(model, config, ranks).save_pretrained(str(folder))
 
 
 def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraConfig:
@@ -90,14 +88,14 @@ def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraCo
         alpha_pattern=dict(others),
         target_modules=sorted(ranks),
         # PEFT adapts every module whose name ends in a target's, also those that we did not adapt.
-        exclude_modules=_namesakes(model, set(ranks)) or None,
+        exclude_modules=namesakes(model, set(ranks)) or None,
         bias="lora_only" if bias.endswith("_only") else bias,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=getattr(config, "trainable_token_indices", None),
     )
 
 
-def _other_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+def other_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return what the adapter saves besides its layers: modules trained in full, tokens, biases."""
     ours = tuple(
         f"{path}.{attribute}" if path else attribute
@@ -120,14 +118,20 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
+def namesakes(model: nn.Module, targets: set[str]) -> list[str]:
+    """Return the modules outside `targets` whose name ends in a target's: PEFT would adapt them too."""
     names = {plain_name(name) for name, _ in model.named_modules()}
     return sorted(n for n in names - targets if any(n.endswith(f".{target}") for target in targets))
 
 
-def _active(model: nn.Module, configs: dict[str, Any]) -> str | None:
-    """Return the only adapter's name, or the active one's."""
-    if len(configs) == 1:
-        return next(iter(configs))
-    active = getattr(model, "active_adapter", None)  # of a PeftModel: its name
-    return active if isinstance(active, str) else None
+def adapter_named(model: nn.Module, name: str | None) -> str:
+    """Return `name`, or for None the only adapter, or the active one of a `PeftModel`.
+
+    Raises: ConfigError: if the model has no such adapter.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if name is None:
+        name = next(iter(configs)) if len(configs) == 1 else getattr(model, "active_adapter", None)
+    if not isinstance(name, str) or name not in configs:
+        raise ConfigError(f"The model has no adapter {name!r}. {did_you_mean(str(name), configs)}")
+    return name
