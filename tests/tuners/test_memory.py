@@ -28,12 +28,14 @@ def config(request) -> Callable[[], PacaConfig | MHRConfig]:
     return CONFIGS[request.param]
 
 
+@pytest.mark.parametrize("config", ["mhr"], indirect=True)
 def test_an_offloaded_base_is_refused_at_attach_naming_the_layer(config, tmp_path) -> None:
     for base in (cpu_offload(tiny_llama(), CPU), disk_offload(tiny_llama(), tmp_path, CPU)):
         with pytest.raises(ConfigError, match=r"'model.layers.0.self_attn.q_proj' is offloaded .meta"):
             get_peft_model(base, config())
 
 
+@pytest.mark.parametrize("config", ["mhr"], indirect=True)
 def test_an_offloaded_base_is_refused_at_load(config, tmp_path) -> None:
     get_peft_model(tiny_llama(), config()).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"'model.layers.0.self_attn.q_proj' is offloaded"):

@@ -39,6 +39,7 @@ def logits(model: torch.nn.Module, **inputs) -> torch.Tensor:
         return model(input_ids=IDS, **inputs).logits
 
 
+@pytest.mark.parametrize("make", ["mhr"], indirect=True)
 @pytest.mark.parametrize("names", [["a", "b"], ["b", "b"], ["a", "__base__"], ["__base__", "__base__"]])
 def test_adapters_by_row_are_refused_unless_all_rows_use_the_active_one(make, names) -> None:
     model = get_peft_model(tiny_llama(), make(), "a").eval()

@@ -12,7 +12,7 @@ K kernel.
 
 from __future__ import annotations
 
-__all__ = ["ConvGeometry", "conv_columns", "tap_channels"]
+__all__ = ["ConvGeometry", "add_channels", "conv_columns", "tap_channels"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +88,38 @@ def tap_channels(
     Returns: `y`, same storage; it may be changed in place.
     """
     return _TapChannels.apply(y, x, columns, index, geometry, scale, on_backward)
+
+
+def add_channels(
+    y: Tensor, x: Tensor, columns: Tensor, index: Tensor, geometry: ConvGeometry, scale: float = 1.0
+) -> Tensor:
+    """Return y + scale · the convolution of x at the channels `index` with `columns`; see `add_columns`.
+
+    Args:
+        y: output of the frozen convolution, (B, O, H', W') or (O, H', W').
+        x: its input, (B, C, H, W) or (C, H, W).
+        columns: change of the filters, the shape of conv_columns(weight)[:, index].
+        index: (R,), int64, unique, in [0, C/G), or in [0, C) for a depthwise convolution.
+        geometry: of the convolution.
+        scale: factor of the change.
+    """
+    x = _select_channels(x, index, geometry)
+    if geometry.pad is not None:
+        x = nn.functional.pad(x, geometry.pad, mode=geometry.pad_mode)
+    change = (columns.to(x.device) * scale).to(x.dtype)
+    groups = geometry.groups
+    if geometry.depthwise:  # (O/C, R, K, K): as a convolution of its own it has R groups
+        multiplier, groups = change.shape[:2]
+        change = change.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+    shape = (geometry.stride, geometry.padding, geometry.dilation)
+    change_y = nn.functional.conv2d(x, change, None, *shape, groups).to(y.dtype)
+    if not geometry.depthwise:
+        return y + change_y
+    n_channels = y.shape[-3] // multiplier
+    of_y = (
+        torch.arange(n_channels * multiplier, device=y.device).view(n_channels, multiplier)[index].flatten()
+    )
+    return y.index_add(-3, of_y, change_y)
 
 
 class _TapChannels(torch.autograd.Function):

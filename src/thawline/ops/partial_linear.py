@@ -2,7 +2,8 @@
 
 The columns live inside the weight, so the frozen layer's forward uses them and its backward gives the right
 gradient to its input. This file adds the two missing parts: the gradient of the columns (`tap_columns`, an
-identity on the layer's output) and writing a changed column into the weight (`write_columns`).
+identity on the layer's output) and writing a changed column into the weight (`write_columns`). Where a weight
+cannot be written, the change of its columns is applied beside it (`split_columns`, `add_columns`).
 
 Training W[:, I] while saving only x[..., I] is the idea of PaCA (Woo et al., ICLR 2025). The authors' code,
 and PEFT's tuner, replace the layer's matrix multiplication by their own; here the layer runs untouched, with
@@ -13,12 +14,12 @@ Axes: O out features, I in features, R selected columns, T tokens.
 
 from __future__ import annotations
 
-__all__ = ["refuse_second_derivatives", "tap_columns", "write_columns"]
+__all__ = ["add_columns", "refuse_second_derivatives", "split_columns", "tap_columns", "write_columns"]
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 
@@ -63,6 +64,44 @@ def write_columns(weight: Tensor, index: Tensor, columns: Tensor) -> None:
         columns: (O, R, ...), dtype of `weight`.
     """
     weight.data.index_copy_(1, index, columns.detach())
+
+
+def add_columns(y: Tensor, x_TR: Tensor, columns: Tensor, scale: float = 1.0) -> Tensor:
+    """Return y + scale · x[..., index] columnsᵀ: the output as if the columns of the weight had changed.
+
+    Args:
+        y: output of the frozen linear, (..., O).
+        x_TR: the selected inputs, (..., R), from `split_columns`.
+        columns: change of the columns, (O, R); rounded to the dtype of `x_TR`.
+        scale: factor of the change.
+    """
+    change = columns.to(x_TR.device)
+    change = change if scale == 1.0 else change * scale
+    return y + nn.functional.linear(x_TR, change.to(x_TR.dtype)).to(y.dtype)
+
+
+def split_columns(x: Tensor, index: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Return x, and x at `index` of axis `dim`; the two gradients are summed in one pass.
+
+    Args:
+        x: (..., I) for `dim` -1.
+        index: (R,), int64, unique.
+    """
+    x, selected = _SplitColumns.apply(x, index, dim)
+    return x, selected
+
+
+class _SplitColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, index: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(index)
+        ctx.dim = dim
+        return x.view_as(x), x.index_select(dim, index)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor, grad_selected: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        return grad.index_add(ctx.dim, index, grad_selected.to(grad.dtype)), None, None
 
 
 class _TapColumns(torch.autograd.Function):

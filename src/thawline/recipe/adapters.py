@@ -78,6 +78,10 @@ class PacaFields(_CommonFields):
     """The change of a column is scaled by alpha / r. None: each layer's own r, so the scale is 1 and the
     learning rate is that of full fine-tuning. With Adam a scale s acts like s times the learning rate, with
     SGD like s² times."""
+    mode: Literal["auto", "resident", "additive"] = "auto"
+    """Where the changed columns are: `resident` inside the weight, at no cost; `additive` beside it, which
+    leaves the weight alone: for weights that are tied, offloaded, or not to be written. `auto` decides for
+    each layer and says why."""
     selection: Literal["random", "weight_norm", "activation", "gradient", "explicit"] = "random"
     """How the columns are chosen: at random, by their L2 norm, by the activations or gradients of a few
     batches (`thawline train` runs them; in Python call `thawline.select_columns`), or listed in `indices`."""

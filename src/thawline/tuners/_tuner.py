@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BROKEN", "OFFLOADED", "Tuner"]
+__all__ = ["BROKEN", "OFFLOADED", "Tuner", "check_in_memory"]
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,6 @@ class Tuner(BaseTuner):
         check_patterns(config, model, targets, found)
         if not (is_all_linear(targets) or config.is_saved):
             check_fused(config, model)
-        check_in_memory(model, found)
         if not found:
             left = " that `exclude_modules` leaves" if config.exclude_modules else ""
             raise ConfigError(f"`target_modules`: {targets!r} is no module of {type(model).__name__}{left}.")

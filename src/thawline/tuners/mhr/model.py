@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import ConfigError
 from thawline.tuners._config import pattern_value
-from thawline.tuners._tuner import Tuner
+from thawline.tuners._tuner import Tuner, check_in_memory
 from thawline.tuners.mhr.config import MHR, MHRConfig
 from thawline.tuners.mhr.layer import MHRLinear, linear_sizes
 from thawline.tuners.mhr.routing import ROUTERS, Router
@@ -35,6 +35,7 @@ class MHRModel(Tuner):
     @classmethod
     def check_targets(cls, config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
         """Check that `found` are linear layers whose sizes the heads divide."""
+        check_in_memory(model, found)
         targets = {
             name: module.get_base_layer() if isinstance(module, MHRLinear) else module
             for name, module in found.items()

@@ -2,6 +2,8 @@
 
 The base layer's forward runs untouched, with the changed columns inside its weight; `tap_columns` on its
 output gives them their gradient. An adapter is δ, the change of the columns in fp32, and the column indices.
+A layer whose weight must not be written, and any layer when rows of a batch use different adapters, adds the
+product of the changed columns to the output instead (`additive`).
 
 When the columns are written into the weight:
  · right after the step of an optimiser that holds δ, and after load_state_dict, set_adapter, enabling,
@@ -20,11 +22,11 @@ pickle.
 
 from __future__ import annotations
 
-__all__ = ["LAYERS", "PacaConv2d", "PacaLayer", "PacaLinear"]
+__all__ = ["ASKED_FOR", "LAYERS", "PacaConv2d", "PacaLayer", "PacaLinear", "layer_class"]
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,13 +38,16 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import CheckpointError, ConfigError
-from thawline.ops.partial_conv import ConvGeometry, conv_columns, tap_channels
-from thawline.ops.partial_linear import tap_columns
+from thawline.ops.partial_conv import ConvGeometry, add_channels, conv_columns, tap_channels
+from thawline.ops.partial_linear import add_columns, split_columns, tap_columns
 from thawline.tuners._scaling import ScaledLayer
 from thawline.tuners._steps import watch
 from thawline.tuners._tuner import BROKEN, OFFLOADED
 from thawline.tuners.paca.resident import Change, Resident, is_sharded
 from thawline.tuners.paca.weights import HALF
+
+ASKED_FOR = "mode='additive'."
+"""Why a layer applies columns beside its weight, if not because it must."""
 
 
 class WriteState:
@@ -52,7 +57,9 @@ class WriteState:
         self.resident = resident
         self.wanted: tuple[str, ...] = ()  # adapters whose columns the weight should hold
         self.inside: tuple[str, ...] = ()  # adapters whose columns were written last
-        self.trained: tuple[str, ...] = ()  # adapters that forward gives a gradient
+        self.trained: tuple[str, ...] = ()  # adapters whose columns in the weight forward gives a gradient
+        self.added: tuple[str, ...] = ()  # adapters that forward applies beside the weight
+        self.rows: tuple[str, ...] | None = None  # the adapter of each row, within `adapter_names`
         self.stale = True  # δ may have changed unseen since the last write
         self.sharded = False  # FSDP2 has sharded the weight: in forward it shows a gathered copy
         self.compiled = False  # forward was compiled: it cannot write
@@ -65,23 +72,28 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     Args:
         base_layer: the layer, of the type the subclass is for.
         name: its name in the model, for messages.
+        additive: why columns are applied beside the weight. None: they are written into it.
     Attributes:
         in_features, out_features: sizes of the base layer; of a convolution, its channels.
+        shape: of the weight with its input features on axis 1, (O, I, ...), however it is stored.
     """
 
     adapter_layer_names = ("thawline_paca_delta",)
     other_param_names = ("r", "scaling", "base_scaling", "thawline_paca_indices")
     _tap: Callable[..., Tensor]  # gives δ its gradient; see `tap_columns`
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, additive: str | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        self.additive = additive
         self.columns_of = column_view(base_layer)
         if isinstance(base_layer, nn.Conv2d):
             self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
+            self.shape = self.columns_of(base_layer.weight).shape
         else:
-            self.out_features, self.in_features = self.columns_of(base_layer.weight).shape
+            self.shape = linear_shape(base_layer)
+            self.out_features, self.in_features = self.shape
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
@@ -102,17 +114,25 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         Raises: ConfigError: if no LoRA is equal.
         """
 
+    @abstractmethod
+    def _run_additive(
+        self, x: Tensor, parts: list[tuple[Change, Tensor | None]], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the base layer's output with changes added, each to all rows or to those of its index."""
+
     # Forward.
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output; its gradient reaches the active adapters' columns."""
         state, on_backward = self._state, None
+        if state.rows is not None or state.added:
+            return self._run_additive(x, self._parts(x), *args, **kwargs)
         if torch.compiler.is_compiling():
             state.compiled = True
         else:
             if state.stale or not state.resident.holds(self._weight(), self._changes()):
                 self.write()
-                self._check_there(x)
+                self._check_there(x, state.wanted)
             # Built per call: kept on the layer, it would be a reference cycle.
             on_backward = partial(self._before_backward, state.wanted)
         y = self.base_layer(x, *args, **kwargs)
@@ -133,9 +153,35 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def _weight(self) -> Any:
         return self._modules["base_layer"]._parameters.get("weight")
 
-    def _changes(self) -> list[Change]:
+    def _changes(self, names: Iterable[str] | None = None) -> list[Change]:
         deltas, indices = self._tensors()
-        return [Change(deltas[name], indices[name], self.scaling[name]) for name in self._state.wanted]
+        names = self._state.wanted if names is None else names
+        return [Change(deltas[name], indices[name], self.scaling[name]) for name in names]
+
+    def _parts(self, x: Tensor) -> list[tuple[Change, Tensor | None]]:
+        """Return the changes to apply beside the weight, and the rows of `x` that each is for (None: all)."""
+        state = self._state
+        self._check_there(x, state.added if state.rows is None else tuple(self.thawline_paca_delta))
+        if state.rows is None:
+            return [(change, None) for change in self._changes(state.added)]
+        self.evict()  # the next plain forward writes again
+        if len(x) % len(state.rows) or (x.dim() == 2 and len(x) != len(state.rows)):
+            raise ConfigError(
+                f"adapter_names has {len(state.rows)} rows, but '{self.name}' gets inputs {tuple(x.shape)}: "
+                "it cannot be told which row each belongs to. Run the rows of each adapter apart."
+            )
+        rows = torch.arange(len(x), device=x.device) * len(state.rows) // len(x)
+        found = [name for name in dict.fromkeys(state.rows) if name in self.thawline_paca_delta]
+        parts: list[tuple[Change, Tensor | None]] = []
+        for name, change in zip(found, self._changes(found), strict=True):
+            mine = torch.tensor([row == name for row in state.rows], device=x.device)
+            parts.append((change, mine[rows].nonzero().flatten()))
+        return parts
+
+    def use_for_rows(self, adapter_names: Sequence[str] | None) -> None:
+        """Apply to each row of the next inputs the adapter of its name; None: the active ones to all."""
+        self._state.rows = None if adapter_names is None else tuple(adapter_names)
+        self._state.stale = True
 
     # Adapters: adding, choosing, removing.
 
@@ -143,17 +189,15 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self, adapter_name: str, index: Tensor, scale: float, init_weights: bool, inference_mode: bool = False
     ) -> None:
         """Add an adapter on the columns `index`, or replace the one of the same name."""
-        weight = self.base_layer.weight
+        device = device_of(self.base_layer)
         if adapter_name in self.thawline_paca_delta:
             self.evict()
         self.r[adapter_name] = len(index)
         self.scaling[adapter_name] = self.base_scaling[adapter_name] = scale
-        self.thawline_paca_indices[adapter_name] = index.to(weight.device)
-        shape = list(self.columns_of(weight).shape)
-        shape[1] = len(index)
-        delta = torch.zeros(
-            shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
-        )
+        self.thawline_paca_indices[adapter_name] = index.to(device)
+        shape = (self.shape[0], len(index), *self.shape[2:])
+        is_double = getattr(self._weight(), "dtype", None) is torch.float64
+        delta = torch.zeros(shape, dtype=torch.float64 if is_double else torch.float32, device=device)
         if not init_weights:
             delta.normal_(std=0.02)
         self.thawline_paca_delta[adapter_name] = nn.Parameter(delta)
@@ -186,17 +230,24 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Leave the adapters' columns in the weight and stop training them.
 
-        Raises: ConfigError: with `safe_merge`, if the merged columns hold NaN or infinity.
+        Raises: ConfigError: if the weight must not be written; with `safe_merge`, if the merged columns hold
+            NaN or infinity.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.thawline_paca_delta]
         if not names:
             return
+        self.check_mergeable()
         self.merged_adapters = [*self.merged_adapters, *names]
         self._refresh()
         if safe_merge and not self._state.resident.is_finite():
             self.merged_adapters = self.merged_adapters[: -len(names)]
             self._refresh()
             raise ConfigError(BROKEN.format(", ".join(names), self.name))
+
+    def check_mergeable(self) -> None:
+        """Raise ConfigError if the weight must not be written."""
+        if self.additive not in (None, ASKED_FOR):
+            raise ConfigError(f"'{self.name}' cannot be merged. {self.additive} thawline.to_lora works.")
 
     def unmerge(self) -> None:
         """Return to the active adapters."""
@@ -220,7 +271,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the adapter's change of the weight, in the weight's shape and δ's dtype."""
         delta = self.thawline_paca_delta[adapter].detach()
-        change = torch.zeros(self.base_layer.weight.shape, dtype=delta.dtype, device=delta.device)
+        stored = self.shape if self.columns_of is _as_stored else self.base_layer.weight.shape
+        change = torch.zeros(stored, dtype=delta.dtype, device=delta.device)
         self.columns_of(change).index_copy_(
             1, self.thawline_paca_indices[adapter], delta * self.scaling[adapter]
         )
@@ -237,7 +289,11 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
 
     def write(self) -> None:
         """Write the columns of the wanted adapters into the weight."""
-        state, weight, changes = self._state, self.base_layer.weight, self._changes()
+        state = self._state
+        if not (state.wanted or state.inside):
+            state.stale = False
+            return
+        weight, changes = self.base_layer.weight, self._changes()
         if state.released or self._is_gathered(weight):
             return
         if any(change.delta.is_meta or is_fake(change.delta) for change in changes):
@@ -248,12 +304,24 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         state.inside, state.stale = state.wanted, False
 
     @property
+    def holds_columns(self) -> bool:
+        """Return whether the layer's weight is its own to write: then no other model may hold it."""
+        return self.additive is None and not self._state.released and not self.base_layer.weight.is_meta
+
+    @property
     def wanted_adapters(self) -> tuple[str, ...]:
         """Names of the adapters whose columns the weight should hold: the merged or the active ones."""
         return self._state.wanted
 
     def resident_columns(self) -> tuple[Tensor, Tensor]:
-        """Return the weight with its columns written, and which columns those are: (R,), sorted."""
+        """Return the weight with its columns written, and which columns those are: (R,), sorted.
+
+        Raises: ConfigError: if the layer applies columns beside its weight.
+        """
+        if self._state.added:
+            raise ConfigError(
+                f"The weight of '{self.name}' holds no columns: they are added. {self.additive}"
+            )
         self.write()
         weight = self.base_layer.weight
         self._check_not_gathered()
@@ -274,6 +342,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             moved: ids of the optimiser's parameters.
         """
         state, (deltas, _) = self._state, self._tensors()
+        if not (state.wanted or state.inside):
+            return
         state.sharded = is_sharded(self.base_layer.weight)
         if state.sharded or state.compiled or any(id(deltas[name]) in moved for name in state.wanted):
             self.write()
@@ -285,7 +355,10 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             names = self.merged_adapters
         else:
             names = [] if self._disable_adapters else self.active_adapters
-        state.wanted = tuple(name for name in names if name in self.thawline_paca_delta)
+        names = [name for name in names if name in self.thawline_paca_delta]
+        is_beside = self.additive is not None and not self.merged
+        state.added = tuple(names) if is_beside else ()
+        state.wanted = () if is_beside else tuple(names)
         state.trained = () if self.merged else state.wanted
         if state.inside != state.wanted:
             self._check_not_gathered()
@@ -331,8 +404,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
                 "adapters."
             )
 
-    def _check_there(self, x: Tensor) -> None:
-        if any(change.delta.is_meta for change in self._changes()) and not x.is_meta:
+    def _check_there(self, x: Tensor, names: Iterable[str]) -> None:
+        if any(change.delta.is_meta for change in self._changes(names)) and not x.is_meta:
             raise ConfigError(OFFLOADED.format(self.name))
 
     def _check_in_place(self, weight: Tensor) -> None:
@@ -378,7 +451,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Move the adapter as PEFT does, but keep the dtype of δ."""
-        device = self.base_layer.weight.device if device is None else device
+        device = device_of(self.base_layer) if device is None else device
         delta = self.thawline_paca_delta.get(adapter_name)
         if delta is not None and device.type != "meta" and not delta.is_meta:
             delta.data = delta.data.to(device)
@@ -398,7 +471,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
 
     def _next_forward_writes(self) -> bool:
         """Return whether the next forward writes evicted columns again; compiled and sharded ones do not."""
-        return not (self._state.compiled or is_sharded(self.base_layer.weight))
+        return not (self._state.compiled or is_sharded(self._weight()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PacaLayer:
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
@@ -431,10 +504,26 @@ class PacaLinear(PacaLayer):
 
     _tap = staticmethod(tap_columns)
 
+    def _run_additive(
+        self, x: Tensor, parts: list[tuple[Change, Tensor | None]], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        inputs = []
+        for change, _ in parts:
+            x, selected = split_columns(x, change.index.to(x.device))
+            inputs.append(selected)
+        y = self.base_layer(x, *args, **kwargs)
+        for (change, rows), selected in zip(parts, inputs, strict=True):
+            if rows is None:
+                y = add_columns(y, selected, change.delta, change.scale)
+            else:
+                mine = add_columns(y[rows], selected[rows], change.delta, change.scale)
+                y = y.index_copy(0, rows, mine)
+        return y
+
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
         """Return A, which picks the columns (R, I), and B, their scaled change (O, R)."""
         delta, index = self._scaled_delta(adapter_name, task)
-        n = self.columns_of(self.base_layer.weight).shape[1]
+        n = self.shape[1]
         return nn.functional.one_hot(index, n).to(delta.dtype), delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -445,9 +534,21 @@ class PacaLinear(PacaLayer):
 class PacaConv2d(PacaLayer):
     """PaCA on `nn.Conv2d`: columns are the filters that read a channel."""
 
-    def __init__(self, base_layer: nn.Conv2d, name: str) -> None:
-        super().__init__(base_layer, name)
-        self._tap = partial(tap_channels, geometry=ConvGeometry.of(base_layer))
+    def __init__(self, base_layer: nn.Conv2d, name: str, additive: str | None = None) -> None:
+        super().__init__(base_layer, name, additive)
+        self._geometry = ConvGeometry.of(base_layer)
+        self._tap = partial(tap_channels, geometry=self._geometry)
+
+    def _run_additive(
+        self, x: Tensor, parts: list[tuple[Change, Tensor | None]], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        for (delta, index, scale), rows in parts:
+            if rows is None:
+                y = add_channels(y, x, delta, index, self._geometry, scale)
+            else:
+                y = y.index_copy(0, rows, add_channels(y[rows], x[rows], delta, index, self._geometry, scale))
+        return y
 
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
         """Return A, which picks one channel at one place of the kernel, and B, its change.
@@ -471,11 +572,35 @@ class PacaConv2d(PacaLayer):
         return a, delta.flatten(1)[:, :, None, None]
 
 
-LAYERS: dict[type[nn.Module], Callable[[nn.Module, str], PacaLayer]] = {
+LAYERS: dict[type[nn.Module], type[PacaLayer]] = {
     nn.Linear: PacaLinear,
     Conv1D: PacaLinear,
     nn.Conv2d: PacaConv2d,
 }
+
+
+def layer_class(module: nn.Module) -> type[PacaLayer] | None:
+    """Return the class that adapts a module: by its kind, or as a linear layer that only runs forward."""
+    found = next((made for kind, made in LAYERS.items() if isinstance(module, kind)), None)
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return found or (PacaLinear if all(isinstance(size, int) for size in sizes) else None)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return (O, I) of a linear layer, however its weight is stored: packed, partitioned or offloaded."""
+    if isinstance(layer, Conv1D):
+        return tuple(layer.weight.T.shape)
+    return layer.out_features, layer.in_features
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Return where a layer's adapter belongs: beside its weight, or where an offloaded one is run."""
+    hook = getattr(layer, "_hf_hook", None)
+    tensors = [*layer.parameters(), *layer.buffers()]
+    device: torch.device = tensors[0].device if tensors else torch.device("cpu")
+    if device.type == "meta" and (runs_on := getattr(hook, "execution_device", None)) is not None:
+        return torch.device(runs_on)
+    return device
 
 
 def column_view(base_layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -496,14 +621,13 @@ def _put_original_weight(
 ) -> None:
     """Put a copy of the original weight into a state dict where the columns were not evicted."""
     key = f"{prefix}base_layer.weight"
-    weight = layer.base_layer.weight
     if key in state_dict and not layer.merged and not layer._next_forward_writes():
-        state_dict[key] = layer._state.resident.original(weight)
+        state_dict[key] = layer._state.resident.original(layer.base_layer.weight)
 
 
 def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
     """Check the loaded indices and write. Raises: CheckpointError: for columns the layer cannot have."""
-    n = layer.columns_of(layer.base_layer.weight).shape[1]
+    n = layer.shape[1]
     for index in layer.thawline_paca_indices.values():
         if index.is_meta:
             continue

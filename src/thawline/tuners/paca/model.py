@@ -4,17 +4,27 @@ from __future__ import annotations
 
 __all__ = ["PacaModel", "rank_of"]
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import torch
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from thawline.errors import ConfigError
+from thawline.errors import ConfigError, did_you_mean
 from thawline.tuners._config import pattern_value
 from thawline.tuners._tuner import Tuner
 from thawline.tuners.paca.config import PACA, PacaConfig
-from thawline.tuners.paca.layer import LAYERS, PacaLayer
+from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class
 from thawline.tuners.paca.selection import choose_columns
-from thawline.tuners.paca.weights import check_weights
+from thawline.tuners.paca.weights import find_obstacles, warn_of_twins
+from thawline.tuners.targets import find_targets
+
+logger = logging.getLogger(__name__)
 
 
 class PacaModel(Tuner):
@@ -25,16 +35,43 @@ class PacaModel(Tuner):
 
     @classmethod
     def check_targets(cls, config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
-        """Check that `found` are layers of a kind that has columns, in weights that can be written."""
+        """Check that `found` are layers of a kind that has columns, and that `config.mode` suits them."""
+        obstacles = find_obstacles(model, cls._fresh(found))
+        if obstacles and config.mode == "resident":
+            name, reason = next(iter(obstacles.items()))
+            raise ConfigError(
+                f"'{name}' cannot be adapted with mode='resident'. {reason} Set mode='auto', or add it to "
+                "exclude_modules."
+            )
+
+    @classmethod
+    def _fresh(cls, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """Return the modules without PaCA layers yet. Raises: ConfigError: for a kind without columns."""
         fresh = {name: module for name, module in found.items() if not isinstance(module, PacaLayer)}
         for name, module in fresh.items():
-            if not isinstance(module, tuple(LAYERS)):
+            if layer_class(module) is None:
                 kinds = ", ".join(kind.__name__ for kind in LAYERS)
                 raise ConfigError(
                     f"'{name}' is a {type(module).__name__}; PaCA adapts {kinds}. Change target_modules, or "
                     "add it to exclude_modules."
                 )
-        check_weights(model, fresh)
+        return fresh
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
+            return
+        found = find_targets(peft_config, model)
+        fresh = self._fresh(found)
+        self._obstacles = find_obstacles(model, fresh)
+        if peft_config.mode != "additive":
+            warn_of_twins(model, {name: fresh[name] for name in fresh if name not in self._obstacles})
+        if peft_config.mode == "auto" and self._obstacles:
+            name, reason = next(iter(self._obstacles.items()))
+            logger.warning(
+                "%d of %d adapted layers add their columns beside the weight (mode 'additive'), the first: "
+                "'%s'. %s", len(self._obstacles), len(found), name, reason,
+            )  # fmt: skip
 
     def _create_and_replace(
         self,
@@ -49,19 +86,87 @@ class PacaModel(Tuner):
         if isinstance(target, PacaLayer):
             add_adapter(target, adapter_name, peft_config, current_key)
             return
-        layer = next(make for kind, make in LAYERS.items() if isinstance(target, kind))(target, current_key)
+        additive = self._obstacles.get(current_key, ASKED_FOR if peft_config.mode == "additive" else None)
+        make = layer_class(target)
+        assert make is not None  # checked before the first was replaced
+        layer = make(target, current_key, additive)
         layer._active_adapter = [adapter_name]
         add_adapter(layer, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self.model.modules():
+            if isinstance(layer, PacaLayer):
+                layer.check_mergeable()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """Run each row of a batch with the adapter of its name, "__base__" for none.
+
+        Raises: ConfigError: for an unknown name, in training, with merged adapters, or biases, which are not
+            kept per row.
+        """
+        if adapter_names is None or set(adapter_names) == set(self.active_adapters):
+            yield
+            return
+        self._check_rows(adapter_names)
+        layers = [module for module in self.model.modules() if isinstance(module, PacaLayer)]
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    hook = partial(_with_names, list(adapter_names))
+                    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for layer in layers:
+                hooks.callback(layer.use_for_rows, None)
+                layer.use_for_rows(adapter_names)
+            yield
+
+    def _check_rows(self, adapter_names: Sequence[str]) -> None:
+        if unknown := set(adapter_names) - self.peft_config.keys() - {"__base__"}:
+            raise ConfigError(
+                f"adapter_names: the model has no adapter {min(unknown)!r}. "
+                f"{did_you_mean(min(unknown), [*self.peft_config, '__base__'])}"
+            )
+        biased = [name for name, config in self.peft_config.items() if config.bias != "none"]
+        merged = any(layer.merged for layer in self.model.modules() if isinstance(layer, PacaLayer))
+        for obstacle, advice in (
+            (self.training and "the model is in training mode", "Call model.eval()."),
+            (merged and "adapters are merged", "Unmerge them first."),
+            (biased and f"adapter {biased[0]!r} trains biases", "Run the rows of each adapter apart."),
+        ):
+            if obstacle:
+                raise ConfigError(f"adapter_names gives each row its adapter, but {obstacle}. {advice}")
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(new_module, PacaLayer) or isinstance(child, PacaLayer):
+            setattr(
+                parent, child_name, new_module
+            )  # PEFT would move an adapter to a weight that is offloaded
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+
+def _with_names(
+    adapter_names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"adapter_names": adapter_names}
+
 
 def add_adapter(layer: PacaLayer, adapter_name: str, config: PacaConfig, name: str) -> None:
     """Choose columns as `config` says for the layer called `name`, and add the adapter."""
     r = rank_of(config, name)
     alpha = pattern_value(config.alpha_pattern, name, config.alpha)
-    columns = layer.columns_of(layer.base_layer.weight)
+    is_written = layer.additive in (None, ASKED_FOR)
+    columns = (
+        layer.columns_of(layer.base_layer.weight) if is_written else torch.empty(layer.shape, device="meta")
+    )
     index = choose_columns(columns, r, name, config.selection, config.seed, indices_of(config, name))
     scale = 1.0 if alpha is None else alpha / r
     layer.update_layer(adapter_name, index, scale, config.init_weights, config.inference_mode)

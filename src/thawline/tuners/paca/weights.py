@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["check_weights"]
+__all__ = ["find_obstacles", "warn_of_twins"]
 
 import gc
 import logging
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import ConfigError
 from thawline.tuners._steps import watched
@@ -23,54 +25,73 @@ HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
 
 
-def check_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Check that columns can be written into the weights of `layers` without changing other layers.
-
-    A module outside `model` that holds one of the weights is only warned of: it may be meant to change too.
+def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return why columns must not be written into the weights of some of `layers`, a sentence for each.
 
     Args:
         layers: by name in `model`.
-    Raises: ConfigError: for a weight that is quantised, sharded, tied, or another model's.
+    Raises: ConfigError: for a weight that nothing can be added to either: sharded already, of a plain layer
+        that cannot run, or holding the columns of another model.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)].append(name)
+    is_partial = not all(parameter.is_meta for parameter in model.parameters())
+    holders = {layer.base_layer.weight.data_ptr(): layer for layer in watched() if layer.holds_columns}
+    found = {}
     for name, layer in layers.items():
-        others = [other for other in owners[id(layer.weight)] if other != name]
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            found[name] = f"It is a {type(layer).__name__}, which has no weight to write into."
+            continue
+        _check_runs(name, layer, weight, holders)
+        others = [other for other in owners[id(weight)] if other != name]
         if others:
-            raise ConfigError(
-                f"The weight of '{name}' is tied to {others}: writing its columns would change those too. "
-                "Add it to exclude_modules, or untie the weights (tie_word_embeddings=False)."
+            found[name] = f"Its weight is tied to {others}: writing its columns would change those too."
+        elif hasattr(weight, "ds_id"):
+            found[name] = "DeepSpeed has partitioned its weight."
+        elif weight.is_meta and (is_partial or hasattr(layer, "_hf_hook")):
+            found[name] = "It is offloaded (meta device)."
+        elif weight.dtype not in FLOATS or type(weight) is not nn.Parameter:
+            found[name] = (
+                f"Its weight is {type(weight).__name__} of {weight.dtype}: quantised weights have no "
+                "columns to write."
             )
-        _check_weight(name, layer)
+    return found
+
+
+def warn_of_twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Warn of live modules outside `model` that hold weights of `layers`, for they will change along."""
     if twins := _twins(model, layers):
         logger.warning(
             "The weights of %d layers ('%s', …) are also those of modules outside the model (%s), which will "
-            "change along: PaCA writes columns in place. To keep them, adapt a copy: copy.deepcopy(model).",
+            "change along: PaCA writes columns in place. To keep them, set mode='additive', or adapt a copy: "
+            "copy.deepcopy(model).",
             len(twins), next(iter(twins)), ", ".join(sorted(set(twins.values()))),
         )  # fmt: skip
 
 
-def _check_weight(name: str, layer: nn.Module) -> None:
-    weight = layer.weight
-    if is_sharded(weight) or hasattr(weight, "ds_id"):
+def _check_runs(name: str, layer: nn.Module, weight: nn.Parameter, holders: Mapping[int, Any]) -> None:
+    if is_sharded(weight):
         raise ConfigError(
             f"The weight of '{name}' is sharded already. Call get_peft_model first, then shard the model."
         )
-    if weight.dtype not in FLOATS or type(weight) is not nn.Parameter:
+    is_plain = type(layer) in (nn.Linear, nn.Conv2d, Conv1D)
+    if is_plain and type(weight) is nn.Parameter and weight.dtype not in FLOATS:
         raise ConfigError(
-            f"The weight of '{name}' is {type(weight).__name__} of {weight.dtype}: quantised weights have no "
-            "columns to write. Load the base in float32, bfloat16 or float16, or exclude the module."
+            f"The weight of '{name}' is {type(weight).__name__} of {weight.dtype}: quantised, in a "
+            f"{type(layer).__name__} that cannot compute with it. Load the base in float32, bfloat16 or "
+            "float16, or exclude the module."
         )
-    for other in watched():
-        theirs = other.base_layer.weight
-        if not other._state.released and not weight.is_meta and theirs.data_ptr() == weight.data_ptr():
-            raise ConfigError(
-                f"The weight of '{name}' already holds the columns of another PaCA layer ('{other.name}'). "
-                "Unload that model first (model.unload()), or give each its own copy of the base."
-            )
+    other = None if weight.is_meta else holders.get(weight.data_ptr())
+    if other is not None:
+        raise ConfigError(
+            f"The weight of '{name}' already holds the columns of another PaCA layer ('{other.name}'). "
+            "Unload that model first (model.unload()), adapt both with mode='additive', or give each its own "
+            "copy of the base."
+        )
 
 
 def _twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
