@@ -130,7 +130,7 @@ def drift(model: PeftModel) -> dict[str, float]:
         model.merge_adapter()
         model.unmerge_adapter()
     with model.disable_adapter():
-        after = [layer.base_layer.weight for layer in layers]
+        after = [layer.base_layer.weight.clone() for layer in layers]
     pairs = list(zip(before, after, strict=True))
     return {
         "relative": sum((a - b).abs().sum().item() for b, a in pairs)
