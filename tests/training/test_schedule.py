@@ -153,12 +153,15 @@ def test_a_longer_run_goes_over_to_the_published_recipe_step_by_step() -> None:
     )
     assert max(rates) / min(rates) == pytest.approx(4)
     assert rates == sorted(rates, reverse=True)
-    assert all(abs(a - b) <= 2 for epochs in (strong, late) for a, b in itertools.pairwise(epochs))
+    assert all(abs(a - b) <= 3 for epochs in (strong, late) for a, b in itertools.pairwise(epochs))
     assert (strong[0], late[0]) == (0, 0)
     assert (strong[-1], late[-1]) == (94, 12)  # of 119: 0.79 and 0.1 of the run
-    # A long run, or one that starts from a detector, is none of it.
+    assert {s.windows["strong"].stop for s in schedules if s.epochs <= 30} == {0}
+    # A long run, by its epochs or by what it sees, or one that starts from a detector, is none of it.
     lr = PUBLISHED["atto"].lr
-    assert schedules[-1].settings.lr == lr * math.sqrt(schedules[-1].settings.batch_size / 128)
+    for long in (schedules[-1], derive_schedule(60, variant="atto", n_images=20),
+                 derive_schedule(16, variant="atto", n_images=1000)):  # fmt: skip
+        assert long.settings.lr == lr * math.sqrt(long.settings.batch_size / 128)
     short = derive_schedule(10, variant="atto", n_images=160, start="detector")
     assert short.settings.lr == lr * math.sqrt(4 / 128) / 4
     assert short.windows["strong"] == (0, 8)

@@ -45,7 +45,7 @@ _PUBLISHED_FIRST_STEP = 1 / 500
 _MIN_BATCHES_PER_EPOCH = 16
 _MIN_STEPS = 1000
 _MIN_BATCH_SIZE = 4
-_SHORT_RUN, _LONG_RUN = 2_000, 16_000
+_SHORT_RUN, _LONG_RUN = (8_000, 30), (16_000, 60)  # images seen, epochs
 _SHORT_RUN_RATE = 4.0
 _MAX_WARMUP_SHARE = 0.05
 _MAX_EMA_SHARE = 0.05
@@ -225,10 +225,10 @@ def derive_schedule(
     - **Small data**: what is pretrained moves less, by √(n_images / 5000), a quarter at least. `start` says
       what that is: nothing, the backbone, or the whole detector. A backbone with random weights trains at
       the full rate, not at the low one for pretrained weights.
-    - **Short runs** from random weights: a run that sees at most 2,000 images, epochs × `n_images`, has
-      four times the rate, at most the published one, no strong augmentation, and matching by score and
-      overlap never replaces the first form of matching, since boxes overlap too little. From 16,000 images on
-      all of it is as published; between, it changes with the logarithm of their number.
+    - **Short runs** from random weights: a run of at most 30 epochs that sees at most 8,000 images, epochs ×
+      `n_images`, has four times the rate, at most the published one, no strong augmentation, and matching by
+      score and overlap never replaces the first form of matching, since boxes overlap too little. From 60
+      epochs or 16,000 images on all of it is as published; between, it changes with their logarithm.
     - **Warm-up**: the published steps, at most a twentieth of the run.
     - **EMA** averages over the published number of images, at most a twentieth of the run; its warm-up is a
       tenth of that, as published.
@@ -257,7 +257,7 @@ def derive_schedule(
     steps_per_epoch = max(1, n_images // batch)
     n_steps = epochs * steps_per_epoch
     # 1 for a run that is too short for the published recipe, 0 for one that is long enough.
-    shortness = 0.0 if start == "detector" else _shortness(epochs * n_images)
+    shortness = 0.0 if start == "detector" else _shortness(epochs * n_images, epochs)
 
     def scaled(epoch: float) -> int:
         return min(round(epoch * epochs / published.epochs), max(1, epochs - 1))
@@ -396,7 +396,8 @@ def _batch_size(published: int, n_images: int, epochs: int) -> int:
     return min(batch, n_images)
 
 
-def _shortness(n_seen: int) -> float:
-    """Return 1 for at most 2,000 images seen, 0 from 16,000 on, and linear in the logarithm between."""
-    share = math.log(_LONG_RUN / n_seen) / math.log(_LONG_RUN / _SHORT_RUN)
+def _shortness(n_seen: int, epochs: int) -> float:
+    """Return 1 for a short run, 0 for a long one: the lesser of what images seen and epochs say."""
+    limits = zip((n_seen, epochs), _SHORT_RUN, _LONG_RUN, strict=True)
+    share = min(math.log(long / value) / math.log(long / short) for value, short, long in limits)
     return min(1.0, max(0.0, share))
