@@ -284,8 +284,9 @@ def export(
         variant: the size, for weights that do not determine it.
         weights: "random" builds the size untrained, to try things out.
         task: of a text run that serves several: one of them, or "all".
-        settings: `format` (onnx, openvino, tensorrt, pt2, or web), `batch`, `opset`, `sampling`, `half`,
-            `single_input`, `budget`: fields of `thawline.exporters.export.Settings`.
+        settings: `format` (onnx, openvino, tensorrt, pt2, executorch, or web), `batch`, `opset`, `sampling`,
+            `half`, `int8`, `single_input`, `budget`, `ap_budget`: fields of
+            `thawline.exporters.settings.Settings`.
     Returns: the report, which is also written as PATH.report.json; for text the folders.
     Raises: BudgetError: the detections differ by more than the budget; no file is kept.
     """
@@ -293,7 +294,8 @@ def export(
         return _export_text(str(model), out, settings.pop("format"), task, settings)
     if settings.get("format") == "web":
         return _export_site(model, out, settings, data=data, variant=variant, weights=weights)
-    from thawline.exporters.export import Settings, export_detector, read_samples
+    from thawline.exporters.export import export_detector, read_samples
+    from thawline.exporters.settings import Settings
     from thawline.models.deimv2 import DEIMv2
     from thawline.run_folder import RunFolder
 
@@ -305,8 +307,10 @@ def export(
     else:
         detector = DEIMv2.from_pretrained(model, variant)
     run = None if isinstance(model, DEIMv2) or not RunFolder(Path(model)).is_run else Path(model)
-    records = _held_out(str(model), data) if data is not None or run is not None else ()
-    samples = read_samples(records, detector) if records else None
+    samples = None
+    if data is not None or run is not None:
+        training, held_out = _images(str(model), data, detector.config.class_names or ())
+        samples = read_samples(held_out, detector, training if chosen.int8 else ()) if held_out else None
     if out is None:
         out = "." if run is None else run / "exports"
     report = export_detector(detector, out, chosen, samples)
@@ -321,7 +325,7 @@ def _export_site(
     """Write a folder of static files for the browser, around the ONNX file."""
     from thawline.web.build import find_runtime, write_site
 
-    for name in ("batch", "half", "single_input"):
+    for name in ("batch", "half", "int8", "single_input"):
         if settings.get(name):
             raise ConfigError(f"`{name}`: the page decides it, for web: one image and one input, in float32.")
     folder, runtime = Path(out or "site"), find_runtime()
@@ -351,26 +355,37 @@ def _export_text(
     return export_text(load, Path(out or Path(run) / "exports" / format), format, task)
 
 
-def _held_out(model: str, data: str | Path | None) -> Sequence[ImageRecord]:
-    """Return the held-out images of a dataset, or of a run's own; none where the run's are not here."""
+def _images(
+    model: str, data: str | Path | None, names: Sequence[str]
+) -> tuple[Sequence[ImageRecord], Sequence[ImageRecord]]:
+    """Return training and held-out images of a dataset or of a run's own; none where the latter are missing.
+
+    Args:
+        names: classes of the detector, which annotations are joined with; none for any.
+    """
     from thawline.data.detection.dataset import load_detection
     from thawline.recipe import DetectionData
     from thawline.run import saved_config
-    from thawline.training.detection.split import split_images
+    from thawline.training.detection.split import join_classes, split_images
 
     if data is not None:
-        return split_images(load_detection(data), DetectionData(path=str(data)), 0)[1]
-    config = saved_config(model)
-    if not isinstance(config.data, DetectionData):
-        raise ConfigError(
-            f"'{model}' is no detection run. Text models are exported as merged, lora, gguf-ready."
-        )
+        section, seed = DetectionData(path=str(data)), 0
+    else:
+        config = saved_config(model)
+        if not isinstance(config.data, DetectionData):
+            raise ConfigError(
+                f"'{model}' is no detection run. Text models are exported as merged, lora, gguf-ready."
+            )
+        section, seed = config.data, config.seed
     try:
-        found = load_detection(config.data.path, config.data.format, config.data.images)
+        found = load_detection(section.path, section.format, section.images)
     except DataError as error:
+        if data is not None:
+            raise
         logger.info("Compared on generated images: the run's dataset cannot be read here. %s", error)
-        return ()
-    return split_images(found, config.data, config.seed)[1]
+        return (), ()
+    training, held_out = split_images(found, section, seed)
+    return training, join_classes(held_out, found.class_names, names or found.class_names)
 
 
 def serve(

@@ -15,8 +15,9 @@ from torch.testing import assert_close
 from tests.exporters.conftest import build_detector
 from thawline.cli import main
 from thawline.errors import ConfigError
-from thawline.exporters.export import Settings, export_detector
+from thawline.exporters.export import export_detector
 from thawline.exporters.forms import build_graph
+from thawline.exporters.settings import Settings
 from thawline.models.deimv2.model import DEIMv2
 
 NOT_PLAIN = {

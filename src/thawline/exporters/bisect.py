@@ -6,10 +6,10 @@ read out and compared one by one, in the order of computation.
 
 from __future__ import annotations
 
-__all__ = ["Parting", "first_partings"]
+__all__ = ["InnerErrors", "inner_errors"]
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from thawline.exporters.report import Parting
 from thawline.sessions import open_onnx
 
 LARGEST = 4_000_000
@@ -29,35 +30,58 @@ SHOWN = 5
 """Number of nodes that are named."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parting:
-    """A node whose result differs from torch's."""
+@dataclass(frozen=True)
+class InnerErrors:
+    """Relative errors of a model's inner values, in the order of computation."""
 
-    node: str
-    """Module and operation."""
-    value: str
-    """Name of its result in the ONNX model."""
-    error: float
-    """Largest difference, relative to the largest value."""
+    errors: Mapping[str, float]
+    """Name of a value → its largest difference from torch's, relative to the largest value."""
+    nodes: Mapping[str, onnx.NodeProto]
+    """Name of a value → the node that computes it."""
+
+    def before(self, value: str) -> float:
+        """Return the largest error among the nearest compared values that this one is computed from."""
+        return max((self.errors[source] for source in self._above(value)[0]), default=0.0)
+
+    def computing(self, value: str) -> list[onnx.NodeProto]:
+        """Return the nodes between a value and the nearest compared ones that it is computed from."""
+        return self._above(value)[1]
+
+    def first_partings(self, tolerance: float) -> list[Parting]:
+        """Return the first nodes that part from torch; none if every value is within the tolerance."""
+        return [
+            Parting(node=self.nodes[value].name, value=value, error=error)
+            for value, error in self.errors.items()
+            if error > tolerance >= self.before(value) and self.nodes[value].op_type not in JUMPS
+        ][:SHOWN]
+
+    def _above(self, value: str) -> tuple[set[str], list[onnx.NodeProto]]:
+        sources, nodes, waiting = set(), [self.nodes[value]], list(self.nodes[value].input)
+        while waiting:
+            name = waiting.pop()
+            if name in self.errors:
+                sources.add(name)
+            elif name in self.nodes:
+                nodes.append(self.nodes[name])
+                waiting.extend(self.nodes[name].input)
+        return sources, nodes
 
 
-def first_partings(
+def inner_errors(
     model: onnx.ModelProto,
     names: Mapping[str, str],
     program: ExportedProgram,
     inputs: Mapping[str, np.ndarray],
-    tolerance: float,
     queries: str,
-) -> list[Parting]:
-    """Return the first nodes that part from torch; none if every named value agrees.
+) -> InnerErrors:
+    """Compare the inner values of a model with torch's.
 
     Torch goes on with the queries that the model has chosen, and what follows the choice of detections is not
     compared: among equal scores either may choose another one.
 
     Args:
         names: node of the program → value of the model, as `to_onnx` gives them.
-        inputs: a batch as large as the program was traced with.
-        tolerance: largest relative difference that counts as equal.
+        inputs: a batch of a size that the program takes.
         queries: the node of the program that holds the chosen queries.
     """
     produced = {output: node for node in model.graph.node for output in node.output}
@@ -68,38 +92,20 @@ def first_partings(
     known = {output.name for output in model.graph.output}
     inner = [value for value in names.values() if value not in known]
     found = open_onnx(model.SerializeToString(), also=inner)(dict(inputs))
-    expected = _torch_values(program, inputs, {queries: found[names[queries]]}, names)
-    names = {own: value for own, value in names.items() if own in expected}
-    errors = {value: _error(expected[own], found[value]) for own, value in names.items()}
-    compared, partings = set(errors), []
-    for value, error in errors.items():
-        sources = _sources(produced[value], produced, compared)
-        if produced[value].op_type in JUMPS:
-            continue
-        if error > tolerance and not any(errors[source] > tolerance for source in sources):
-            partings.append(Parting(node=produced[value].name, value=value, error=error))
-    return partings[:SHOWN]
+    errors: dict[str, float] = {}
 
-
-def _torch_values(
-    program: ExportedProgram,
-    inputs: Mapping[str, np.ndarray],
-    given: Mapping[str, np.ndarray],
-    wanted: Container[str],
-) -> dict[str, np.ndarray]:
-    """Return the results of nodes; those of `given` are taken from there."""
-    values: dict[str, np.ndarray] = {}
-
-    class Recorder(fx.Interpreter):
+    class Comparison(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            found = torch.from_numpy(given[n.name]) if n.name in given else super().run_node(n)
-            if n.name in wanted and isinstance(found, Tensor):
-                values[n.name] = found.numpy().copy()
-            return found
+            is_choice = n.name == queries
+            result = torch.from_numpy(found[names[queries]]) if is_choice else super().run_node(n)
+            value = names.get(n.name)
+            if value in found and isinstance(result, Tensor):
+                errors[value] = _error(result, found.pop(value))
+            return result
 
     with torch.inference_mode():
-        Recorder(program.module()).run(*(torch.from_numpy(value) for value in inputs.values()))
-    return values
+        Comparison(program.module()).run(*(torch.from_numpy(value) for value in inputs.values()))
+    return InnerErrors(errors, produced)
 
 
 def _n_elements(node: fx.Node, batch: int) -> int:
@@ -108,22 +114,12 @@ def _n_elements(node: fx.Node, batch: int) -> int:
     return math.prod(side if isinstance(side, int) else batch for side in sides)
 
 
-def _sources(node: onnx.NodeProto, produced: Mapping[str, onnx.NodeProto], compared: set[str]) -> set[str]:
-    """Return the nearest compared values that a node is computed from."""
-    found, waiting = set(), list(node.input)
-    while waiting:
-        name = waiting.pop()
-        if name in compared:
-            found.add(name)
-        elif name in produced:
-            waiting.extend(produced[name].input)
-    return found
-
-
-def _error(expected: np.ndarray, found: np.ndarray) -> float:
+def _error(expected: Tensor, values: np.ndarray) -> float:
+    found = torch.from_numpy(values)
     if expected.shape != found.shape:
-        return float("inf")
-    expected, found = expected.astype(np.float64), found.astype(np.float64)
-    if not np.isfinite(found).all():
-        return 0.0 if np.array_equal(expected, found, equal_nan=True) else float("inf")
-    return float(np.abs(expected - found).max(initial=0) / max(np.abs(expected).max(initial=0), 1e-6))
+        return math.inf
+    expected, found = expected.float(), found.float()
+    difference = (expected - found).abs_()
+    if not difference.isfinite().all():
+        return 0.0 if expected.equal(found) else math.inf
+    return float(difference.max() / expected.abs().max().clamp(min=1e-6)) if found.numel() else 0.0
