@@ -176,7 +176,8 @@ def _detector(
 def _exported(form: str, model: DEIMv2) -> Callable[[Tensor], object]:
     """Export the model, and open the file with as many threads as torch has."""
     with tempfile.TemporaryDirectory() as folder:
-        from thawline.exporters.export import Settings, export_detector  # needs the `export` extra
+        from thawline.exporters.export import export_detector  # needs the `export` extra
+        from thawline.exporters.settings import Settings
 
         report = export_detector(model, folder, Settings(format=form))  # type: ignore[arg-type]
         session = open_session(report.path, form, torch.get_num_threads())

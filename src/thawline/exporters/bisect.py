@@ -36,6 +36,8 @@ class InnerErrors:
 
     errors: Mapping[str, float]
     """Name of a value → its largest difference from torch's, relative to the largest value."""
+    largest: Mapping[str, float]
+    """Name of a value → its largest magnitude in torch."""
     nodes: Mapping[str, onnx.NodeProto]
     """Name of a value → the node that computes it."""
 
@@ -93,6 +95,7 @@ def inner_errors(
     inner = [value for value in names.values() if value not in known]
     found = open_onnx(model.SerializeToString(), also=inner)(dict(inputs))
     errors: dict[str, float] = {}
+    largest: dict[str, float] = {}
 
     class Comparison(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -100,12 +103,13 @@ def inner_errors(
             result = torch.from_numpy(found[names[queries]]) if is_choice else super().run_node(n)
             value = names.get(n.name)
             if value in found and isinstance(result, Tensor):
-                errors[value] = _error(result, found.pop(value))
+                largest[value] = float(result.abs().max()) if result.numel() else 0.0
+                errors[value] = _error(result, largest[value], found.pop(value))
             return result
 
     with torch.inference_mode():
         Comparison(program.module()).run(*(torch.from_numpy(value) for value in inputs.values()))
-    return InnerErrors(errors, produced)
+    return InnerErrors(errors, largest, produced)
 
 
 def _n_elements(node: fx.Node, batch: int) -> int:
@@ -114,12 +118,11 @@ def _n_elements(node: fx.Node, batch: int) -> int:
     return math.prod(side if isinstance(side, int) else batch for side in sides)
 
 
-def _error(expected: Tensor, values: np.ndarray) -> float:
+def _error(expected: Tensor, largest: float, values: np.ndarray) -> float:
     found = torch.from_numpy(values)
     if expected.shape != found.shape:
         return math.inf
-    expected, found = expected.float(), found.float()
-    difference = (expected - found).abs_()
+    difference = (expected.float() - found.float()).abs_()
     if not difference.isfinite().all():
-        return 0.0 if expected.equal(found) else math.inf
-    return float(difference.max() / expected.abs().max().clamp(min=1e-6)) if found.numel() else 0.0
+        return 0.0 if expected.equal(found.to(expected.dtype)) else math.inf
+    return float(difference.max()) / max(largest, 1e-6) if found.numel() else 0.0

@@ -79,6 +79,11 @@ def export_detector(
     if samples is None:
         images, sizes = generated_images(N_GENERATED, model.config.image_size)
         samples = Samples(images, sizes, "generated")
+    if settings.int8 and (samples.calibration is None or not samples.records):
+        raise ConfigError(
+            "`int8` needs training images to calibrate with and held-out ones with labels: "
+            "export a run, or give `--data DATASET`."
+        )
     job = Job(model, settings, samples, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

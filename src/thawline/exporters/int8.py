@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from thawline.errors import ConfigError, requires_extra
+from thawline.errors import requires_extra
 from thawline.exporters.job import Job
 from thawline.sessions import Session
 
@@ -41,14 +41,9 @@ def to_int8(
 
     Args:
         opener: returns what opens a model in the runtime that it is for.
-    Raises: ConfigError: there are no labelled images, or none to calibrate with.
     """
     report, calibration = job.report, job.samples.calibration
-    if calibration is None or not job.samples.records:
-        raise ConfigError(
-            "`int8` needs training images to calibrate with and held-out ones with labels: "
-            "export a run, or give `--data DATASET`."
-        )
+    assert calibration is not None
     order: list[str] = []
     n_nodes = sum(node.op_type in QUANTIZED for node in translated.model.graph.node)
     while True:
@@ -83,9 +78,10 @@ def quantize(
             return next(batches, None)
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "int8.onnx"
+        source, path = (Path(folder) / name for name in ("fp32.onnx", "int8.onnx"))
+        source.write_bytes(model.SerializeToString())
         quantize_static(
-            model, path, Reader(), op_types_to_quantize=list(QUANTIZED), nodes_to_exclude=list(excluded),
+            source, path, Reader(), op_types_to_quantize=list(QUANTIZED), nodes_to_exclude=list(excluded),
             per_channel=True, reduce_range=True, activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )  # fmt: skip

@@ -120,12 +120,13 @@ class Job:
     def _average_precision(self, detections: Iterable[Detections]) -> float:
         return average_precision(detections, self.samples.records, self.config.shown_names)
 
-    def certify(self, model: ModelProto, translated: Translated) -> bool:
+    def certify(self, model: ModelProto, translated: Translated) -> InnerErrors:
         """Judge an ONNX model in full precision by its detections and by all its inner values."""
         self.judge(partial(open_onnx, model.SerializeToString()), "fp32", translated.names[self.queries])
-        self.report.first_partings = self.inner_errors(model, translated).first_partings(TOLERANCE["fp32"])
+        inner = self.inner_errors(model, translated)
+        self.report.first_partings = inner.first_partings(TOLERANCE["fp32"])
         self.report.passed = self.report.passed and not self.report.first_partings
-        return self.report.passed
+        return inner
 
     def inner_errors(self, model: ModelProto, translated: Translated) -> InnerErrors:
         """Compare all inner values of an ONNX model with torch's, on one image or a fixed batch."""
