@@ -28,6 +28,7 @@ DOORS = {
     "onnx": ("exporters", "sessions"),
     "onnxruntime": ("exporters", "sessions"),
     "openvino": ("exporters", "sessions"),
+    "executorch": ("exporters", "sessions"),
     "bitsandbytes": ("tuners/paca",),
     "matplotlib": ("report", "analysis"),
     **dict.fromkeys(("litserve", "fastapi", "starlette", "uvicorn"), ("service",)),

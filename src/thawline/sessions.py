@@ -43,11 +43,13 @@ def open_session(path: Path, format: str, threads: int | None = None, also: Sequ
     """Load an exported file.
 
     Args:
-        format: of the file: onnx, openvino or pt2.
+        format: of the file: onnx, openvino, pt2 or executorch.
         threads: of the runtime. None: its default.
-        also: inner values to return too, by name.
+        also: inner values to return too, by name; not of executorch.
     Raises: MissingExtraError: the runtime is not installed.
     """
+    if format == "executorch":
+        return _open_executorch(path)
     if format == "onnx":
         return open_onnx(path, threads, also)
     return _open_openvino(path, threads, also) if format == "openvino" else _open_pt2(path, also)
@@ -127,3 +129,18 @@ def _open_pt2(path: Path, also: Sequence[str]) -> Session:
         return {name: value.numpy() for name, value in zip(OUTPUTS, found, strict=True)} | kept
 
     return Session(program.graph_signature.user_inputs, run)
+
+
+def _open_executorch(path: Path) -> Session:
+    with requires_extra("Running ExecuTorch", "executorch", "executorch"):
+        from executorch.runtime import Runtime
+    import torch
+
+    method = Runtime.get().load_program(str(path)).load_method("forward")
+    inputs = ("images", "orig_target_sizes")[: method.metadata.num_inputs()]
+
+    def run(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = method.execute([torch.from_numpy(value) for value in given.values()])
+        return {name: value.numpy() for name, value in zip(OUTPUTS, found, strict=True)}
+
+    return Session(inputs, run)

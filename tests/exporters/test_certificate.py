@@ -14,8 +14,8 @@ from tests.exporters.conftest import build_detector
 from thawline.exporters.certificate import compare, generated_images
 from thawline.exporters.job import Job, Samples
 from thawline.exporters.onnx_graph import Translated
-from thawline.sessions import Session, open_onnx
 from thawline.exporters.settings import Settings
+from thawline.sessions import Session, open_onnx
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,14 @@ def test_other_formats_give_torchs_detections_too(format: str, name: str, tmp_pa
     assert (tmp_path / name).is_file()
 
 
+def test_executorch_gives_torchs_detections_where_it_is_installed(lite: DEIMv2, tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    settings = Settings(format="executorch", sampling="gather", batch=2)
+    report = export_detector(lite, tmp_path, settings)
+    assert report.path == tmp_path / "model.pte"
+    assert [(row.batch, row.box_error_px < 0.05) for row in report.rows] == [(2, True)]
+
+
 def test_tensorrt_is_told_the_exact_command_where_it_is_missing(
     lite: DEIMv2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +135,8 @@ def test_tensorrt_is_told_the_exact_command_where_it_is_missing(
         ({"sampling": "nearest"}, "nearest"),
         ({"batch": 0}, "batch"),
         ({"budget": -1.0}, "budget"),
+        ({"ap_budget": -1.0}, "ap_budget"),
+        ({"format": "executorch"}, "`sampling=gather` and `batch`"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, told: str) -> None:
@@ -145,7 +155,13 @@ def test_file_over_the_budget_is_not_kept(
     assert not json.loads((tmp_path / "m.onnx.report.json").read_text())["passed"]
     assert main(["export", str(tmp_path / "weights"), "--out", str(out), "--budget", "0.1"]) == 0
     assert "box_error_px" in capsys.readouterr().out
-    assert out.exists()
+    older, report = out.read_bytes(), json.loads((tmp_path / "m.onnx.report.json").read_text())
+    assert report["passed"]
+    assert main(["export", str(tmp_path / "weights"), "--out", str(out), "--budget", "0"]) == 3
+    assert "the older file stays" in capsys.readouterr().err
+    assert out.read_bytes() == older
+    assert json.loads((tmp_path / "m.onnx.report.json").read_text()) == report
+    assert not json.loads((tmp_path / "m.onnx.refused.report.json").read_text())["passed"]
 
 
 def test_name_that_does_not_fit_the_format_is_refused(lite: DEIMv2, tmp_path: Path) -> None:

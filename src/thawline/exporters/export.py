@@ -3,6 +3,7 @@
 onnx        translated by `onnx_graph.py`, opset 17 to 19
 openvino    the ONNX graph converted by OpenVINO
 pt2         torch's exported program
+executorch  the same program, lowered to ExecuTorch's XNNPACK kernels
 tensorrt    an engine, where TensorRT and a GPU are; elsewhere the ONNX file and the command that builds one
 """
 
@@ -28,11 +29,11 @@ from thawline.exporters.int8 import to_int8
 from thawline.exporters.job import Job, Samples
 from thawline.exporters.onnx_file import write_onnx
 from thawline.exporters.report import ExportReport, over_budget
-from thawline.sessions import Session, open_session
 from thawline.exporters.settings import FORMATS, Settings
 from thawline.exporters.tensorrt import write_tensorrt
 from thawline.files import write_json
 from thawline.models.deimv2.model import DEIMv2
+from thawline.sessions import Session, open_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -127,10 +128,30 @@ def _write_pt2(job: Job, path: Path) -> list[Path]:
     return [path]
 
 
+def _write_executorch(job: Job, path: Path) -> list[Path]:
+    with requires_extra("Exporting to ExecuTorch", "executorch", "executorch"):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+    lowered = to_edge_transform_and_lower(job.program, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)
+    program = path.with_suffix(
+        ".pt2"
+    )  # the file keeps no inner values: torch tells which queries were chosen
+    torch.export.save(job.program, program)
+
+    def open_file(also: Sequence[str] = ()) -> Session:
+        return open_session(program, "pt2", also=also) if also else open_session(path, "executorch")
+
+    job.judge(open_file, "fp32", job.queries)
+    return [path]
+
+
 WRITERS: dict[str, Callable[[Job, Path], list[Path]]] = {
     "onnx": write_onnx,
     "openvino": _write_openvino,
     "pt2": _write_pt2,
+    "executorch": _write_executorch,
     "tensorrt": write_tensorrt,
 }
 

@@ -29,9 +29,9 @@ from thawline.exporters.certificate import (
 )
 from thawline.exporters.forms import build_graph
 from thawline.exporters.report import ExportReport
-from thawline.sessions import OUTPUTS, Session, open_onnx
 from thawline.exporters.settings import Settings
 from thawline.models.deimv2.model import DEIMv2
+from thawline.sessions import OUTPUTS, Session, open_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -146,6 +146,8 @@ def _trace(model: DEIMv2, settings: Settings) -> ExportedProgram:
         inputs["orig_target_sizes"] = torch.full((n, 2), 640)
     shapes = None if settings.batch else {name: {0: Dim("N", min=1, max=2**15)} for name in inputs}
     graph = build_graph(model, settings.sampling, settings.single_input)
+    if settings.format == "executorch":  # its XNNPACK part takes no weights that are channels-last
+        graph = graph.to(memory_format=torch.contiguous_format)
     return torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=shapes)
 
 

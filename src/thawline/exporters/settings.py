@@ -12,8 +12,8 @@ from thawline.exporters.certificate import BUDGETS
 from thawline.exporters.forms import Sampling
 from thawline.recipe.checks import at_least, one_of
 
-Format = Literal["onnx", "openvino", "tensorrt", "pt2"]
-FORMATS = {"onnx": ".onnx", "openvino": ".xml", "tensorrt": ".engine", "pt2": ".pt2"}
+Format = Literal["onnx", "openvino", "tensorrt", "pt2", "executorch"]
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "tensorrt": ".engine", "pt2": ".pt2", "executorch": ".pte"}
 """Format → suffix of its file."""
 OPSETS = {17: 8, 18: 8, 19: 9}
 """Opset → version of the file's format, the oldest that knows it."""
@@ -53,6 +53,11 @@ class Settings:
             raise ConfigError(f"`opset={self.opset}`: expected 17, 18 or 19.")
         if self.int8 and (self.half or self.format not in INT8_FORMATS):
             raise ConfigError("`int8` is for onnx and openvino, without `half`.")
+        if self.format == "executorch" and (self.half or self.sampling != "gather" or self.batch is None):
+            raise ConfigError(
+                "`format=executorch` has no GridSample and a fixed batch: "
+                "give `sampling=gather` and `batch`, without `half`."
+            )
         at_least("ap_budget", self.ap_budget, 0)
         if self.batch is not None:
             at_least("batch", self.batch, 1)
