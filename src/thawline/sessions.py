@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from thawline.errors import requires_extra
+from thawline.errors import ConfigError, requires_extra
 
 OUTPUTS = ("labels", "boxes", "scores")
 """Outputs of every exported file, in order."""
@@ -55,13 +55,23 @@ def open_session(path: Path, format: str, threads: int | None = None, also: Sequ
     return _open_openvino(path, threads, also) if format == "openvino" else _open_pt2(path, also)
 
 
-def open_onnx(model: Path | bytes, threads: int | None = None, also: Sequence[str] = ()) -> Session:
-    """Open an ONNX model, a file or its bytes, in onnxruntime on the CPU."""
+def open_onnx(
+    model: Path | bytes,
+    threads: int | None = None,
+    also: Sequence[str] = (),
+    provider: str = "CPUExecutionProvider",
+) -> Session:
+    """Open an ONNX model, a file or its bytes, in onnxruntime, on the CPU or by another provider.
+
+    Raises: ConfigError: the installed onnxruntime lacks the provider.
+    """
     with requires_extra("Running ONNX", "onnx and onnxruntime", "export"):
         import onnxruntime
 
         if also:
             import onnx
+    if provider not in onnxruntime.get_available_providers():
+        raise ConfigError(f"onnxruntime has no {provider} here: install onnxruntime-gpu in its place.")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
@@ -71,7 +81,7 @@ def open_onnx(model: Path | bytes, threads: int | None = None, also: Sequence[st
         opened = onnx.ModelProto.FromString(content)
         opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also)
         content = opened.SerializeToString()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=[provider])
     inputs, outputs = (
         [value.name for value in values] for values in (session.get_inputs(), session.get_outputs())
     )

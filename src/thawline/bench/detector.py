@@ -7,8 +7,9 @@ Measured in paired rounds (`thawline.measure`), from normalised pixels to boxes 
     port        `Deimv2ForObjectDetection`, eager, with transformers' post-processing: the reference
     eager       `DEIMv2`                              compiled         the same under torch.compile
     fused       `DEIMv2.fuse()`                       compiled_fused   the same under torch.compile
-    onnx        the exported ONNX file in onnxruntime
+    onnx        the exported ONNX file in onnxruntime, on a GPU by its CUDA provider
     openvino    the exported IR in OpenVINO           pt2              torch's exported program, eager
+    tensorrt    the ONNX file by onnxruntime's TensorRT provider, on a GPU
     product     a product of two square matrices: the speed of the machine in that round
 
 A CPU is timed by the wall clock, because its threads work at the same time; a GPU by CUDA events. With
@@ -37,15 +38,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thawline.bench.harness import bench_parser, bench_results, markdown, use_device
 from thawline.bench.port import build_port
-from thawline.errors import ConfigError
+from thawline.errors import ConfigError, MissingExtraError
 from thawline.files import read_json
 from thawline.measure import Sample, median_ratio, median_seconds, paired_rounds, write_results
 from thawline.models.deimv2 import VARIANTS, DEIMv2
-from thawline.sessions import open_session
+from thawline.sessions import open_onnx, open_session
 
 FORMS = ("port", "eager", "fused", "compiled", "compiled_fused")
-EXPORTED = ("onnx", "openvino", "pt2")
-"""Forms that are files, with post-processing inside; on a CPU in fp32."""
+EXPORTED = ("onnx", "openvino", "pt2", "tensorrt")
+"""Forms that are files for a fixed batch, with post-processing inside, in fp32."""
+PROVIDERS = {"onnx": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+"""Form → onnxruntime's provider that runs it on a GPU."""
 UNCOMPILED = {"compiled": "eager", "compiled_fused": "fused"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 N_OPERATORS = 8
@@ -114,12 +117,15 @@ def measure_size(
     }
     for name in dtypes:
         dtype = DTYPES[name]
-        calls_of = {form: _detector(form, model, port, device, dtype) for form in forms}
+        calls_of = {
+            form: _detector(form, model, port, device, dtype) for form in forms if form not in EXPORTED
+        }
         for batch in batches:
+            files = _files(forms, model, batch, device)
             pixels = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
             pixels = pixels.to(device, dtype)
             steps: dict[str, Callable[[], object]] = {
-                form: partial(call, pixels) for form, call in calls_of.items()
+                form: partial(call, pixels) for form, call in (calls_of | files).items()
             }
             product, product_gflops = _product(device, dtype)
             with torch.inference_mode():
@@ -161,8 +167,6 @@ def _detector(
             )
 
         return detect_as_port
-    if form in EXPORTED:
-        return _exported(form, model)
     ours = model.fuse() if form.endswith("fused") else model
     ours = ours.to(device, dtype)
     network = torch.compile(ours, fullgraph=True) if form in UNCOMPILED else ours
@@ -173,18 +177,41 @@ def _detector(
     return detect
 
 
-def _exported(form: str, model: DEIMv2) -> Callable[[Tensor], object]:
+def _files(
+    forms: Sequence[str], model: DEIMv2, batch: int, device: torch.device
+) -> dict[str, Callable[[Tensor], object]]:
+    """Export the forms that are files; on a GPU those whose runtime is not installed are left out."""
+    files = {}
+    for form in set(forms) & set(EXPORTED):
+        try:
+            files[form] = _exported(form, model, batch, device)
+        except (ConfigError, MissingExtraError) as error:
+            if device.type == "cpu":
+                raise
+            sys.stdout.write(f"{form} is left out: {error}\n")
+    return files
+
+
+def _exported(form: str, model: DEIMv2, batch: int, device: torch.device) -> Callable[[Tensor], object]:
     """Export the model, and open the file with as many threads as torch has."""
+    is_on_gpu = device.type == "cuda"
+    if is_on_gpu != (form in PROVIDERS) and form != "onnx":
+        raise ConfigError(f"`--forms {form}` is measured on a {'CPU' if is_on_gpu else 'GPU'} only.")
     with tempfile.TemporaryDirectory() as folder:
         from thawline.exporters.export import export_detector  # needs the `export` extra
         from thawline.exporters.settings import Settings
 
-        report = export_detector(model, folder, Settings(format=form))  # type: ignore[arg-type]
-        session = open_session(report.path, form, torch.get_num_threads())
+        format: Any = "onnx" if form in PROVIDERS else form
+        report = export_detector(model.cpu(), folder, Settings(format=format, batch=batch))
+        if is_on_gpu:
+            session = open_onnx(report.path, provider=PROVIDERS[form])
+        else:
+            session = open_session(report.path, form, torch.get_num_threads())
+    model.to(device)
 
     def detect(pixels: Tensor) -> object:
         sizes = np.full((len(pixels), 2), 640)
-        return session({"images": pixels.numpy(), "orig_target_sizes": sizes})
+        return session({"images": pixels.float().cpu().numpy(), "orig_target_sizes": sizes})
 
     return detect
 
