@@ -35,7 +35,8 @@ bench 8 train_step --out "$OUT/train-step-gpu.json"
 study 4 backbone --batch_size 8 --out "$OUT/backbone-gpu.json"
 bench 14 detector --size atto femto pico n s m l x --batch 1 8 --dtype fp32 bf16 fp16 --calls 2 --threads 8 --out "$OUT/detector-gpu.json"
 study 7 vision --seeds 1 --out "$OUT/vision-gpu.json"
-bench 6 detector --size atto s --dtype bf16 --calls 5 --forms port eager compiled compiled_fused --out "$OUT/detector-compiled-gpu.json"bench 5 detector --size atto s --forms port fused onnx tensorrt --out "$OUT/exports-gpu.json"
+bench 6 detector --size atto s --dtype bf16 --calls 5 --forms port eager compiled compiled_fused --out "$OUT/detector-compiled-gpu.json"
+bench 5 detector --size atto s --forms port fused onnx tensorrt --out "$OUT/exports-gpu.json"
 
 for part in "${missed[@]}"; do echo "$part"; done
 exit $((${#missed[@]} > 0))

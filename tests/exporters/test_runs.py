@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import onnx
 import pytest
 
-from tests.support.detection_runs import NAMES, DetectionRecipes, write_painted_coco
+from tests.support.detection_runs import NAMES, TINY_VIT, DetectionRecipes
 from thawline.cli import main
+from thawline.models.deimv2 import DEIMv2
 from thawline.run import run
-
-
-@pytest.fixture(scope="module")
-def recipes(tmp_path_factory: pytest.TempPathFactory) -> DetectionRecipes:
-    return DetectionRecipes(
-        write_painted_coco(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("runs")
-    )
 
 
 @pytest.mark.parametrize("method", ["paca", "lora"])
 def test_tuned_run_is_exported_and_its_report_shows_the_certificate(
-    method: str, recipes: DetectionRecipes, capsys: pytest.CaptureFixture[str]
+    method: str, painted_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = recipes.runs / method
-    run(recipes(method, variant="s", tuner={"method": method, "r": 4}, epochs=1))
+    recipes = DetectionRecipes(painted_set, tmp_path / "runs")
+    DEIMv2.from_variant("s", **TINY_VIT, class_names=NAMES).save_pretrained(tmp_path / "start")
+    base = {"weights": str(tmp_path / "start"), "overrides": {}}
+    folder = run(recipes(variant="s", base=base, tuner={"method": method, "r": 4}, max_steps=1)).folder
     assert main(["export", str(folder), "--single_input"]) == 0
     assert "AP on 2 held-out images" in capsys.readouterr().out
     file = folder / "exports" / "model.onnx"

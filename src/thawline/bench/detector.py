@@ -25,7 +25,9 @@ import argparse
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,7 @@ def measure_size(
     Returns: a JSON-ready record. For each batch and dtype and form: `median_ms` of one call, `images_per_s`,
         `of_port`, and `of_product`: floating-point operations a second as a share of the matrix product's;
         for a compiled form `of_uncompiled`, if that was measured too; with `profiled`, `operators`: the share
-        of the time that each of the largest takes.
+        of the time that each of the largest takes. For a file `export`: how long it took, and its errors.
     """
     model, port = _pair(size)
     height, width = resolution or model.config.image_size
@@ -124,8 +126,9 @@ def measure_size(
             files = _files(forms, model, batch, device)
             pixels = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
             pixels = pixels.to(device, dtype)
+            calls_of_batch = calls_of | {form: call for form, (call, _) in files.items()}
             steps: dict[str, Callable[[], object]] = {
-                form: partial(call, pixels) for form, call in (calls_of | files).items()
+                form: partial(call, pixels) for form, call in calls_of_batch.items()
             }
             product, product_gflops = _product(device, dtype)
             with torch.inference_mode():
@@ -133,6 +136,8 @@ def measure_size(
                     steps | {"product": product}, rounds=rounds, steps_per_round=calls, warmup=3
                 )
             run = _read(samples, calls, batch, record["gflops"]["eager"] * batch, product_gflops)
+            for form, (_, facts) in files.items():
+                run["forms"][form]["export"] = facts
             if profiled:
                 for form, step in steps.items():
                     run["forms"][form]["operators"] = _operators(step, max(5, calls))
@@ -179,10 +184,10 @@ def _detector(
 
 def _files(
     forms: Sequence[str], model: DEIMv2, batch: int, device: torch.device
-) -> dict[str, Callable[[Tensor], object]]:
+) -> dict[str, tuple[Callable[[Tensor], object], dict[str, float]]]:
     """Export the forms that are files; on a GPU those whose runtime is not installed are left out."""
     files = {}
-    for form in set(forms) & set(EXPORTED):
+    for form in (form for form in forms if form in EXPORTED):
         try:
             files[form] = _exported(form, model, batch, device)
         except (ConfigError, MissingExtraError) as error:
@@ -192,8 +197,13 @@ def _files(
     return files
 
 
-def _exported(form: str, model: DEIMv2, batch: int, device: torch.device) -> Callable[[Tensor], object]:
-    """Export the model, and open the file with as many threads as torch has."""
+def _exported(
+    form: str, model: DEIMv2, batch: int, device: torch.device
+) -> tuple[Callable[[Tensor], object], dict[str, float]]:
+    """Export the model, and open the file with as many threads as torch has.
+
+    Returns: a call from pixels to detections; seconds that the export took, and its certificate's errors.
+    """
     is_on_gpu = device.type == "cuda"
     if is_on_gpu != (form in PROVIDERS) and form != "onnx":
         raise ConfigError(f"`--forms {form}` is measured on a {'CPU' if is_on_gpu else 'GPU'} only.")
@@ -202,18 +212,21 @@ def _exported(form: str, model: DEIMv2, batch: int, device: torch.device) -> Cal
         from thawline.exporters.settings import Settings
 
         format: Any = "onnx" if form in PROVIDERS else form
-        report = export_detector(model.cpu(), folder, Settings(format=format, batch=batch))
+        start = time.perf_counter()
+        report = export_detector(deepcopy(model).cpu(), folder, Settings(format=format, batch=batch))
+        facts = {"seconds": round(time.perf_counter() - start, 1)}
+        for name in ("box_error_px", "score_error"):
+            facts[name] = max(getattr(row, name) for row in report.rows)
         if is_on_gpu:
             session = open_onnx(report.path, provider=PROVIDERS[form])
         else:
             session = open_session(report.path, form, torch.get_num_threads())
-    model.to(device)
 
     def detect(pixels: Tensor) -> object:
         sizes = np.full((len(pixels), 2), 640)
         return session({"images": pixels.float().cpu().numpy(), "orig_target_sizes": sizes})
 
-    return detect
+    return detect, facts
 
 
 def _gflops(network: nn.Module, shape: tuple[int, ...]) -> float:
