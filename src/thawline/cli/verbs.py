@@ -292,7 +292,9 @@ def _convert(options: Namespace) -> int:
 
 
 EXPORT_OPTIONS = [
-    argument("--format", help="onnx, openvino, tensorrt, pt2, web; of a text run merged, lora, gguf-ready."),
+    argument(
+        "--format", help="onnx, openvino, tensorrt, pt2, executorch, web; of text merged, lora, gguf-ready."
+    ),
     argument("--out", help="File to write, or a folder. Default: exports/ in a run's folder, or here."),
     argument("--batch", type=int, help="Fixed number of images in a call. Default: any."),
     argument("--opset", type=int, help="Opset of the ONNX graph: 17, 18 or 19. Default: 17."),
