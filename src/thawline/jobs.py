@@ -91,9 +91,10 @@ def plan(
         sharding: how they share the run: ddp, zero1, zero2, zero3 or fsdp2.
     Raises: ConfigError: if the recipe cannot work, or the model's step depends on values.
     """
-    from thawline.planning.plan import plan_run
+    from thawline.planning.plan import Planner
 
-    return plan_run(load_recipe(recipe, **overrides), device=device, devices=devices, sharding=sharding)
+    config = load_recipe(recipe, **overrides)
+    return Planner(config, device=device, devices=devices, sharding=sharding).plan()
 
 
 def evaluate(

@@ -29,10 +29,10 @@ from transformers import set_seed
 
 from thawline.analysis.gradients import check_alignable, plain_batch
 from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
-from thawline.errors import CheckpointError, ConfigError, ThawlineError
+from thawline.errors import CheckpointError, ConfigError
 from thawline.files import is_write_failure, write_jsonl
 from thawline.planning.devices import available_bytes
-from thawline.planning.plan import plan_run
+from thawline.planning.plan import Planner
 from thawline.planning.tables import short_plan
 from thawline.recipe import RunConfig
 from thawline.run_folder import NO_DATA, RunFolder, RunResult
@@ -324,14 +324,15 @@ def _add_memory(plan: dict[str, Any], objective: Objective, trainer: Trainer) ->
     args, is_text = trainer.args, objective.config.objective.kind != "detection"
     longest = max(len(row["input_ids"]) for row in objective.train_rows) if is_text else None
     try:
-        found = plan_run(objective.config, length=longest, devices=args.world_size, objective=objective)
-    except ThawlineError as error:
-        plan["overview"]["memory"] = f"not planned: {error}"
+        planner = Planner(objective.config, devices=args.world_size, objective=objective)
+        parts = planner.bytes(length=longest)
+    except Exception as error:  # a plan must not be what ends a run
+        plan["overview"]["memory"] = f"not planned: {str(error).strip().partition(chr(10))[0]}"
         return
     available = available_bytes(args.device)
-    plan["overview"]["memory"] = short_plan(found, available)
-    plan["memory"] = dict(found.bytes)
-    if not found.fits(available):
+    plan["overview"]["memory"] = short_plan(parts, available)
+    plan["memory"] = parts
+    if parts["total"] > available:
         logger.warning(
             "The run will probably not fit: %s. %s; `thawline plan --compare` shows other tuners.",
             plan["overview"]["memory"],

@@ -14,7 +14,8 @@ from thawline.bench import sequence
 def test_the_derived_length_is_run_and_keeps_what_was_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequence, "COMPARED", ("LoRA", "PaCA"))
+    compared = {name: sequence.COMPARED[name] for name in ("LoRA", "PaCA")}
+    monkeypatch.setattr(sequence, "COMPARED", compared)
     monkeypatch.setattr(sequence.CONFIG, "num_hidden_layers", 1)
     out = tmp_path / "sequence.json"
     assert sequence.main(["--rounds", "0", "--budget", "40MB", "--out", str(out)]) == 0

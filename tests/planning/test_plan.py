@@ -18,8 +18,9 @@ from thawline.cli import main
 from thawline.errors import ConfigError
 from thawline.measure import saved_bytes
 from thawline.models.deimv2.model import DEIMv2
-from thawline.planning.plan import plan_run, read_bytes
-from thawline.planning.search import fit, largest, plan_within, read_seconds
+from thawline.planning import search
+from thawline.planning.plan import Planner, read_bytes
+from thawline.planning.search import largest, plan_within, read_seconds
 from thawline.recipe import RunConfig
 from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.learner import HostTargets, Learner
@@ -231,6 +232,7 @@ def test_a_model_that_reads_values_ends_in_one_line(tmp_path: Path) -> None:
 def test_search_finds_the_largest_multiple() -> None:
     assert largest(lambda n: 10 + 3 * n, 100) == 30
     assert largest(lambda n: n * n, 10_000, step=8) == 96
+    assert largest(lambda n: max(50, n * n - 40), 100) == 11
     assert largest(lambda n: 200, 100) == 0
     assert read_bytes("24GB") == 24 * 10**9
     assert read_bytes("1.5 GiB") == 3 << 29
@@ -240,16 +242,18 @@ def test_search_finds_the_largest_multiple() -> None:
             read(wrong)
 
 
-def test_fit_gives_paca_longer_sequences_than_lora(tmp_path: Path) -> None:
+def test_fit_gives_paca_longer_sequences_than_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "METHODS", {name: search.METHODS[name] for name in ("LoRA", "PaCA", "QPaCA")})
     config = RunConfig.from_mapping(recipe(base(tmp_path)))
-    sizes = fit(config, 460 << 20, ["LoRA", "PaCA"])
-    assert sizes["PaCA"]["length"] > sizes["LoRA"]["length"] > 0
-    one = RunConfig.from_mapping(recipe(base(tmp_path), tuner={"method": "paca", "r": 16}))
-    length = sizes["PaCA"]["length"]
-    training = {"training": {"batch_size": 1}}
-    for tokens, fits in ((length, True), (length + 64, False)):
-        tried = RunConfig.from_mapping(one.to_mapping() | training)
-        assert plan_run(tried, length=tokens).fits(460 << 20) == fits
+    sizes = search.fit(config, 460 << 20)
+    assert sizes["QPaCA"]["length"] >= sizes["PaCA"]["length"] > sizes["LoRA"]["length"] > 0
+    planner = Planner(RunConfig.from_mapping(recipe(base(tmp_path), tuner={"method": "paca", "r": 16})))
+    for part, size, step in (
+        ("length", (1, sizes["PaCA"]["length"]), (0, 64)),
+        ("batch", (sizes["PaCA"]["batch"], LENGTH), (1, 0)),
+    ):
+        assert planner.bytes(*size)["total"] <= 460 << 20, part
+        assert planner.bytes(size[0] + step[0], size[1] + step[1])["total"] > 460 << 20, part
 
 
 def test_within_keeps_the_rows_of_a_step(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
-"""Longest sequence and highest throughput of a language model within a memory budget, by method.
+"""Longest sequence and throughput of a language model within a memory budget, by method.
 
     python -m thawline.bench.sequence --out benchmarks/results/sequence.json
 
 The longest sequence at a batch of one is derived by `thawline plan`, then checked by running: on a processor
 the bytes that the real step keeps must be those planned, on a GPU the step must fit. QLoRA and QPaCA are
-derived alone. The model has the proportions of Llama 3 8B at a sixteenth of its width, with four blocks; the
-budget is five times its weights, as 80 GB are of the 8B's.
+derived alone. Steps are timed in paired rounds, all methods at LoRA's longest sequence and each at its own.
+
+The model has the proportions of Llama 3 8B at a sixteenth of its width, with four blocks, in bfloat16; the
+budget is five times its weights, as 80 GB are of the 8B's. A processor is timed in float32, since few
+multiply bfloat16 fast.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ __all__ = ["main"]
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,10 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from thawline.bench.harness import bench_parser, bench_results, markdown, use_device
-from thawline.measure import median_seconds, paired_rounds, saved_bytes, write_results
+from thawline.measure import median_ratio, median_seconds, paired_rounds, saved_bytes, write_results
 from thawline.ops.lean import apply_lean
-from thawline.planning.plan import Plan, cast_trained, plan_run, read_bytes
-from thawline.planning.search import LENGTH_STEP, largest, variants
+from thawline.planning.plan import Planner, cast_trained, read_bytes
+from thawline.planning.search import LENGTH_STEP, METHODS, largest, variants
 from thawline.recipe import RunConfig
 from thawline.tuners.build import attach_tuner
 
@@ -34,15 +37,21 @@ CONFIG = LlamaConfig(
     vocab_size=8192, hidden_size=256, intermediate_size=896, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=2, architectures=["LlamaForCausalLM"],
 )  # fmt: skip
-COMPARED = ("LoRA", "LoRA bf16", "DoRA", "PaCA", "PaCA + lean", "QLoRA", "QPaCA")
-DERIVED = ("QLoRA", "QPaCA")
+COMPARED = {
+    "LoRA": METHODS["LoRA"],
+    "LoRA bf16": METHODS["LoRA bf16"],
+    "DoRA": ({"method": "dora", "r": 8}, frozenset[str]()),
+    **{name: METHODS[name] for name in ("PaCA", "PaCA + lean", "QLoRA", "QPaCA")},
+}
 SHARE = 5
 """Budget, in weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above. Returns the exit status."""
-    parser = bench_parser("sequence", "Longest sequence and throughput within a budget.", rounds=3, threads=1)
+    parser = bench_parser(
+        "sequence", "Longest sequence and throughput within a budget.", rounds=10, threads=1
+    )
     parser.add_argument("--budget", help="Memory beyond the process, e.g. 100MB. Default: 5 × the weights.")
     args = parser.parse_args(argv)
     device = use_device(args)
@@ -53,69 +62,102 @@ def main(argv: Sequence[str] | None = None) -> int:
             "data": "none",
             "training": {"batch_size": 1},
         }
-        config = RunConfig.from_mapping(recipe)
-        weights = plan_run(config, length=LENGTH_STEP, device=device.type).bytes["weights"]
-        budget = read_bytes(args.budget) if args.budget else SHARE * weights
-        rows = {
-            name: _derive(one, options, budget, device)
-            for name, one, options in variants(config, methods=COMPARED)
-        }
+        methods = list(variants(RunConfig.from_mapping(recipe), COMPARED))
+        budget = read_bytes(args.budget) if args.budget else None
+        rows: dict[str, dict[str, Any]] = {}
+        for name, config, differing in methods:
+            planner = Planner(config, device=device.type, half_adapter="half_adapter" in differing)
+            budget = budget or SHARE * _base_bytes(planner)
+            rows[name] = _derive(planner, "quantised" in differing, budget)
         steps = {}
-        for name, one, options in variants(config, methods=COMPARED):
-            if name not in DERIVED:
-                steps[name] = _check(one, options, rows[name], device)
-        if args.rounds:
-            for name, samples in paired_rounds(steps, rounds=args.rounds, warmup=1).items():
-                rows[name]["tokens_per_second"] = rows[name]["length"] / median_seconds(samples, "wall")
+        for name, config, differing in methods:
+            if "quantised" not in differing:
+                _check(rows[name], partial(_build, config, differing, device), device)
+                steps |= _steps(name, rows, partial(_build, config, differing, device), device)
+    if args.rounds:
+        samples = paired_rounds(steps, rounds=args.rounds, warmup=1)
+        clock = "cuda" if device.type == "cuda" else "cpu"
+        shared = rows["LoRA"]["length"]
+        for name, row in rows.items():
+            if row["ran"]:
+                at_lora = samples[f"{name} {shared}"], samples[f"LoRA {shared}"]
+                row["time_of_lora"] = median_ratio(*at_lora, clock)
+                seconds = median_seconds(samples[f"{name} {row['length']}"], clock)
+                row["tokens_per_second"] = row["length"] / seconds
     for row in rows.values():
         row["of_lora"] = row["length"] / rows["LoRA"]["length"]
     command = f"python -m thawline.bench.sequence --rounds {args.rounds}"
-    results = bench_results("sequence", command, device, budget=budget, weights=weights, variants=rows)
+    results = bench_results("sequence", command, device, budget=budget, variants=rows)
     sys.stdout.write(_table(rows) + "\n")
     write_results(args.out, results)
     return 0
 
 
-def _derive(config: RunConfig, options: Any, budget: int, device: torch.device) -> dict[str, Any]:
-    def plan(length: int) -> Plan:
-        return plan_run(config, length=length, device=device.type, **options)
+def _base_bytes(planner: Planner) -> int:
+    return sum(p.nbytes for p in planner.blueprint.model.parameters() if not p.requires_grad)
+
+
+def _derive(planner: Planner, quantised: bool, budget: int) -> dict[str, Any]:
+    """Return the longest sequence within a budget, and its bytes by part."""
+    trained = sum(p.numel() for p in planner.blueprint.model.parameters() if p.requires_grad)
 
     def total(length: int) -> int:
-        found = plan(length)
-        return found.bytes["total"] - found.bytes["overhead"]
+        found = planner.bytes(1, length, quantised=quantised)
+        return found["total"] - found["overhead"]
 
     length = largest(total, budget, LENGTH_STEP)
-    found = plan(max(length, LENGTH_STEP))
-    return {"length": length, "trained": found.trained, "planned": dict(found.bytes), "ran": False}
+    planned = planner.bytes(1, max(length, LENGTH_STEP), quantised=quantised)
+    return {"length": length, "trained": trained, "planned": planned, "ran": False}
 
 
-def _check(config: RunConfig, options: Any, row: dict[str, Any], device: torch.device) -> Any:
-    """Run the longest sequence, note what it keeps, and return its training step."""
+def _build(
+    config: RunConfig, differing: Collection[str], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
+    model: nn.Module = AutoModelForCausalLM.from_config(CONFIG, dtype=dtype)
     if config.lean:
         apply_lean(model, loss=True)
     model = attach_tuner(model, config.tuner).train().to(device)
-    if options.get("half_adapter"):
+    if "half_adapter" in differing:
         cast_trained(model)
-    ids = torch.randint(CONFIG.vocab_size, (1, row["length"]), device=device)
-    loss = partial(_loss, model, ids)
+    return model
+
+
+def _check(row: dict[str, Any], build: Callable[..., nn.Module], device: torch.device) -> None:
+    """Run the longest sequence and note what it keeps for backward and, on a GPU, its peak."""
+    model = build(torch.bfloat16)
+    loss = partial(_loss, model, torch.randint(CONFIG.vocab_size, (1, row["length"]), device=device))
     row["saved"] = saved_bytes(loss, [*model.parameters(), *model.buffers()])
     row["saved_of_planned"] = row["saved"] / row["planned"]["saved"]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    row["ran"] = True
+    if device.type == "cuda":
+        step = _step(model, row["length"], device)
+        step()  # optimiser state and libraries' workspaces come with the first
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        row["peak"] = torch.cuda.max_memory_allocated()
+        planned = row["planned"]["total"] - row["planned"]["overhead"]
+        row["peak_of_planned"] = row["peak"] / planned
+
+
+def _steps(
+    name: str, rows: dict[str, dict[str, Any]], build: Callable[..., nn.Module], device: torch.device
+) -> dict[str, Callable[[], None]]:
+    """Return training steps at LoRA's longest sequence and at a method's own."""
+    model = build(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    lengths = {rows["LoRA"]["length"], rows[name]["length"]}
+    return {f"{name} {length}": _step(model, length, device) for length in lengths}
+
+
+def _step(model: nn.Module, length: int, device: torch.device) -> Callable[[], None]:
+    ids = torch.randint(CONFIG.vocab_size, (1, length), device=device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
-        loss().backward()
+        _loss(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    row["ran"] = True
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        row["peak_beyond_weights"] = torch.cuda.max_memory_allocated() - before
     return step
 
 
@@ -125,17 +167,26 @@ def _loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
+    head = [
+        "method",
+        "longest sequence",
+        "over LoRA",
+        "saved, of planned",
+        "time at LoRA's length",
+        "tokens/s",
+    ]
     lines = [
         [
             name,
             f"{row['length']:,}",
             f"{row['of_lora'] - 1:+.0%}",
             f"{row['saved_of_planned']:.4f}" if row["ran"] else "derived",
+            f"{row['time_of_lora']:.2f}" if "time_of_lora" in row else "-",
             f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else "-",
         ]
         for name, row in rows.items()
     ]
-    return markdown(["method", "longest sequence", "over LoRA", "saved, of planned", "tokens/s"], lines)
+    return markdown(head, lines)
 
 
 if __name__ == "__main__":

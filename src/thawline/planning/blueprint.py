@@ -6,7 +6,7 @@ __all__ = ["Blueprint", "draw_blueprint"]
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from thawline.errors import ConfigError
 from thawline.models.deimv2.loss.matcher import Matches
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.variants import get_variant
 from thawline.ops.lean import apply_lean
+from thawline.ops.lean_head import LeanHeadModel
 from thawline.recipe import Mhr, Paca, RunConfig, Training
 from thawline.recipe.checks import height_width
 from thawline.training.arguments import training_arguments
@@ -28,7 +31,6 @@ from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.learner import HostTargets, Learner
 from thawline.training.objective import Objective, build_objective
 from thawline.training.text.rows import read_rows
-from thawline.training.trainer import Trainer
 
 BOXES = 8
 """Boxes assumed per image, about COCO's mean; their number hardly changes a detector's memory."""
@@ -36,36 +38,40 @@ DETECTION_BATCH = 32
 """Images per step where neither recipe nor data say: that of the published sizes from N on."""
 
 
+MakeBatch = Callable[[int, int | None], tuple[Any, str]]
+"""Rows, and tokens of a row (None: as many as the recipe has), → a full batch, and the batch in words."""
+
+
 @dataclass(kw_only=True)
 class Blueprint:
     """Everything that the cost of a training step follows from."""
 
     model: nn.Module
-    batch: Any
+    """On the meta device."""
+    make_batch: MakeBatch
     loss: Callable[[nn.Module, Any], Any]
-    autocast: torch.dtype | None
-    optimizer: type[torch.optim.Optimizer]
-    optimizer_fields: Mapping[str, Any]
+    arguments: TrainingArguments
     rows: int
-    """Rows or images in a forward pass."""
-    shape: str
-    """The batch in words."""
+    """Rows or images in a forward pass, by the recipe."""
     accumulation: int
-    max_steps: int | None
     epochs: float
     n_rows: int | None
     """Training rows. None: they could not be read."""
     averaged: bool = False
     """True if a moving average of the weights is kept."""
+    uses_liger: bool = False
+    """True if the run replaces modules by Liger's, which are not planned."""
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Type of mixed precision. None: off."""
+        return torch.bfloat16 if self.arguments.bf16 else torch.float16 if self.arguments.fp16 else None
 
 
-def draw_blueprint(
-    config: RunConfig, *, length: int | None = None, objective: Objective | None = None
-) -> Blueprint:
-    """Build the model of a recipe on the meta device, and a full batch for it.
+def draw_blueprint(config: RunConfig, objective: Objective | None = None) -> Blueprint:
+    """Build the model of a recipe on the meta device, and what makes full batches for it.
 
     Args:
-        length: tokens of a row. None: `data.max_length`.
         objective: the recipe's, with its rows. None: they are read, where they are there.
     Raises: ConfigError: if the base has no readable config, or the recipe cannot work. DataError: for
         `objective: match` without readable rows, since its batches follow from them.
@@ -75,7 +81,7 @@ def draw_blueprint(
         return _detector(config, objective)
     if config.objective.kind == "match":
         return _matcher(config, objective or build_objective(config))
-    return _language_model(config, length, objective)
+    return _language_model(config, objective)
 
 
 def _without_reading(config: RunConfig) -> RunConfig:
@@ -89,7 +95,7 @@ def _without_reading(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, tuner=dataclasses.replace(tuner, **changed)) if changed else config
 
 
-def _language_model(config: RunConfig, length: int | None, known: Any) -> Blueprint:
+def _language_model(config: RunConfig, known: Any) -> Blueprint:
     base: Any = config.base
     data: Any = config.data
     examples = _examples(config) if known is None else known.train_examples
@@ -100,29 +106,39 @@ def _language_model(config: RunConfig, length: int | None, known: Any) -> Bluepr
     if objective.head == "classifier" and not objective.labels:
         objective.labels = tuple(labels)
     model = objective.build_model()
-    if objective.training.gradient_checkpointing:
-        model.config.use_cache = False  # as the model does then, which says so
-    length, rows = length or data.max_length, objective.training.batch_size
-    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    batch = {"input_ids": ids, "labels": torch.zeros_like(ids)}
     n_rows = None if examples is None else len(examples)
     if known is not None:
         n_rows = len(known.train_rows)
     elif data.packing:
         n_rows = None  # only a tokenizer could tell how many packs there are
-    if data.packing is True if known is None else known.unpacked_rows:
-        batch |= {"position_ids": torch.zeros_like(ids), "use_cache": False}
-    if objective.head == "classifier":
-        batch["labels"] = torch.zeros(rows, dtype=torch.long)
-    extras = objective.ids_of(_spread(objective.tasks, rows)) if objective.task_ids else {}
-    return _text(
-        config,
-        model,
-        batch,
-        lambda model, batch: model(**batch, **extras),
-        f"{rows} × {length} tokens",
-        n_rows,
-    )
+    is_packed = data.packing is True if known is None else bool(known.unpacked_rows)
+    has_masks = is_packed and "flash" not in (base.attn_implementation or "")
+
+    def make_batch(rows: int, length: int | None) -> tuple[Any, str]:
+        length = length or data.max_length
+        ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+        labels = ids[:, 0] if objective.head == "classifier" else torch.zeros_like(ids)
+        batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
+        if has_masks:
+            batch |= {"position_ids": torch.zeros_like(ids), "use_cache": False}
+        if objective.task_ids:
+            names = objective.tasks  # all in turn: the most mixtures a batch can hold
+            batch |= objective.ids_of([names[i % len(names)] for i in range(rows)])
+        return batch, f"{rows} × {length} tokens"
+
+    smoothing = config.training.args.get("label_smoothing_factor")  # type: ignore[union-attr]
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    smoother = LabelSmoother(smoothing) if smoothing and not isinstance(base_model, LeanHeadModel) else None
+
+    def loss(model: nn.Module, batch: dict[str, Any]) -> Any:
+        if smoother is None:
+            return model(**batch)
+        labels, inputs = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
+        if objective.head == "seq2seq-lm":
+            inputs["decoder_input_ids"] = labels
+        return smoother(model(**inputs), labels, shift_labels=objective.head == "causal-lm")
+
+    return _text(config, model, make_batch, loss, n_rows)
 
 
 def _matcher(config: RunConfig, known: Any) -> Blueprint:
@@ -130,44 +146,32 @@ def _matcher(config: RunConfig, known: Any) -> Blueprint:
     objective.has_weights = False
     model = objective.build_model()
     in_order = sorted(objective.train_rows, key=lambda row: len(row["input_ids"]))
-    longest = in_order[-(config.training.batch_size or 1) :]
-    found = objective.collate(longest)
-    ids = {name: found.pop(name) for name in ("task_ids", "choice_task_ids") if name in found}
-    shape = "{} × {} tokens, {} choices".format(*found["input_ids"].shape, len(found["choice_ids"]))
-    return _text(
-        config,
-        model,
-        found,
-        lambda model, batch: objective.loss(model, {**batch, **ids}),
-        shape,
-        len(objective.train_rows),
-    )
+
+    def make_batch(rows: int, length: int | None) -> tuple[Any, str]:
+        batch = objective.collate(in_order[-rows:])
+        shape = "{} × {} tokens, {} choices".format(*batch["input_ids"].shape, len(batch["choice_ids"]))
+        return batch, shape
+
+    return _text(config, model, make_batch, objective.loss, len(in_order))
 
 
 def _text(
-    config: RunConfig, model: nn.Module, batch: Any, loss: Any, shape: str, n_rows: int | None
+    config: RunConfig, model: Any, make_batch: MakeBatch, loss: Callable[..., Any], n_rows: int | None
 ) -> Blueprint:
     training: Any = config.training
-    plain = dataclasses.replace(
-        training, eval_every="end", save_every="end", best_metric=None, report_to="none"
-    )
-    arguments = _arguments(config, plain)
     if training.gradient_checkpointing:
+        model.config.use_cache = False  # as the model does then, which says so
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer, fields = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     return Blueprint(
         model=model.train(),
-        batch=batch,
+        make_batch=make_batch,
         loss=loss,
-        autocast=_autocast(arguments),
-        optimizer=optimizer,
-        optimizer_fields=fields,
+        arguments=_arguments(config, training),
         rows=training.batch_size,
-        shape=shape,
         accumulation=training.gradient_accumulation,
-        max_steps=training.max_steps,
         epochs=training.epochs,
         n_rows=n_rows,
+        uses_liger=bool(training.args.get("use_liger_kernel")),
     )
 
 
@@ -179,42 +183,37 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
         raise ConfigError(f"`tuner: {config.tuner.method}` routes tasks, and a detector has one.")
     size = height_width("base.size", base.size or get_variant(base.variant).config.image_size)
     fields: dict[str, Any] = {**base.overrides, "image_size": size}
-    rows, n_rows, epochs = (
-        (training.batch_size or DETECTION_BATCH) // training.gradient_accumulation,
-        None,
-        72,
-    )
+    rows = (training.batch_size or DETECTION_BATCH) // training.gradient_accumulation
+    n_rows, epochs = None, 72
     if objective is None and Path(config.data.path).exists():  # type: ignore[arg-type]
         objective = build_objective(config)
     if objective is not None:  # else the data are elsewhere, and the detector has COCO's classes
         fields["class_names"] = objective.class_names
         rows, n_rows = objective.device_batch_size, len(objective.records)
         epochs = objective.schedule.epochs
-    detector = DEIMv2.from_variant(base.variant, **fields, class_loss=settings.class_loss)
+    with torch.device("meta"):
+        detector = DEIMv2.from_variant(base.variant, **fields, class_loss=settings.class_loss)
     if config.lean:
         apply_lean(detector)
-    detector.to("meta")
     learner = Learner(tune_backbone(detector, config.tuner)).train()
     learner.criterion.match = _spread_matches
-    boxes = torch.zeros(BOXES, 4, device="meta")
-    targets = [
-        # On meta: labels on the processor would be checked, and these have no values.
-        {"labels": torch.zeros(BOXES, dtype=torch.long, device="meta"), "boxes": boxes}
-        for _ in range(rows)
-    ]
-    plain = Training(precision=training.precision)
-    arguments = _arguments(config, plain)
+
+    def make_batch(rows: int, length: int | None) -> tuple[Any, str]:
+        labels = torch.zeros(BOXES, dtype=torch.long, device="meta")  # on the processor they would be checked
+        targets = [{"labels": labels, "boxes": torch.zeros(BOXES, 4, device="meta")} for _ in range(rows)]
+        pixels = torch.zeros(rows, 3, *size, dtype=torch.uint8, device="meta")
+        return (pixels, HostTargets(targets)), f"{rows} images of {size[0]} × {size[1]}"  # type: ignore[arg-type]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return torch.stack(list(model(*batch, epoch=0).values())).sum()
+
     return Blueprint(
         model=learner,
-        batch=torch.zeros(rows, 3, *size, dtype=torch.uint8, device="meta"),
-        loss=lambda model, pixels: _sum(model(pixels, HostTargets(targets), epoch=0)),  # type: ignore[arg-type]
-        autocast=_autocast(arguments),
-        optimizer=torch.optim.AdamW,
-        optimizer_fields={},
+        make_batch=make_batch,
+        loss=loss,
+        arguments=_arguments(config, Training(precision=training.precision, max_steps=training.max_steps)),
         rows=rows,
-        shape=f"{rows} images of {size[0]} × {size[1]}",
         accumulation=training.gradient_accumulation,
-        max_steps=training.max_steps,
         epochs=training.epochs or epochs,
         n_rows=n_rows,
         averaged=settings.ema,
@@ -229,26 +228,16 @@ def _examples(config: RunConfig) -> Sequence[Any] | None:
     return read_rows(data, seed=config.seed).train
 
 
-def _arguments(config: RunConfig, training: Training) -> Any:
+def _arguments(config: RunConfig, training: Training) -> TrainingArguments:
     """Return TrainingArguments without their effect: they reset what a trainer in this process relies on."""
+    plain = {"eval_every": "end", "save_every": "end", "best_metric": None, "report_to": "none"}
+    args = {name: value for name, value in training.args.items() if name != "use_liger_kernel"}
+    training = dataclasses.replace(training, args=args, **plain)  # type: ignore[arg-type]
     before = dict(AcceleratorState._shared_state)
     try:
         return training_arguments(training, folder=config.run_folder, tuner=config.tuner, seed=config.seed)
     finally:
         AcceleratorState._shared_state.update(before)
-
-
-def _autocast(arguments: Any) -> torch.dtype | None:
-    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-
-
-def _spread(names: Sequence[str], n: int) -> list[str]:
-    """Return `n` names, all of `names` in turn: the most mixtures a batch can hold."""
-    return [names[i % len(names)] for i in range(n)]
-
-
-def _sum(terms: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(terms.values())).sum()
 
 
 def _spread_matches(cost: Tensor, counts: tuple[int, ...]) -> tuple[Matches, Matches]:

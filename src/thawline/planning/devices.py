@@ -8,9 +8,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -41,33 +41,69 @@ CPU_OVERHEAD, CUDA_OVERHEAD = 450 << 20, 600 << 20
 """Python with torch, transformers and PEFT loaded; a CUDA context with its libraries' workspaces."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Device:
-    """Rates of a device."""
+    """The device that a plan is for."""
 
-    name: str
-    on_gpu: bool
-    flops: dict[str, float]
-    """Floating-point operations a second, by type."""
-    bandwidth: float
-    """Bytes a second."""
-    per_op: float
-    """Least seconds of an operation."""
-    overhead: int
-    """Bytes of a process before the first tensor."""
-    precision: Literal["fp16", "bf16"] = "bf16"
-    """Precision that `training.precision: auto` selects on this device."""
-    assumptions: tuple[str, ...] = ()
+    key: str
+    """cpu, cuda, or a key of `DEVICES`, which is not there."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """True for a GPU, there or not."""
+        return self.key != "cpu"
+
+    @property
+    def overhead(self) -> int:
+        """Bytes of a process before the first tensor."""
+        return CUDA_OVERHEAD if self.on_gpu else CPU_OVERHEAD
+
+    @property
+    def name(self) -> str:
+        """Name for people."""
+        if self.key in DEVICES:
+            return f"{DEVICES[self.key][0]} (estimated)"
+        is_cpu = self.key == "cpu"
+        return f"cpu, {torch.get_num_threads()} threads" if is_cpu else torch.cuda.get_device_name()
+
+    @property
+    def precision(self) -> str | None:
+        """What `training.precision: auto` selects there. None: the device is this machine's."""
+        return {"t4": "fp16"}.get(self.key, "bf16") if self.key in DEVICES else None
+
+    @cached_property
+    def rates(self) -> dict[str, Any]:
+        """`flops` a second by type, `bandwidth` in bytes a second, `per_op`: least seconds of an operation.
+
+        Of this machine measured once, and kept in the user's cache.
+        """
+        if self.key not in DEVICES:
+            return _measured(self.name, torch.device(self.key))
+        _, half, single, bandwidth = DEVICES[self.key]
+        flops = {"bfloat16": half * 1e12 * SHARE_OF_PEAK, "float32": single * 1e12 * SHARE_OF_PEAK}
+        return {"flops": flops, "bandwidth": bandwidth * 1e9 * SHARE_OF_BANDWIDTH, "per_op": LAUNCH}
+
+    @property
+    def assumptions(self) -> list[str]:
+        """Assumptions behind its numbers, in words."""
+        what = "the CUDA context and workspaces" if self.on_gpu else "the process"
+        time = f"time: rates measured on this machine on {self.rates.get('date')} ({_cache()})"
+        if self.key in DEVICES:
+            time = (
+                f"time: estimated at {SHARE_OF_PEAK:.0%} of the data sheet's arithmetic and "
+                f"{SHARE_OF_BANDWIDTH:.0%} of its bandwidth; nothing was run there"
+            )
+        return [time, f"overhead: {self.overhead >> 20} MiB for {what}, an assumption"]
 
     def seconds(self, cost: StepCost, dtype: torch.dtype) -> float:
-        """Return the time of a forward and backward pass: arithmetic, memory traffic, launches."""
+        """Return the time of a forward and backward pass: arithmetic and memory traffic, or launches."""
         half = "bfloat16" if dtype in (torch.bfloat16, torch.float16) else "float32"
-        busy = cost.flops / self.flops[half] + cost.moved / self.bandwidth
-        return max(busy, cost.n_ops * self.per_op)
+        busy = cost.flops / self.rates["flops"][half] + self.seconds_to_move(cost.moved)
+        return max(busy, cost.n_ops * self.rates["per_op"])
 
     def seconds_to_move(self, n_bytes: int) -> float:
         """Return the time of reading or writing bytes."""
-        return n_bytes / self.bandwidth
+        return float(n_bytes / self.rates["bandwidth"])
 
 
 def find_device(name: str | None) -> Device:
@@ -75,28 +111,13 @@ def find_device(name: str | None) -> Device:
 
     Raises: ConfigError: for an unknown name.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu" or (name == "cuda" and torch.cuda.is_available()):
-        return _measured(name)
-    key = "h100" if name == "cuda" else name.lower()
-    if key not in DEVICES:
-        known = ["cpu", "cuda", *DEVICES]
-        raise ConfigError(f"Unknown device '{name}'. {did_you_mean(name, known)}")
-    full, half, single, bandwidth = DEVICES[key]
-    return Device(
-        name=f"{full} (estimated)",
-        on_gpu=True,
-        flops={"bfloat16": half * 1e12 * SHARE_OF_PEAK, "float32": single * 1e12 * SHARE_OF_PEAK},
-        bandwidth=bandwidth * 1e9 * SHARE_OF_BANDWIDTH,
-        per_op=LAUNCH,
-        overhead=CUDA_OVERHEAD,
-        precision="fp16" if key == "t4" else "bf16",
-        assumptions=(
-            f"time: estimated at {SHARE_OF_PEAK:.0%} of the data sheet's arithmetic and "
-            f"{SHARE_OF_BANDWIDTH:.0%} of its bandwidth; nothing was run there",
-            f"overhead: {CUDA_OVERHEAD >> 20} MiB for the CUDA context and workspaces, an assumption",
-        ),
-    )
+    has_gpu = torch.cuda.is_available()
+    key = name.lower() if name else "cuda" if has_gpu else "cpu"
+    if key == "cuda" and not has_gpu:
+        key = "h100"
+    if key not in (known := ["cpu", "cuda", *DEVICES]):
+        raise ConfigError(f"Unknown device '{name}'. {did_you_mean(key, known)}")
+    return Device(key)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -107,35 +128,24 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
 
 
-def _measured(kind: str) -> Device:
-    """Return this machine's rates, measured once and kept in the user's cache."""
-    name = torch.cuda.get_device_name() if kind == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thawline" / "rates.json"
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thawline" / "rates.json"
+
+
+def _measured(name: str, device: torch.device) -> dict[str, Any]:
     try:
-        known: dict[str, Any] = read_json(cache)
+        known: dict[str, Any] = read_json(_cache())
     except (OSError, CheckpointError):
         known = {}
     if name not in known:
-        known[name] = _calibrate(torch.device(kind)) | {"date": time.strftime("%Y-%m-%d")}
+        known[name] = _calibrate(device) | {"date": time.strftime("%Y-%m-%d")}
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(cache, known, indent=1)
+            _cache().parent.mkdir(parents=True, exist_ok=True)
+            write_json(_cache(), known, indent=1)
         except OSError:
             pass  # a read-only home: measured again next time
-    rates = known[name]
-    overhead = CUDA_OVERHEAD if kind == "cuda" else CPU_OVERHEAD
-    return Device(
-        name=name,
-        on_gpu=kind == "cuda",
-        flops=rates["flops"],
-        bandwidth=rates["bandwidth"],
-        per_op=rates["per_op"],
-        overhead=overhead,
-        assumptions=(
-            f"time: rates measured on this machine on {rates['date']} ({cache})",
-            f"overhead: {overhead >> 20} MiB for the process, an assumption",
-        ),
-    )
+    rates: dict[str, Any] = known[name]
+    return rates
 
 
 def _calibrate(device: torch.device) -> dict[str, Any]:

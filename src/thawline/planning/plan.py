@@ -1,14 +1,14 @@
-"""`Plan`: parameters, bytes by part and time of a run, from its recipe alone."""
+"""`Plan`: parameters, bytes by part and time of a run; `Planner` makes it from the recipe alone."""
 
 from __future__ import annotations
 
-__all__ = ["SHARDINGS", "Plan", "cast_trained", "plan_run", "read_bytes"]
+__all__ = ["SHARDINGS", "Plan", "Planner", "cast_trained", "read_bytes"]
 
 import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from thawline.planning.devices import find_device
 from thawline.planning.simulate import StepCost, simulate_step
 from thawline.recipe import RunConfig
 from thawline.training.objective import Objective
+from thawline.training.trainer import Trainer
 from thawline.tuners.paca.layer import PacaLayer
 
 SHARDINGS: dict[str, tuple[str, ...]] = {
@@ -72,66 +73,133 @@ class Plan:
         return {**dataclasses.asdict(self), "bytes": dict(self.bytes), "seconds": self.seconds}
 
 
-def plan_run(
-    config: RunConfig,
-    *,
-    length: int | None = None,
-    device: str | None = None,
-    devices: int = 1,
-    sharding: str = "ddp",
-    quantised: bool = False,
-    half_adapter: bool = False,
-    objective: Objective | None = None,
-) -> Plan:
-    """Plan a run without reading weights.
+class Planner:
+    """Plans of a recipe on a device, for batches of any size: its model is built once.
 
     Args:
-        length: tokens of a row. None: `data.max_length`.
         device: cpu, cuda, or a name of `DEVICES`. None: the one that `thawline train` would use.
         devices: number of devices, each with the recipe's batch.
         sharding: how they share the run, a key of `SHARDINGS`.
-        quantised: the frozen linear layers have four bits a weight.
         half_adapter: what is trained has the base's type, where PEFT would keep float32.
         objective: the recipe's, with its rows, if there is one already.
-    Raises: ConfigError: if the recipe cannot work, or its model cannot be planned.
+    Raises: ConfigError: if the recipe cannot work.
     """
-    if sharding not in SHARDINGS:
-        raise ConfigError(f"Unknown sharding '{sharding}'. {did_you_mean(sharding, SHARDINGS)}")
-    machine = find_device(device)
-    if machine.on_gpu and config.training.precision == "auto" and not torch.cuda.is_available():
-        training = dataclasses.replace(config.training, precision=machine.precision)
-        config = dataclasses.replace(config, training=training)
-    blueprint = draw_blueprint(config, length=length, objective=objective)
-    if half_adapter:
-        cast_trained(blueprint.model)
-    sizes = _sizes(blueprint, quantised=quantised)
-    keeps = blueprint.accumulation > 1
-    cost = simulate_step(
-        blueprint.model, blueprint.batch, blueprint.loss, autocast=blueprint.autocast, on_gpu=machine.on_gpu,
-        keep_gradients=keeps,
-    )  # fmt: skip
-    parts = _parts(sizes, cost, sharding, devices) | {"overhead": machine.overhead}
-    peak = cost.peak + (sizes["gradients"] if keeps else 0)
-    beyond = peak - cost.saved - cost.loss - sizes["gradients"]
-    parts |= {"workspace": parts["workspace"] + max(0, beyond), "reused": min(0, beyond)}
-    steps = _steps(blueprint, devices)
-    parameters = list(blueprint.model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    assumptions = [*machine.assumptions]
-    if devices > 1:
-        assumptions.append(f"{devices} devices, {sharding}: communication takes no time")
-    return Plan(
-        parameters=sum(p.numel() for p in parameters),
-        trained=sum(p.numel() for p in trained),
-        bytes=parts | {"total": sum(parts.values())},
-        seconds_per_step=machine.seconds(cost, blueprint.autocast or _dtype(parameters))
-        * blueprint.accumulation
-        + machine.seconds_to_move(4 * sizes["gradients"] + 2 * sizes["optimizer"]),
-        steps=steps,
-        shape=blueprint.shape,
-        device=machine.name,
-        assumptions=tuple(assumptions),
-    )
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        device: str | None = None,
+        devices: int = 1,
+        sharding: str = "ddp",
+        half_adapter: bool = False,
+        objective: Objective | None = None,
+    ) -> None:
+        if sharding not in SHARDINGS:
+            raise ConfigError(f"Unknown sharding '{sharding}'. {did_you_mean(sharding, SHARDINGS)}")
+        self.device, self.devices, self.sharding = find_device(device), devices, sharding
+        if self.device.precision and config.training.precision == "auto" and not torch.cuda.is_available():
+            training = dataclasses.replace(config.training, precision=self.device.precision)
+            config = dataclasses.replace(config, training=training)
+        self.blueprint = draw_blueprint(config, objective)
+        if half_adapter:
+            cast_trained(self.blueprint.model)
+        self._sizes = _sizes(self.blueprint)
+        self._costs: dict[Any, StepCost] = {}
+
+    def bytes(
+        self,
+        rows: int | None = None,
+        length: int | None = None,
+        *,
+        accumulation: int = 0,
+        quantised: bool = False,
+    ) -> dict[str, int]:
+        """Return the bytes by part, as in `Plan`.
+
+        Args:
+            rows: in a forward pass. None: the recipe's.
+            length: tokens of a row. None: the recipe's.
+            accumulation: forward passes of an optimiser step. 0: the recipe's.
+            quantised: the frozen linear layers have four bits a weight.
+        Raises: ConfigError: if the model's step depends on values.
+        """
+        keeps = (accumulation or self.blueprint.accumulation) > 1
+        return self._parts(self._cost(rows, length, keeps), keeps, quantised)
+
+    def plan(
+        self,
+        rows: int | None = None,
+        length: int | None = None,
+        *,
+        accumulation: int = 0,
+        quantised: bool = False,
+    ) -> Plan:
+        """Return the plan; arguments and errors as those of `bytes`."""
+        blueprint, device = self.blueprint, self.device
+        accumulation = accumulation or blueprint.accumulation
+        parts = self.bytes(rows, length, accumulation=accumulation, quantised=quantised)
+        cost = self._cost(rows, length, accumulation > 1)
+        parameters = list(blueprint.model.parameters())
+        seconds = device.seconds(cost, blueprint.autocast or parameters[0].dtype)
+        updated = device.seconds_to_move(4 * parts["gradients"] + 2 * parts["optimizer"])
+        assumptions = list(device.assumptions)
+        if blueprint.uses_liger:
+            assumptions.append("training.args.use_liger_kernel: planned without, it needs less")
+        if self.devices > 1:
+            assumptions.append(f"{self.devices} devices, {self.sharding}: communication takes no time")
+        return Plan(
+            parameters=sum(p.numel() for p in parameters),
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            bytes=parts,
+            seconds_per_step=accumulation * seconds + updated,
+            steps=self._steps(rows or blueprint.rows, accumulation),
+            shape=blueprint.make_batch(rows or blueprint.rows, length)[1],
+            device=device.name,
+            assumptions=tuple(assumptions),
+        )
+
+    def _cost(self, rows: int | None, length: int | None, keeps: bool) -> StepCost:
+        blueprint, key = self.blueprint, (rows, length, keeps)
+        if key not in self._costs:
+            self._costs[key] = simulate_step(
+                blueprint.model,
+                blueprint.make_batch(rows or blueprint.rows, length)[0],
+                blueprint.loss,
+                autocast=blueprint.autocast,
+                on_gpu=self.device.on_gpu,
+                keep_gradients=keeps,
+            )
+        return self._costs[key]
+
+    def _parts(self, cost: StepCost, keep_gradients: bool, quantised: bool) -> dict[str, int]:
+        sizes, n = dict(self._sizes), self.devices
+        if quantised:
+            linears = [m.weight for m in self.blueprint.model.modules() if _is_quantised(m)]
+            sizes["weights"] -= sum(weight.nbytes for weight in linears)
+            sizes["quantised"] = int(FOUR_BITS * sum(weight.numel() for weight in linears))
+        divided = SHARDINGS[self.sharding] if n > 1 else ()
+        parts = {name: size // n if name in divided else size for name, size in sizes.items()}
+        # DDP and ZeRO reduce gradients in buckets; sharded weights are gathered two blocks at a time.
+        shared = sizes["weights"] // 16 if "weights" in divided else sizes["gradients"] if n > 1 else 0
+        peak = cost.peak + (sizes["gradients"] if keep_gradients else 0)
+        beyond = peak - cost.saved - cost.loss - sizes["gradients"]
+        parts |= {
+            "saved": cost.saved,
+            "loss": cost.loss,
+            "workspace": shared + max(0, beyond),
+            "overhead": self.device.overhead,
+            "reused": min(0, beyond),
+        }
+        return parts | {"total": sum(parts.values())}
+
+    def _steps(self, rows: int, accumulation: int) -> int | None:
+        blueprint = self.blueprint
+        if blueprint.arguments.max_steps > 0:
+            return blueprint.arguments.max_steps
+        if blueprint.n_rows is None:
+            return None
+        return round(-(-blueprint.n_rows // (rows * accumulation * self.devices)) * blueprint.epochs)
 
 
 def read_bytes(size: int | str) -> int:
@@ -145,16 +213,11 @@ def read_bytes(size: int | str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
-def _sizes(blueprint: Blueprint, *, quantised: bool) -> dict[str, int]:
-    """Return the bytes that live as long as the run."""
+def _sizes(blueprint: Blueprint) -> dict[str, int]:
+    """Return the bytes that live as long as the run, by part."""
     model = blueprint.model
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
-    weights, in_four_bits = sum(p.nbytes for p in parameters), 0
-    if quantised:
-        linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and _is_quantised(m)]
-        in_four_bits = int(FOUR_BITS * sum(weight.numel() for weight in linears))
-        weights -= sum(weight.nbytes for weight in linears)
     layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
     indices = [index for layer in layers for index in layer.thawline_paca_indices.values()]
     originals = sum(
@@ -164,8 +227,8 @@ def _sizes(blueprint: Blueprint, *, quantised: bool) -> dict[str, int]:
     )
     averaged = [*trained, *(b for b in buffers if b.is_floating_point())] if blueprint.averaged else []
     return {
-        "weights": weights,
-        "quantised": in_four_bits,
+        "weights": sum(p.nbytes for p in parameters),
+        "quantised": 0,
         "buffers": sum(b.nbytes for b in buffers) - sum(i.nbytes for i in indices),
         # A layer keeps the indices twice: a new set can be loaded over the one in use.
         "tuner": originals + 2 * sum(i.nbytes for i in indices),
@@ -175,47 +238,25 @@ def _sizes(blueprint: Blueprint, *, quantised: bool) -> dict[str, int]:
     }
 
 
-def _parts(sizes: Mapping[str, int], cost: StepCost, sharding: str, devices: int) -> dict[str, int]:
-    """Return the bytes by part on one of several devices."""
-    divided = SHARDINGS[sharding] if devices > 1 else ()
-    parts = {name: size // devices if name in divided else size for name, size in sizes.items()}
-    parts |= {"saved": cost.saved, "loss": cost.loss, "workspace": 0}
-    if devices > 1:
-        # DDP and ZeRO reduce gradients in buckets; sharded weights are gathered two blocks at a time.
-        parts["workspace"] = sizes["gradients"]
-        if "weights" in divided:
-            parts["workspace"] = sizes["weights"] // 16
-    return parts
-
-
 def _optimizer_bytes(blueprint: Blueprint, trained: list[nn.Parameter]) -> int:
     """Return the bytes of the optimiser's state, after a step on tensors without data."""
     if not trained:
         return 0
+    kind, fields = Trainer.get_optimizer_cls_and_kwargs(blueprint.arguments, blueprint.model)
     twins = [torch.empty_like(p, device="meta").requires_grad_() for p in trained]
     for twin in twins:
         twin.grad = torch.empty_like(twin)
-    fields = {name: value for name, value in blueprint.optimizer_fields.items() if name != "fused"}
     try:
-        optimizer = blueprint.optimizer(twins, **fields)
+        optimizer = kind(twins, **{name: value for name, value in fields.items() if name != "fused"})
         optimizer.step()
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"`training.optimizer`: {blueprint.optimizer.__name__} cannot be planned ({reason}). "
+            f"`training.optimizer`: {kind.__name__} cannot be planned ({reason}). "
             "Plan with adamw_torch_fused."
         ) from error
     state = [value for values in optimizer.state.values() for value in values.values()]
     return sum(value.nbytes for value in state if isinstance(value, Tensor))
-
-
-def _steps(blueprint: Blueprint, devices: int) -> int | None:
-    if blueprint.max_steps is not None:
-        return blueprint.max_steps
-    if blueprint.n_rows is None:
-        return None
-    per_step = blueprint.rows * blueprint.accumulation * devices
-    return round(-(-blueprint.n_rows // per_step) * blueprint.epochs)
 
 
 def cast_trained(model: nn.Module) -> None:
@@ -226,10 +267,8 @@ def cast_trained(model: nn.Module) -> None:
             parameter.data = parameter.data.to(kept)
 
 
-def _is_quantised(module: nn.Linear) -> bool:
+def _is_quantised(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Tell the linear layers of blocks from heads and adapters, which keep their type."""
-    return not module.weight.requires_grad and min(module.weight.shape) >= 64
-
-
-def _dtype(parameters: list[nn.Parameter]) -> torch.dtype:
-    return parameters[0].dtype if parameters else torch.float32
+    return (
+        isinstance(module, nn.Linear) and not module.weight.requires_grad and min(module.weight.shape) >= 64
+    )

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 __all__ = ["METHODS", "compare", "fit", "largest", "plan_within", "read_seconds", "variants"]
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from thawline.errors import ConfigError
-from thawline.planning.plan import Plan, plan_run, read_bytes
+from thawline.planning.plan import Plan, Planner, read_bytes
 from thawline.recipe import RunConfig
 
-METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "full": ({"method": "none"}, {}),
-    "LoRA": ({"method": "lora", "r": 8}, {}),
-    "LoRA bf16": ({"method": "lora", "r": 8}, {"half_adapter": True}),
-    "DoRA": ({"method": "dora", "r": 8}, {}),
-    "PaCA": ({"method": "paca", "r": 16}, {}),
-    "PaCA + lean": ({"method": "paca", "r": 16}, {"lean": True}),
-    "QLoRA": ({"method": "lora", "r": 8}, {"quantised": True}),
-    "QPaCA": ({"method": "paca", "r": 16}, {"quantised": True}),
-    "MHR": ({"method": "mhr", "r": 8}, {}),
+METHODS: dict[str, tuple[dict[str, Any], frozenset[str]]] = {
+    "full": ({"method": "none"}, frozenset()),
+    "LoRA": ({"method": "lora", "r": 8}, frozenset()),
+    "LoRA bf16": ({"method": "lora", "r": 8}, frozenset({"half_adapter"})),
+    "PaCA": ({"method": "paca", "r": 16}, frozenset()),
+    "PaCA + lean": ({"method": "paca", "r": 16}, frozenset({"lean"})),
+    "QPaCA": ({"method": "paca", "r": 16}, frozenset({"quantised"})),
+    "QLoRA": ({"method": "lora", "r": 8}, frozenset({"quantised"})),
+    "MHR": ({"method": "mhr", "r": 8}, frozenset()),
 }
 """Name → tuner, and what else differs. LoRA has PEFT's defaults, float32 adapters among them; the ranks train
 about as many parameters. QLoRA and QPaCA have bfloat16 arithmetic over weights of four bits."""
@@ -35,47 +34,50 @@ LARGEST = 1 << 26
 
 
 def variants(
-    config: RunConfig, methods: Collection[str] = tuple(METHODS)
-) -> Iterator[tuple[str, RunConfig, dict[str, Any]]]:
-    """Yield the name, the recipe and the options of `plan_run` of those methods that fit the objective."""
+    config: RunConfig, methods: Mapping[str, tuple[dict[str, Any], Collection[str]]] = METHODS
+) -> Iterator[tuple[str, RunConfig, Collection[str]]]:
+    """Yield the name, the recipe and what else differs of those methods that fit the objective."""
     targets = getattr(config.tuner, "target_modules", "all-linear")
-    for name, (tuner, options) in METHODS.items():
-        if name not in methods or (config.objective.kind == "detection" and name in NOT_OF_DETECTORS):
+    for name, (tuner, differing) in methods.items():
+        if config.objective.kind == "detection" and name in NOT_OF_DETECTORS:
             continue
         fields = tuner if tuner["method"] == "none" else {**tuner, "target_modules": targets}
-        mapping = config.to_mapping() | {"tuner": fields, "lean": config.lean or "lean" in options}
-        yield (
-            name,
-            RunConfig.from_mapping(mapping),
-            {key: value for key, value in options.items() if key != "lean"},
-        )
+        mapping = config.to_mapping() | {"tuner": fields, "lean": config.lean or "lean" in differing}
+        yield name, RunConfig.from_mapping(mapping), differing
 
 
 def compare(config: RunConfig, **options: Any) -> dict[str, Plan]:
-    """Return the plan of every method of `METHODS` in place of the recipe's tuner."""
-    return {name: plan_run(one, **options, **own) for name, one, own in variants(config)}
+    """Return the plan of every method of `METHODS` in place of the recipe's tuner; options of `Planner`."""
+    planners = _planners(config, options)
+    return {name: planner.plan(quantised=quantised) for name, planner, quantised in planners}
 
 
-def fit(
-    config: RunConfig, n_bytes: int | str, methods: Collection[str] = tuple(METHODS), **options: Any
-) -> dict[str, dict[str, int]]:
+def fit(config: RunConfig, n_bytes: int | str, **options: Any) -> dict[str, dict[str, int]]:
     """Return the largest batch at the recipe's length, and the longest sequence at a batch of one.
 
-    Returns: per method, `batch` and, for text, `length`; 0 where not even the smallest fits.
+    Returns: per method of `METHODS`, `batch` and, for text, `length`; 0 where not even the smallest fits.
     """
     limit, found = read_bytes(n_bytes), {}
-    for name, one, own in variants(config, methods):
-
-        def total(batch: int, length: int | None, one: RunConfig = one, own: Any = own) -> float:
-            training = dataclasses.replace(one.training, batch_size=batch, gradient_accumulation=1)
-            resized = dataclasses.replace(one, training=training)
-            return plan_run(resized, length=length, **options, **own).bytes["total"]
-
-        row = {"batch": largest(lambda batch: total(batch, None), limit)}
-        if one.objective.kind == "text":
-            row["length"] = largest(lambda length: total(1, length), limit, LENGTH_STEP)
-        found[name] = row
+    for name, planner, quantised in _planners(config, options):
+        total = partial(_total, planner, quantised)
+        found[name] = {"batch": largest(total, limit)}
+        if config.objective.kind == "text":
+            found[name]["length"] = largest(partial(total, 1), limit, LENGTH_STEP)
     return found
+
+
+def _planners(config: RunConfig, options: Mapping[str, Any]) -> Iterator[tuple[str, Planner, bool]]:
+    """Yield the name of each method, its planner, and whether its layers are quantised."""
+    known: dict[str, Planner] = {}
+    for name, one, differing in variants(config):
+        plain = name.removeprefix("Q")  # takes the same step, over larger weights
+        if plain not in known:
+            known[plain] = Planner(one, half_adapter="half_adapter" in differing, **options)
+        yield name, known[plain], "quantised" in differing
+
+
+def _total(planner: Planner, quantised: bool, rows: int, length: int | None = None) -> int:
+    return planner.bytes(rows, length, accumulation=1, quantised=quantised)["total"]
 
 
 def plan_within(
@@ -94,34 +96,31 @@ def plan_within(
     limit, training = read_bytes(n_bytes), config.training
     rows = (training.batch_size or 32) * training.gradient_accumulation
     least, fastest, wrong = math.inf, math.inf, None
-    for tuner, extra in _candidates(config):
-        batch = rows
-        while batch:
-            fields = {"batch_size": batch, "gradient_accumulation": rows // batch}
-            if config.objective.kind == "detection":
-                fields["batch_size"] = rows
-            mapping = config.to_mapping()
-            mapping["training"] |= fields | extra.get("training", {})
-            chosen = RunConfig.from_mapping(
-                mapping | {"tuner": tuner, "lean": extra.get("lean", config.lean)}
-            )
-            try:
-                plan = plan_run(chosen, **options)
-            except ConfigError as error:
-                wrong = error  # such as more columns than a layer has
-                break
+    for changes in _candidates(config):
+        try:
+            planner = Planner(RunConfig.from_mapping(changes), **options)
+        except ConfigError as error:
+            wrong = error  # such as more columns than a layer has
+            continue
+        for batch in (n for n in range(rows, 0, -1) if rows % n == 0):
+            plan = planner.plan(batch, accumulation=rows // batch)
             least = min(least, plan.bytes["total"])
-            if plan.bytes["total"] <= limit:
-                if seconds is not None and plan.seconds is None:
-                    raise ConfigError(
-                        f"'{config.data.path}' cannot be read, so the number of steps is unknown: set "
-                        "`training.max_steps`, or leave out the time."
-                    )
-                fastest = min(fastest, plan.seconds or 0)
-                if seconds is None or fastest <= seconds:
-                    return chosen, plan
-                break  # a smaller batch is no faster
-            batch = next((n for n in range(batch // 2, 0, -1) if rows % n == 0), 0)
+            if plan.bytes["total"] > limit:
+                continue
+            if seconds is not None and plan.seconds is None:
+                raise ConfigError(
+                    f"'{config.data.path}' cannot be read, so the number of steps is unknown: set "
+                    "`training.max_steps`, or leave out the time."
+                )
+            fastest = min(fastest, plan.seconds or 0)
+            if seconds is None or fastest <= seconds:
+                whole = config.objective.kind == "detection"  # there `batch_size` counts a step's images
+                changes["training"] |= {
+                    "batch_size": rows if whole else batch,
+                    "gradient_accumulation": rows // batch,
+                }
+                return RunConfig.from_mapping(changes), plan
+            break  # a smaller batch is no faster
     if least == math.inf and wrong is not None:
         raise wrong
     short = f"the shortest run takes {fastest:,.0f} s" if fastest < math.inf else "none fits the memory"
@@ -133,20 +132,26 @@ def plan_within(
 
 
 def largest(total: Callable[[int], float], limit: int, step: int = 1) -> int:
-    """Return the largest multiple of `step` whose total is within `limit`, by secants; 0: not even one."""
-    low, at_low, high = step, total(step), math.inf
+    """Return the largest multiple of `step` whose total is within `limit`; 0: not even one.
+
+    A total grows ever faster: each operation's bytes do so evenly, and the largest sum of them counts. So a
+    line through two sizes that fit leads too far, or right to the end, and one to a size beyond not too far.
+    """
+    low, at_low = step, total(step)
     if at_low > limit:
         return 0
-    probe = 2 * step
-    while low < probe < min(high, LARGEST):
+    high, probe = math.inf, 8 * step
+    while probe > low:
         at_probe = total(probe)
         slope = max((at_probe - at_low) / (probe - low), 1e-9)
         if at_probe > limit:
             high = probe
+            ahead = max(step, (limit - at_low) / slope // step * step)
         else:
             low, at_low = probe, at_probe
-        # Small batches may cost nothing more than the gradients do: no leap from a flat start.
-        probe = int(min(low + (limit - at_low) / slope // step * step, 8 * low, high - step))
+            ahead = (limit - at_low) / slope // step * step
+        # Small sizes may cost nothing more than the gradients do: no leap from a flat start.
+        probe = int(min(low + ahead, 16 * low, high - step, LARGEST))
     return low
 
 
@@ -158,13 +163,14 @@ def read_seconds(time: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def _candidates(config: RunConfig) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield tuners, best first, with what else changes."""
-    targets = getattr(config.tuner, "target_modules", "all-linear")
-    yield {"method": "none"}, {}
-    paca = {"method": "paca", "target_modules": targets}
-    yield {**paca, "r": 64}, {}
-    yield {**paca, "r": 16}, {}
-    yield {**paca, "r": 16}, {"lean": True}
+def _candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Yield recipes by other methods, best first."""
+    recipe = config.to_mapping()
+    paca = {"method": "paca", "target_modules": getattr(config.tuner, "target_modules", "all-linear")}
+    yield recipe | {"tuner": {"method": "none"}}
+    yield recipe | {"tuner": {**paca, "r": 64}}
+    yield recipe | {"tuner": {**paca, "r": 16}}
+    yield recipe | {"tuner": {**paca, "r": 16}, "lean": True}
     if config.objective.kind != "detection":
-        yield {**paca, "r": 16}, {"lean": True, "training": {"gradient_checkpointing": True}}
+        training = recipe["training"] | {"gradient_checkpointing": True}
+        yield recipe | {"tuner": {**paca, "r": 16}, "lean": True, "training": training}

@@ -12,8 +12,9 @@ __all__ = ["StepCost", "simulate_step"]
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
 
 from thawline.errors import ConfigError
 from thawline.measure import saved_bytes
+from thawline.planning.depth import Stack, find_stacks
+from thawline.tuners.mhr.layer import find_layers
 
 aten = torch.ops.aten
 
@@ -58,53 +62,75 @@ def simulate_step(
     autocast: torch.dtype | None = None,
     on_gpu: bool = False,
     keep_gradients: bool = False,
+    whole: bool = False,
 ) -> StepCost:
-    """Run one forward and backward pass without data.
+    """Run one forward and backward pass without data; of a deep transformers model, with few of its blocks.
 
     Args:
-        model: in training mode, on any device, meta included. Its tensors are replaced by fake ones.
+        model: in training mode, on any device, meta included. Its tensors are replaced by fake ones, for good.
         batch: tensors, in any nesting.
         loss: `loss(model, batch)`, a scalar or an output whose `loss` is one.
         autocast: type of mixed precision. None: off.
         on_gpu: dropout keeps a mask of bytes and may happen within fused attention, as on a GPU.
         keep_gradients: gradients of earlier passes are there, as with gradient accumulation.
+        whole: run all blocks.
     Raises: ConfigError: if the model's forward depends on values.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    _replace_tensors(model, mode)
+    mode = _replace_tensors(model)
     batch = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor), batch)
-    own = [*model.parameters(), *model.buffers()]
-    tracker = _Tracker([*own, *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))])
-    found: list[Tensor] = []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stacks = find_stacks(base) if isinstance(base, PreTrainedModel) and not whole else []
 
-    def forward() -> Tensor:
-        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            output = loss(model, batch)
-        if autocast is not None:
-            output = convert_to_fp32(output)  # as accelerate does
-        scalar: Tensor = output if isinstance(output, Tensor) else output.loss
-        found.append(scalar)
-        return scalar
+    def run(n_periods: Sequence[int]) -> _Tracker:
+        own = [*model.parameters(), *model.buffers()]
+        tracker = _Tracker([*own, *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))])
+        found: list[Tensor] = []
 
-    with _readable(model), mode, contextlib.ExitStack() as stack:
-        if on_gpu:
-            stack.enter_context(_OnGPU())
-        if keep_gradients:
+        def forward() -> Tensor:
+            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                output = loss(model, batch)
+            if autocast is not None:
+                output = convert_to_fp32(output)  # as accelerate does
+            scalar: Tensor = output if isinstance(output, Tensor) else output.loss
+            found.append(scalar)
+            tracker.held = tracker.live
+            return scalar
+
+        with _readable(model), mode, contextlib.ExitStack() as context:
+            if on_gpu:
+                context.enter_context(_OnGPU())
             for parameter in model.parameters():
-                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        stack.enter_context(tracker)
-        stack.enter_context(tracker.watch_head(model))
-        saved = saved_bytes(forward, own)
-        tracker.end_forward(saved)
-        found.pop().backward()
-    return StepCost(
-        saved=saved,
-        loss=tracker.loss,
-        peak=tracker.peak,
-        flops=tracker.flops,
-        moved=tracker.moved,
-        n_ops=tracker.n_ops,
-    )
+                wanted = keep_gradients and parameter.requires_grad
+                parameter.grad = torch.empty_like(parameter) if wanted else None
+            for stack, n in zip(stacks, n_periods, strict=True):
+                context.enter_context(stack.cut_to(n))
+            context.enter_context(tracker)
+            context.enter_context(tracker.watch(model, stacks))
+            tracker.saved = saved_bytes(forward, own)
+            found.pop().backward()
+        return tracker
+
+    twos = [2] * len(stacks)
+    two = run(twos)
+    ones = [run([*twos[:i], 1, *twos[i + 1 :]]) for i in range(len(stacks))]
+    further = [(stack, one, stack.n_periods - 2) for stack, one in zip(stacks, ones, strict=True)]
+
+    def in_full(name: str) -> int:
+        at_two: int = getattr(two, name)
+        return at_two + sum(n * (at_two - getattr(one, name)) for _, one, n in further)
+
+    peaks = list(two.peaks)
+    for stack, one, n in further:
+        # Before the backward of a stack its blocks add what they keep, after it their gradients: those are
+        # added to earlier ones at once, unless the layers of MHR, mixed together, get theirs together.
+        adds_at_once = keep_gradients and next(find_layers(model), None) is None
+        kept, gradients = two.held - one.held, 0 if adds_at_once else stack.gradients
+        begins = two.passed.index(stack.blocks) if stack.blocks in two.passed else len(peaks)
+        for i in range(len(peaks)):
+            before, after = i <= begins + 1, i > begins
+            peaks[i] += n * max(before * kept, after * gradients)
+    work = {name: in_full(name) for name in ("saved", "loss", "flops", "moved", "n_ops")}
+    return StepCost(**work, peak=max(peaks))
 
 
 class _Tracker(TorchDispatchMode):
@@ -112,12 +138,18 @@ class _Tracker(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = self.moved = self.n_ops = self.loss = 0
-        self._saved = self._around_loss = 0
+        self.live = self.held = self.saved = self.flops = self.moved = self.n_ops = 0
+        self.peaks = [0]
+        """Most bytes alive until the backward reaches a stack, in its last period, after that; and so on."""
+        self.passed: list[nn.Module] = []
+        """Where the backward passed from one of `peaks` to the next: stacks, and their last periods."""
+        self._around_loss = 0
         self._is_around_loss = False
         self._storages: dict[int, Any] = dict.fromkeys(map(_storage_key, known))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # asked for several times per operation
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].is_floating_point():
             return 1.0  # such as an affine scale, whose sign chooses between operations of one cost
@@ -126,7 +158,7 @@ class _Tracker(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for tensor in tensors:
             self._see(tensor)
-        if not func.is_view:
+        if not (func.is_view or func is aten._unsafe_view.default):
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self.moved += sum(tensor.nbytes for tensor in (*inputs, *tensors))
             self.n_ops += 1
@@ -134,9 +166,14 @@ class _Tracker(TorchDispatchMode):
                 self.flops += int(count(*args, **kwargs, out_val=output))
         return output
 
+    @property
+    def loss(self) -> int:
+        """Bytes beyond those saved that were alive from the head to the gradient of its input."""
+        return max(0, self._around_loss - self.saved)
+
     @contextlib.contextmanager
-    def watch_head(self, model: nn.Module) -> Iterator[None]:
-        """Take note of the bytes alive from a language model's head to the gradient of its input."""
+    def watch(self, model: nn.Module, stacks: Sequence[Stack]) -> Iterator[None]:
+        """Take note of what is alive around the head, and of where the backward enters and leaves a block."""
         head = getattr(model, "get_output_embeddings", lambda: None)()
 
         def start(module: nn.Module, args: Any) -> None:
@@ -147,17 +184,35 @@ class _Tracker(TorchDispatchMode):
         def stop(gradient: Tensor) -> None:
             self._is_around_loss = False
 
-        handle = head.register_forward_pre_hook(start) if isinstance(head, nn.Module) else None
+        def begin_backward(blocks: nn.Module, module: nn.Module, args: Any, output: Any) -> None:
+            self._pass_at(output, blocks)
+
+        def end_backward(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._pass_at((args, kwargs), module)
+
+        handles = [head.register_forward_pre_hook(start)] if isinstance(head, nn.Module) else []
+        for stack in stacks:
+            handles.append(stack.blocks[-1].register_forward_hook(partial(begin_backward, stack.blocks)))
+            first = stack.blocks[-stack.period]
+            handles.append(first.register_forward_pre_hook(end_backward, with_kwargs=True))
         try:
             yield
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
-            self.loss = max(0, self._around_loss - self._saved)
 
-    def end_forward(self, saved: int) -> None:
-        """Take note of the bytes kept for backward."""
-        self._saved = saved
+    def _pass_at(self, values: Any, place: nn.Module) -> None:
+        """Begin another of `peaks` when the backward reaches the first of `values`."""
+
+        def note(gradient: Tensor) -> None:
+            if place not in self.passed:  # with gradient checkpointing it comes here twice
+                self.passed.append(place)
+                self.peaks.append(self.live)
+
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(note)
+                return
 
     def _see(self, tensor: Tensor) -> None:
         storage, key = tensor.untyped_storage(), _storage_key(tensor)
@@ -171,7 +226,7 @@ class _Tracker(TorchDispatchMode):
 
         self._storages[key] = weakref.ref(storage, free)
         self.live += n_bytes
-        self.peak = max(self.peak, self.live)
+        self.peaks[-1] = max(self.peaks[-1], self.live)
         if self._is_around_loss:
             self._around_loss = max(self._around_loss, self.live)
 
@@ -203,8 +258,12 @@ def _grouped_product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     return product
 
 
-def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace parameters and buffers by fake ones; those that modules share stay shared."""
+def _replace_tensors(model: nn.Module) -> FakeTensorMode:
+    """Replace parameters and buffers by fake ones, once; those that modules share stay shared."""
+    first = next(model.parameters(), None)
+    if isinstance(first, FakeTensor):
+        return first.fake_mode
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     known: dict[int, Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -214,6 +273,7 @@ def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = known.setdefault(id(buffer), _fake(mode, buffer))
+    return mode
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

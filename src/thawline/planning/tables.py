@@ -27,12 +27,10 @@ def plan_lines(plan: Plan) -> list[str]:
     return [*labelled(rows.items()).splitlines(), *(f"assumed: {text}" for text in plan.assumptions)]
 
 
-def short_plan(plan: Plan, available: int | None) -> str:
+def short_plan(parts: Mapping[str, int], available: int) -> str:
     """Return a plan's total in a few words, beside the bytes that are available."""
-    free = "" if available is None else f" of {readable(available)} available"
-    return (
-        f"{readable(plan.bytes['total'])} at most{free}; {readable(plan.bytes['saved'])} saved for backward"
-    )
+    total, free, saved = map(readable, (parts["total"], available, parts["saved"]))
+    return f"{total} at most of {free} available; {saved} saved for backward"
 
 
 def comparison_table(plans: Mapping[str, Plan]) -> str:

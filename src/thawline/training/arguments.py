@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 
 from thawline.errors import ConfigError
 from thawline.recipe import Training, TunerSettings
@@ -77,6 +78,8 @@ def training_arguments(
         arguments = TrainingArguments(**fields, **{"logging_nan_inf_filter": False, **settings.args})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"TrainingArguments: {error}") from error
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ConfigError("`training.args.use_liger_kernel` needs the package: `pip install liger-kernel`.")
     try:
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()  # fails where its library is missing

@@ -76,11 +76,13 @@ class Trainer(transformers.Trainer):
                 self.broken_loss,  # the others may ask for a checkpoint
             ],
         )
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if self.label_smoother is not None and isinstance(base, LeanHeadModel):
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        is_lean = isinstance(base, LeanHeadModel) and "forward" not in vars(base)  # where Liger puts its own
+        if self.label_smoother is not None and is_lean:
             # Transformers' smoother wants the logits, which a lean loss does not hold.
             base.lean_label_smoothing = args.label_smoothing_factor
             self.label_smoother: Any = None
+        self.decoder_inputs = getattr(base, "prepare_decoder_input_ids_from_labels", None)
         if loss is not None:
             # The loss is a mean over a batch's rows: accumulated batches are averaged, not summed.
             self.model_accepts_loss_kwargs = False
@@ -160,6 +162,9 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         """Return `loss`, where it is given, else the model's."""
         if self.loss is None:
+            if self.label_smoother is not None and self.decoder_inputs is not None:
+                # Transformers' smoother takes away the labels, of which the decoder's inputs are made.
+                inputs = {**inputs, "decoder_input_ids": self.decoder_inputs(labels=inputs["labels"])}
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss = self.loss(model, inputs)
         return (loss, None) if return_outputs else loss

@@ -1,13 +1,14 @@
 """Packed rows: several rows joined into one sequence, none of which attends to another.
 
 Positions restart at every row, and batches carry no attention mask: from the positions transformers builds
-block-diagonal masks for sdpa and eager attention, and sequence boundaries for flash attention. Rows go,
-longest first, where they leave the least room (best-fit decreasing): packs depend on the rows alone.
+block-diagonal masks for sdpa and eager attention, and sequence boundaries for flash attention, which it does
+in batches of one sequence only (`flatten`). Rows go, longest first, where they leave the least room (best-fit
+decreasing): packs depend on the rows alone.
 """
 
 from __future__ import annotations
 
-__all__ = ["AUTO_FILL", "collate_packs", "fill", "pack_rows"]
+__all__ = ["AUTO_FILL", "collate_packs", "fill", "flatten", "pack_rows"]
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,12 @@ def collate_packs(packs: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
         "position_ids": [list(p["position_ids"]) + list(range(n)) for p, n in zip(packs, room, strict=True)],
     }
     return {key: torch.tensor(values) for key, values in padded.items()} | {"use_cache": False}
+
+
+def flatten(packs: Sequence[Row]) -> dict[str, Any]:
+    """Return one pack of all rows of some."""
+    keys = ("input_ids", "labels", "position_ids", "tasks")
+    return {key: [value for pack in packs for value in pack[key]] for key in keys}
 
 
 def _join(rows: Sequence[Row]) -> dict[str, Any]:

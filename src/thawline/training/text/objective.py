@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from thawline.data.text.encode import IGNORED
-from thawline.data.text.packing import AUTO_FILL, collate_packs, fill, pack_rows
+from thawline.data.text.packing import AUTO_FILL, collate_packs, fill, flatten, pack_rows
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError, did_you_mean
 from thawline.metrics.text import METRICS, exact_match, most_likely, rouge_l
@@ -106,6 +106,8 @@ class TextObjective(RowObjective):
         """
         if "position_ids" not in rows[0]:
             return self.pad(rows, "input_ids", "labels")
+        if "flash" in (self.base.attn_implementation or ""):
+            rows = [flatten(rows)]
         batch = collate_packs(rows, self.processor.pad_token_id)
         if self.task_ids is not None:
             width = batch["input_ids"].shape[1]

@@ -38,11 +38,13 @@ def build_without_weights(loader: Any, base: TextBase, dtype: torch.dtype, **ext
     """
     extra.pop("ignore_mismatched_sizes", None)
     config = load_pretrained(AutoConfig, base, **extra)
+    # Flash attention may be missing here, and keeps what torch's fused attention keeps.
+    attention = None if "flash" in (base.attn_implementation or "") else base.attn_implementation
     with torch.device("meta"):
         return loader.from_config(
             config,
             dtype=dtype,
-            attn_implementation=base.attn_implementation,
+            attn_implementation=attention,
             trust_remote_code=base.trust_remote_code,
         )
 
@@ -58,7 +60,7 @@ def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
         return loader.from_pretrained(
             base.model, revision=base.revision, trust_remote_code=base.trust_remote_code, **extra
         )
-    except (*DAMAGED, OSError, ValueError, RuntimeError) as error:
+    except (*DAMAGED, OSError, ValueError, RuntimeError, ImportError) as error:
         if not folder.is_dir() and (
             folder.is_absolute() or base.model.startswith(".") or len(folder.parts) > 2
         ):
