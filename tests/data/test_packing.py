@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from transformers import modeling_flash_attention_utils
 
 import thawline
 from tests.support.text import byte_tokenizer, save_tiny_bert, save_tiny_t5
+from tests.support.text_runs import logged, stop_at_batch, weights
 from thawline.data.text.packing import collate_packs, pack_rows
 from thawline.errors import ConfigError
 from thawline.recipe import RunConfig
@@ -24,7 +29,9 @@ BASES = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, **HEADS)),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(**SIZES, **HEADS, sliding_window=5, layer_types=None)
+        transformers.Gemma3TextConfig(
+            **SIZES, **HEADS, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+        )
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -113,14 +120,80 @@ def test_logits_and_gradients_are_those_of_padded_rows(
         torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_run_packs_and_resumes(tmp_path: Path, rows: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("method", ["lora", "mhr"])
+def test_a_packed_run_that_was_killed_resumes_bit_for_bit(
+    tmp_path: Path, rows: str, method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="thawline")
-    config = recipe(save("llama", tmp_path / "llama"), rows, tuner={"method": "paca", "r": 4})
-    result = run(config)
-    assert result.status == "finished"
+    base = save("llama", tmp_path / "llama")
+
+    def config(name: str) -> RunConfig:
+        training = {"batch_size": 1, "max_steps": 6, "log_every": 1, "save_every": 2}
+        tuner = {"method": method, "r": 4, "dropout": 0.2}
+        return recipe(base, rows, name=name, tuner=tuner, training=training)
+
+    straight = run(config("straight"))
     assert "packing: on, 9 rows in " in caplog.text
+    pid = os.fork()
+    if pid == 0:
+        try:
+            stop_at_batch(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            run(config("killed"))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    resumed = run(config("killed"), resume=True)
+    assert "Resuming from " in caplog.text
+    assert "checkpoint-" in caplog.text.partition("Resuming from ")[2]
+    assert logged(resumed.folder) == logged(straight.folder)
+    for name, value in weights(straight.folder).items():
+        assert torch.equal(weights(resumed.folder)[name], value), name
+
+
+def test_packs_are_planned_with_their_masks(tmp_path: Path, rows: str) -> None:
+    config = recipe(save("llama", tmp_path / "llama"), rows, tuner={"method": "paca", "r": 4})
     plan = thawline.plan(config)
     assert plan.bytes["saved"] > thawline.plan(config, **{"data.packing": False}).bytes["saved"]
+
+
+def varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
+    """Flash attention over sequences of several lengths, without its speed; q, k, v are (N, heads, D)."""
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+    ends = cu_seqlens_q.tolist()
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            q[:, start:end], k[:, start:end], v[:, start:end], is_causal=True, scale=options["softmax_scale"]
+        )
+        for start, end in pairwise(ends)
+    ]
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+def test_flash_attention_gets_the_boundaries_of_all_rows(
+    tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers looks for them only in batches of one sequence."""
+    base = {"model": str(save("llama", tmp_path / "llama")), "attn_implementation": "flash_attention_2"}
+    objective = TextObjective(recipe(Path(), rows, base=base), described={})
+    batch = objective.collate(objective.train_rows)
+    assert batch["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in objective.unpacked_rows))
+    model = BASES["llama"]().eval()
+    expected = model(**objective.collate(objective.unpacked_rows))
+    seen = []
+
+    def varlen(*args, **options):
+        seen.append(len(options["cu_seqlens_q"]) - 1)
+        return varlen_attention(*args, **options)
+
+    functions = (None, varlen, None, None, None), (lambda **options: options, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda name: functions)
+    model.config._attn_implementation = "flash_attention_2"
+    output = model(**batch)
+    assert seen == [9, 9]  # rows, in both layers
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="Cannot load .*flash"):
+        objective.load_base()
 
 
 def test_auto_packs_short_rows_of_causal_models_only(

@@ -6,7 +6,10 @@ import copy
 import inspect
 import json
 import pickle
+import sys
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import thawline
-from tests.support.text import byte_tokenizer
+from tests.support.text import byte_tokenizer, save_tiny_t5
+from thawline.errors import ConfigError
 from thawline.measure import saved_bytes
 from thawline.ops import linear_cross_entropy as module
 from thawline.ops.lean_head import LeanHeadModel
@@ -184,18 +188,52 @@ def test_a_head_with_an_adapter_and_a_model_of_another_loss_run_as_they_are() ->
     assert tuned(input_ids=ids, labels=ids).logits.shape == (1, 150, 97)
 
 
-def test_label_smoothing_of_a_run_reaches_the_lean_loss(tmp_path: Path) -> None:
-    tokenizer, base = byte_tokenizer(), tmp_path / "llama"
-    config = transformers.LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)}, **HEADS)
-    transformers.LlamaForCausalLM(config).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    rows = tmp_path / "rows.jsonl"
+def smoothed_run(folder: Path, name: str, **sections: object) -> float:
+    """Train a step on long answers with label smoothing; return its loss."""
+    rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"input": "ab", "output": "a" * 40}) + "\n" for _ in range(4)))
-    training = {"max_steps": 1, "log_every": 1, "batch_size": 4, "args": {"label_smoothing_factor": 0.2}}
-    values = {"base": str(base), "data": str(rows), "folder": str(tmp_path), "training": training}
-    losses = []
-    for lean in (False, True):
-        folder = run(RunConfig.from_mapping({**values, "lean": lean, "name": f"lean-{lean}"})).folder
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        losses.append(next(json.loads(line)["loss"] for line in lines if '"loss"' in line))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    args = {"label_smoothing_factor": 0.2, **sections.pop("args", {})}
+    training = {"max_steps": 1, "log_every": 1, "batch_size": 4, "args": args}
+    values = {"data": str(rows), "folder": str(folder), "name": name, "training": training, **sections}
+    lines = (run(RunConfig.from_mapping(values)).folder / "metrics.jsonl").read_text().splitlines()
+    return next(json.loads(line)["loss"] for line in lines if '"loss"' in line)
+
+
+def save_llama(folder: Path) -> Path:
+    tokenizer = byte_tokenizer()
+    config = transformers.LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)}, **HEADS)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("save", [save_llama, save_tiny_t5])
+def test_label_smoothing_of_a_run_reaches_the_lean_loss(tmp_path: Path, save: Callable[[Path], Path]) -> None:
+    base = str(save(tmp_path / "base"))
+    plain, lean = (smoothed_run(tmp_path, f"lean-{lean}", base=base, lean=lean) for lean in (False, True))
+    assert plain == pytest.approx(lean, rel=1e-3)
+
+
+def test_liger_takes_precedence_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, calls = str(save_llama(tmp_path / "base")), []
+    with pytest.raises(ConfigError, match="use_liger_kernel.*pip install liger-kernel"):
+        smoothed_run(tmp_path, "missing", base=base, lean=True, args={"use_liger_kernel": True})
+
+    def patch(model: nn.Module) -> None:
+        def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+            calls.append(self.training)
+            return transformers.LlamaForCausalLM.forward(self, *args, **kwargs)
+
+        model.forward = types.MethodType(forward, model)
+
+    kernels = types.ModuleType("liger_kernel.transformers")
+    kernels._apply_liger_kernel_to_instance = patch
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", kernels)
+    for place in ("transformers.integrations.liger", "thawline.training.arguments"):
+        monkeypatch.setattr(f"{place}.is_liger_kernel_available", lambda: True)
+    found = smoothed_run(tmp_path, "liger", base=base, lean=True, args={"use_liger_kernel": True})
+    assert True in calls
+    assert found == pytest.approx(smoothed_run(tmp_path, "plain", base=base), rel=1e-3)

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             planner = Planner(config, device=device.type, half_adapter="half_adapter" in differing)
             budget = budget or SHARE * _base_bytes(planner)
             rows[name] = _derive(planner, "quantised" in differing, budget)
-        steps = {}
+        steps: dict[str, Callable[[], None]] = {}
         for name, config, differing in methods:
             if "quantised" not in differing:
                 _check(rows[name], partial(_build, config, differing, device), device)

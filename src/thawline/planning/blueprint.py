@@ -126,7 +126,7 @@ def _language_model(config: RunConfig, known: Any) -> Blueprint:
             batch |= objective.ids_of([names[i % len(names)] for i in range(rows)])
         return batch, f"{rows} × {length} tokens"
 
-    smoothing = config.training.args.get("label_smoothing_factor")  # type: ignore[union-attr]
+    smoothing = config.training.args.get("label_smoothing_factor")
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     smoother = LabelSmoother(smoothing) if smoothing and not isinstance(base_model, LeanHeadModel) else None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -67,9 +67,11 @@ class Device:
         return f"cpu, {torch.get_num_threads()} threads" if is_cpu else torch.cuda.get_device_name()
 
     @property
-    def precision(self) -> str | None:
+    def precision(self) -> Literal["fp16", "bf16"] | None:
         """What `training.precision: auto` selects there. None: the device is this machine's."""
-        return {"t4": "fp16"}.get(self.key, "bf16") if self.key in DEVICES else None
+        if self.key not in DEVICES:
+            return None
+        return "fp16" if self.key == "t4" else "bf16"
 
     @cached_property
     def rates(self) -> dict[str, Any]:

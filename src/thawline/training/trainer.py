@@ -77,8 +77,7 @@ class Trainer(transformers.Trainer):
             ],
         )
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        is_lean = isinstance(base, LeanHeadModel) and "forward" not in vars(base)  # where Liger puts its own
-        if self.label_smoother is not None and is_lean:
+        if self.label_smoother is not None and isinstance(base, LeanHeadModel) and not args.use_liger_kernel:
             # Transformers' smoother wants the logits, which a lean loss does not hold.
             base.lean_label_smoothing = args.label_smoothing_factor
             self.label_smoother: Any = None
