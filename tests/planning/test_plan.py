@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,31 +22,38 @@ from thawline.errors import ConfigError
 from thawline.measure import saved_bytes
 from thawline.models.deimv2.model import DEIMv2
 from thawline.planning import search
+from thawline.planning.blueprint import draw_blueprint
+from thawline.planning.depth import find_stacks
 from thawline.planning.plan import Planner, read_bytes
 from thawline.planning.search import largest, plan_within, read_seconds
+from thawline.planning.simulate import simulate_step
 from thawline.recipe import RunConfig
 from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.learner import HostTargets, Learner
 from thawline.tuners.build import attach_tuner
 
 ROWS, LENGTH = 2, 12
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+HEADS = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 CONFIGS = {
-    "LlamaForCausalLM": lambda: transformers.LlamaConfig(**SIZES, **HEADS),
-    "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(
-        **SIZES, num_attention_heads=4, num_key_value_heads=2
+    "LlamaForCausalLM": partial(transformers.LlamaConfig, **HEADS),
+    "Qwen2ForCausalLM": partial(transformers.Qwen2Config, **SIZES, num_key_value_heads=2),
+    "Qwen3ForCausalLM": partial(transformers.Qwen3Config, **HEADS),
+    "Gemma2ForCausalLM": partial(transformers.Gemma2Config, **HEADS, sliding_window=6),
+    "Gemma3ForCausalLM": partial(transformers.Gemma3TextConfig, **HEADS, sliding_window=6),
+    "GPT2LMHeadModel": partial(transformers.GPT2Config, vocab_size=97, n_embd=32, n_head=4),
+    "BertForSequenceClassification": partial(transformers.BertConfig, **SIZES),
+    "RobertaForSequenceClassification": partial(transformers.RobertaConfig, **SIZES),
+    "T5ForConditionalGeneration": partial(
+        transformers.T5Config,
+        vocab_size=97,
+        d_model=32,
+        d_ff=48,
+        d_kv=8,
+        num_heads=4,
+        decoder_start_token_id=0,
     ),
-    "Qwen3ForCausalLM": lambda: transformers.Qwen3Config(**SIZES, **HEADS),
-    "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(**SIZES, **HEADS, sliding_window=6),
-    "Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**SIZES, **HEADS, sliding_window=6),
-    "GPT2LMHeadModel": lambda: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4),
-    "BertForSequenceClassification": lambda: transformers.BertConfig(**SIZES, num_attention_heads=4),
-    "RobertaForSequenceClassification": lambda: transformers.RobertaConfig(**SIZES, num_attention_heads=4),
-    "T5ForConditionalGeneration": lambda: transformers.T5Config(
-        vocab_size=97, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
-    ),
-    "MixtralForCausalLM": lambda: transformers.MixtralConfig(**SIZES, **HEADS, num_local_experts=4),
+    "MixtralForCausalLM": partial(transformers.MixtralConfig, **HEADS, num_local_experts=4),
 }
 METHODS = {
     "full": {"tuner": {"method": "none"}},
@@ -63,12 +73,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "thawline" / "rates.json").write_text(json.dumps({name: rates}))
 
 
-def base(tmp_path: Path, architecture: str = "LlamaForCausalLM") -> str:
+def base(tmp_path: Path, architecture: str = "LlamaForCausalLM", n_blocks: int = 2, **fields: object) -> str:
     """A folder with config.json alone."""
-    config = CONFIGS[architecture]()
+    config = CONFIGS[architecture](num_hidden_layers=n_blocks, **fields)
     config.architectures = [architecture]
-    config.save_pretrained(tmp_path / architecture)
-    return str(tmp_path / architecture)
+    config.save_pretrained(tmp_path / f"{architecture}-{n_blocks}")
+    return str(tmp_path / f"{architecture}-{n_blocks}")
 
 
 def recipe(model: str, **sections: object) -> dict:
@@ -104,14 +114,15 @@ def step(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_saved_bytes_are_those_of_the_hooks(tmp_path: Path, architecture: str, method: str) -> None:
-    for dtype in ("float32", "bfloat16"):
-        values = recipe(base(tmp_path, architecture), **METHODS[method])
+    for dtype, n_blocks in (("float32", 2), ("bfloat16", 1)):
+        values = recipe(base(tmp_path, architecture, n_blocks), **METHODS[method])
         values["base"]["dtype"] = dtype
         plan = thawline.plan(values)
         model = real_model(values)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
-        step(model).backward()
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         states = [value for state in optimizer.state.values() for value in state.values()]
         saved = saved_bytes(lambda model=model: step(model), [*model.parameters(), *model.buffers()])
@@ -122,6 +133,40 @@ def test_saved_bytes_are_those_of_the_hooks(tmp_path: Path, architecture: str, m
         assert plan.bytes["gradients"] == sum(p.nbytes for p in trained)
         assert plan.bytes["optimizer"] == sum(value.nbytes for value in states)
         assert sum(plan.bytes.values()) == 2 * plan.bytes["total"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "tuner"),
+    [
+        ("LlamaForCausalLM", {}, "none"),
+        ("LlamaForCausalLM", {"gradient_checkpointing": True}, "paca"),
+        ("LlamaForCausalLM", {"gradient_accumulation": 2}, "mhr"),
+        ("Gemma3ForCausalLM", {}, "paca"),
+        ("T5ForConditionalGeneration", {}, "lora"),
+    ],
+)
+def test_a_deep_model_costs_what_a_few_of_its_blocks_say(
+    tmp_path: Path, architecture: str, fields: dict, tuner: str
+) -> None:
+    n_blocks = 12 if "Gemma" in architecture else 7
+    kinds = (
+        {"layer_types": ["sliding_attention", "full_attention"] * (n_blocks // 2)} if n_blocks == 12 else {}
+    )
+    folder = base(tmp_path, architecture, n_blocks, **kinds)
+    values = recipe(folder, tuner=tuner, training={"batch_size": ROWS, **fields})
+    blueprint = draw_blueprint(RunConfig.from_mapping(values))
+    stacks = find_stacks(blueprint.model.get_base_model() if tuner != "none" else blueprint.model)
+    assert [stack.n_periods for stack in stacks] == {"T": [6, 6], "G": [6]}.get(architecture[0], [7])
+    few, whole = (
+        simulate_step(
+            blueprint.model, blueprint.make_batch(ROWS, LENGTH)[0], blueprint.loss, whole=is_whole,
+            keep_gradients=blueprint.accumulation > 1,
+        )
+        for is_whole in (False, True)
+    )  # fmt: skip
+    exact = ("saved", "flops", "moved", "n_ops")
+    assert {key: getattr(few, key) for key in exact} == {key: getattr(whole, key) for key in exact}
+    assert few.peak == pytest.approx(whole.peak, rel=1e-3)
 
 
 @pytest.mark.parametrize(("variant", "method"), [("atto", "paca"), ("n", "lora"), ("s", "none")])
@@ -178,6 +223,41 @@ def test_peak_is_what_a_step_allocates(tmp_path: Path) -> None:
     assert plan.bytes["total"] - static == pytest.approx(peak, rel=0.1)
 
 
+STEP = """
+import re, sys
+from pathlib import Path
+import torch, yaml
+from transformers import AutoConfig, LlamaForCausalLM
+from thawline.recipe import RunConfig
+from thawline.tuners.build import attach_tuner
+from thawline.training.trainer import Trainer
+
+torch.set_num_threads(1)
+config = RunConfig.from_mapping(yaml.safe_load(sys.argv[1]))
+model = LlamaForCausalLM(AutoConfig.from_pretrained(config.base.model))
+model = attach_tuner(model, config.tuner).train()
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+ids = torch.randint(3, 97, (config.training.batch_size, config.data.max_length))
+for _ in range(2):
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_resident_memory_of_a_step_is_within_a_fifth(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408}
+    values = recipe(base(tmp_path, n_blocks=2, **sizes), tuner="none", training={"batch_size": 8})
+    values["data"]["max_length"] = 128
+    total = thawline.plan(values).bytes["total"]
+    assert total > 2 * thawline.plan(values).bytes["overhead"]  # which is an assumption
+    command = [sys.executable, "-c", STEP, yaml.safe_dump(values)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert total == pytest.approx(1024 * int(found.stdout), rel=0.2)
+
+
 def test_devices_divide_what_they_share(tmp_path: Path) -> None:
     values = recipe(base(tmp_path), tuner="none")
     alone = thawline.plan(values)
@@ -190,7 +270,7 @@ def test_devices_divide_what_they_share(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_estimated(tmp_path: Path) -> None:
-    plan = thawline.plan(recipe(base(tmp_path, "GPT2LMHeadModel")), device="h100")
+    plan = thawline.plan(recipe(base(tmp_path, "GPT2LMHeadModel", 1)), device="h100")
     assert "estimated" in plan.device
     assert any("40%" in text for text in plan.assumptions)
     with pytest.raises(ConfigError, match="Unknown device 'h10'"):
@@ -223,7 +303,7 @@ def test_match_is_planned_from_its_rows(tmp_path: Path) -> None:
 
 def test_a_model_that_reads_values_ends_in_one_line(tmp_path: Path) -> None:
     values = recipe(base(tmp_path, "MixtralForCausalLM"))
-    file = tmp_path / "MixtralForCausalLM" / "config.json"
+    file = Path(values["base"]["model"]) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"experts_implementation": "eager"}))
     with pytest.raises(ConfigError, match="No plan for .*Mixtral.*training.max_steps: 1"):
         thawline.plan(values)
