@@ -75,6 +75,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def base(tmp_path: Path, architecture: str = "LlamaForCausalLM", n_blocks: int = 2, **fields: object) -> str:
     """A folder with config.json alone."""
+    if architecture.startswith("T5"):
+        fields["num_decoder_layers"] = n_blocks
     config = CONFIGS[architecture](num_hidden_layers=n_blocks, **fields)
     config.architectures = [architecture]
     config.save_pretrained(tmp_path / f"{architecture}-{n_blocks}")
@@ -249,10 +251,11 @@ print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_resident_memory_of_a_step_is_within_a_fifth(tmp_path: Path) -> None:
     sizes = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408}
-    values = recipe(base(tmp_path, n_blocks=2, **sizes), tuner="none", training={"batch_size": 8})
+    values = recipe(base(tmp_path, n_blocks=2, **sizes), tuner="none", training={"batch_size": 12})
     values["data"]["max_length"] = 128
-    total = thawline.plan(values).bytes["total"]
-    assert total > 2 * thawline.plan(values).bytes["overhead"]  # which is an assumption
+    parts = thawline.plan(values).bytes
+    total = parts["total"]
+    assert total > 1.7 * parts["overhead"]  # which is an assumption
     command = [sys.executable, "-c", STEP, yaml.safe_dump(values)]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert total == pytest.approx(1024 * int(found.stdout), rel=0.2)
