@@ -3,7 +3,7 @@
     python benchmarks/packing.py --shared ../shared --out benchmarks/results/packing.json
 
 Rows are of the text tasks of ../shared/data/text, with the tokenizer of stories260K. The model is a Llama of
-random weights (width 256, four blocks) with PaCA. Padded batches hold rows in random order, each padded to
+random weights (width 128, three blocks) with PaCA. Padded batches hold rows in random order, each padded to
 the longest of its batch, as a run pads them; two mixtures of tasks are chosen whose batches are padding by
 about a half and by about three quarters. Packed batches, ours and TRL's (`SFTTrainer(packing=True)`, whose
 collator makes one sequence of a batch), hold as many tokens as the padded ones.
@@ -35,7 +35,7 @@ from thawline.training.text.objective import TextObjective
 from thawline.tuners.build import attach_tuner
 
 MIXTURES = {"half": ("t0_*",), "three quarters": ("nlu_*", "t0_*")}
-N_ROWS, BATCH, LENGTH = 256, 16, 512
+N_ROWS, BATCH, LENGTH = 96, 16, 512
 
 
 def main() -> None:
@@ -116,8 +116,8 @@ def _save_base(folder: Path, tokenizer: Path) -> None:
     found = AutoTokenizer.from_pretrained(tokenizer)
     found.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(found), hidden_size=256, intermediate_size=896, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=LENGTH,
+        vocab_size=len(found), hidden_size=128, intermediate_size=448, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
         pad_token_id=found.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ from thawline.planning.simulate import simulate_step
 from thawline.recipe import RunConfig
 from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.learner import HostTargets, Learner
+from thawline.training.trainer import smoothed_loss
 from thawline.tuners.build import attach_tuner
 
 ROWS, LENGTH = 2, 12
@@ -211,6 +212,21 @@ def test_mixed_precision_checkpointing_and_accumulation_count(tmp_path: Path) ->
     assert twice.seconds_per_step > 1.5 * plain.seconds_per_step
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_label_smoothing_counts(tmp_path: Path, architecture: str) -> None:
+    values = recipe(base(tmp_path, architecture, 1), tuner="none")
+    plan = thawline.plan(values, **{"training.args": {"label_smoothing_factor": 0.1}})
+    model = real_model(values)
+    ids = torch.randint(3, 97, (ROWS, LENGTH))
+    saved = saved_bytes(
+        lambda: smoothed_loss(
+            model, {"input_ids": ids, "labels": ids}, 0.1, shifted=architecture == "LlamaForCausalLM"
+        ),
+        [*model.parameters(), *model.buffers(), ids],
+    )
+    assert plan.bytes["saved"] == pytest.approx(saved, rel=0.01)
+
+
 def test_peak_is_what_a_step_allocates(tmp_path: Path) -> None:
     values = recipe(base(tmp_path), tuner="none")
     plan = thawline.plan(values)
@@ -231,6 +247,7 @@ from pathlib import Path
 import torch, yaml
 from transformers import AutoConfig, LlamaForCausalLM
 from thawline.recipe import RunConfig
+from thawline.training.trainer import smoothed_loss
 from thawline.tuners.build import attach_tuner
 from thawline.training.trainer import Trainer
 

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import TrainingArguments
-from transformers.trainer_pt_utils import LabelSmoother
 
 from thawline.errors import ConfigError
 from thawline.models.deimv2.loss.matcher import Matches
@@ -31,6 +29,7 @@ from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.learner import HostTargets, Learner
 from thawline.training.objective import Objective, build_objective
 from thawline.training.text.rows import read_rows
+from thawline.training.trainer import smoothed_loss
 
 BOXES = 8
 """Boxes assumed per image, about COCO's mean; their number hardly changes a detector's memory."""
@@ -50,7 +49,8 @@ class Blueprint:
     """On the meta device."""
     make_batch: MakeBatch
     loss: Callable[[nn.Module, Any], Any]
-    arguments: TrainingArguments
+    arguments: Any
+    """TrainingArguments of the run."""
     rows: int
     """Rows or images in a forward pass, by the recipe."""
     accumulation: int
@@ -128,15 +128,12 @@ def _language_model(config: RunConfig, known: Any) -> Blueprint:
 
     smoothing = config.training.args.get("label_smoothing_factor")
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    smoother = LabelSmoother(smoothing) if smoothing and not isinstance(base_model, LeanHeadModel) else None
+    is_shifted = objective.head == "causal-lm"
 
     def loss(model: nn.Module, batch: dict[str, Any]) -> Any:
-        if smoother is None:
-            return model(**batch)
-        labels, inputs = batch["labels"], {key: value for key, value in batch.items() if key != "labels"}
-        if objective.head == "seq2seq-lm":
-            inputs["decoder_input_ids"] = labels
-        return smoother(model(**inputs), labels, shift_labels=objective.head == "causal-lm")
+        if smoothing and not isinstance(base_model, LeanHeadModel):
+            return smoothed_loss(model, batch, smoothing, shifted=is_shifted)
+        return model(**batch)
 
     return _text(config, model, make_batch, loss, n_rows)
 
@@ -228,7 +225,7 @@ def _examples(config: RunConfig) -> Sequence[Any] | None:
     return read_rows(data, seed=config.seed).train
 
 
-def _arguments(config: RunConfig, training: Training) -> TrainingArguments:
+def _arguments(config: RunConfig, training: Training) -> Any:
     """Return TrainingArguments without their effect: they reset what a trainer in this process relies on."""
     plain = {"eval_every": "end", "save_every": "end", "best_metric": None, "report_to": "none"}
     args = {name: value for name, value in training.args.items() if name != "use_liger_kernel"}

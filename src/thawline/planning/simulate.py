@@ -26,7 +26,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedModel
 
 from thawline.errors import ConfigError
 from thawline.measure import saved_bytes
@@ -67,7 +66,7 @@ def simulate_step(
     """Run one forward and backward pass without data; of a deep transformers model, with few of its blocks.
 
     Args:
-        model: in training mode, on any device, meta included. Its tensors are replaced by fake ones, for good.
+        model: in training mode, on any device, meta included. Its tensors are replaced by fake ones.
         batch: tensors, in any nesting.
         loss: `loss(model, batch)`, a scalar or an output whose `loss` is one.
         autocast: type of mixed precision. None: off.
@@ -79,7 +78,8 @@ def simulate_step(
     mode = _replace_tensors(model)
     batch = tree_map_only(Tensor, lambda tensor: _fake(mode, tensor), batch)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    stacks = find_stacks(base) if isinstance(base, PreTrainedModel) and not whole else []
+    is_known = hasattr(base, "get_output_embeddings")  # a detector may use each block in another way
+    stacks = find_stacks(base) if is_known and not whole else []
 
     def run(n_periods: Sequence[int]) -> _Tracker:
         own = [*model.parameters(), *model.buffers()]

@@ -6,7 +6,7 @@ plans a run. Every logged value goes to metrics.jsonl; the progress bar shows th
 
 from __future__ import annotations
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "smoothed_loss"]
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput
 
 from thawline.files import finite, read_json
@@ -230,6 +231,14 @@ class Trainer(transformers.Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
         n = len(self.objective.held_out_rows)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=n)
+
+
+def smoothed_loss(model: nn.Module, batch: Mapping[str, Any], epsilon: float, *, shifted: bool) -> Any:
+    """Return the loss of a model as transformers' Trainer computes it with label smoothing."""
+    labels, inputs = batch["labels"], {name: value for name, value in batch.items() if name != "labels"}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = labels
+    return LabelSmoother(epsilon)(model(**inputs), labels, shift_labels=shifted)
 
 
 def _summary(value: Any) -> dict[str, Any]:
