@@ -227,7 +227,7 @@ def send(port: int, request: bytes, leaves: bool) -> str:
             connection.sendall(request)
             if leaves:
                 return "left"
-            connection.shutdown(socket.SHUT_WR) if not request.startswith(b"POST") else None
+            connection.shutdown(socket.SHUT_WR) if b"HTTP/1.1" not in request else None
             answer = connection.recv(100)
         except (ConnectionResetError, BrokenPipeError):
             return "closed"

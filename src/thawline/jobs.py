@@ -329,7 +329,10 @@ def _export_site(
     for name in ("batch", "half", "int8", "single_input"):
         if settings.get(name):
             raise ConfigError(f"`{name}`: the page decides it, for web: one image and one input, in float32.")
-    folder, runtime = Path(out or "site"), find_runtime()
+    folder = Path(out or "site")
+    if (folder / "index.html").exists() and not (folder / "model.json").exists():
+        raise ConfigError(f"`out`: '{folder}' holds another page. Give a new folder.")
+    runtime = find_runtime()
     fixed = {"format": "onnx", "batch": 1, "single_input": True}
     report: Any = export(model, folder / "model.onnx", **options, **{**settings, **fixed})
     write_site(folder, report.path, runtime)

@@ -64,6 +64,12 @@ def test_the_folder_holds_all_that_the_page_loads(site: Path) -> None:
             export("atto", site, weights="random", format="web", **settings)
 
 
+def test_another_page_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(ConfigError, match="holds another page"):
+        export("atto", tmp_path, weights="random", format="web")
+
+
 def test_a_runtime_that_is_not_the_published_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
