@@ -25,7 +25,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,14 @@ class Service:
         family = [psutil.Process(self.process.pid)]
         family += family[0].children(recursive=True)
         return [round(process.memory_info().rss / 2**20, 1) for process in family]
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of all processes, which other load on the machine hardly changes."""
+        family = [
+            psutil.Process(self.process.pid),
+            *psutil.Process(self.process.pid).children(recursive=True),
+        ]
+        return sum(sum(process.cpu_times()[:2]) for process in family)
 
     def stop(self) -> int:
         """Stop it; returns its exit status."""
@@ -254,20 +262,23 @@ def fuzz(port: int, n: int, seed: int = 0, clients: int = 8) -> dict[str, dict[s
 
 
 def measure_load(model: Path, image: bytes, options: argparse.Namespace) -> dict[str, Any]:
-    """Return medians over rounds, in turn: the network alone, and the service with and without batches."""
+    """Return medians over rounds, in turn: the network alone, and services with and without batches."""
     pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
     alone: dict[int, list[float]] = {1: [], 8: []}
     rows: dict[tuple[int, int], list[dict[str, float]]] = {}
-    for _ in range(options.rounds):
-        for batch in alone:
-            alone[batch].append(bare(model, pixels, options.requests, batch))
-            with running(str(model), "--batch_size", str(batch)) as service:
-                load(service.port, image, 4, 40)
+    with ExitStack() as stack:
+        services = {n: stack.enter_context(running(str(model), "--batch_size", str(n))) for n in alone}
+        for _ in range(options.rounds):
+            for batch, service in services.items():
+                alone[batch].append(bare(model, pixels, options.requests, batch))
                 for clients in CLIENTS:
-                    rows.setdefault((batch, clients), []).append(
-                        load(service.port, image, clients, options.requests)
-                    )
-    names = ("images_per_s", "p50_ms", "p99_ms")
+                    before = service.cpu_seconds()
+                    row = load(service.port, image, clients, options.requests)
+                    row["cpu_ms"] = (service.cpu_seconds() - before) / row["requests"] * 1000
+                    rows.setdefault((batch, clients), []).append(row)
+    pairs = zip(rows[8, CLIENTS[-1]], rows[1, CLIENTS[-1]], strict=True)
+    ratio = float(np.median([a["images_per_s"] / b["images_per_s"] for a, b in pairs]))
+    names = ("images_per_s", "p50_ms", "p99_ms", "cpu_ms")
     return {
         "rounds": options.rounds, "requests": options.requests, "load_average": os.getloadavg(),
         "bare": [{"batch": batch, "images_per_s": float(np.median(n))} for batch, n in alone.items()],
@@ -276,6 +287,7 @@ def measure_load(model: Path, image: bytes, options: argparse.Namespace) -> dict
             | {name: float(np.median([row[name] for row in group])) for name in names}
             for (batch, clients), group in sorted(rows.items())
         ],
+        "batches_by_single_at_16": ratio,
     }  # fmt: skip
 
 

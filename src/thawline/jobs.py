@@ -403,7 +403,7 @@ def serve(
     device: str | None = None,
     threshold: float = 0.4,
     workers: int = 1,
-    batch_size: int = 8,
+    batch_size: int = 1,
     batch_wait: float = 0.005,
     **limits: Any,
 ) -> None:
@@ -418,7 +418,8 @@ def serve(
         token: bearer token that requests must send. None: the environment's THAWLINE_TOKEN, or none.
         variant, weights, device, threshold: as in `Detector.from_pretrained`.
         workers: processes per model.
-        batch_size, batch_wait: largest number of images in a forward pass, and seconds to wait for others.
+        batch_size, batch_wait: largest number of images in a forward pass, and seconds to wait for others;
+            batches are for GPUs, on a CPU they save no time.
         limits: `max_bytes`, `max_pixels`, `max_requests`, `timeout`: fields of
             `thawline.service.limits.Limits`.
     Raises: ConfigError: the address is in use, or a setting cannot work. CheckpointError: as in `Detector`.

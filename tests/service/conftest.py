@@ -77,7 +77,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("working")
-    limits = ("--max_bytes", "100_000", "--max_pixels", "40_000", "--timeout", "6", "--max_requests", "6")
+    limits = (
+        "--max_bytes",
+        "100_000",
+        "--max_pixels",
+        "40_000",
+        "--timeout",
+        "6",
+        "--batch_size",
+        "4",
+        "--max_requests",
+        "6",
+    )
     running = start(f"small={model}", f"other={model}", "--threshold", "0", *limits, folder=folder)
     yield running
     assert running.stop() == 0, "".join(running.log)

@@ -335,7 +335,7 @@ SERVICE_OPTIONS = [
     argument("--token", help="Bearer token that requests must send. Default: $THAWLINE_TOKEN, or none."),
     argument("--threshold", type=float, help="Lowest score of a detection. Default: 0.4."),
     argument("--workers", type=int, help="Processes per model. Default: 1."),
-    argument("--batch_size", type=int, help="Largest number of images in a forward pass. Default: 8."),
+    argument("--batch_size", type=int, help="Largest number of images in a forward pass. Default: 1."),
     argument("--batch_wait", type=float, help="Seconds that a request waits for others. Default: 0.005."),
     argument("--max_bytes", type=int, help="Largest body. Default: 20 000 000."),
     argument("--max_pixels", type=int, help="Largest image, by its header. Default: 50 000 000."),

@@ -10,6 +10,7 @@ __all__ = ["SUFFIXES", "ExportedNetwork", "check_number_of_classes", "exported_f
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -102,12 +103,16 @@ def check_number_of_classes(path: str | Path, n: int, class_names: Sequence[str]
 
 
 def _resize(images: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Resize images (H, W, 3) to (N, 3, *size), all uint8."""
+    """Resize images (H, W, 3) to (N, 3, *size), all uint8, in threads."""
     with requires_extra("Detection", "pillow", "detect"):
         from PIL import Image
     height, width = size
-    resized = [Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR) for image in images]
-    return np.stack([np.asarray(image) for image in resized]).transpose(0, 3, 1, 2)
+
+    def one(image: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+    with ThreadPoolExecutor() as threads:
+        return np.stack(list(threads.map(one, images))).transpose(0, 3, 1, 2)
 
 
 def _pad(values: np.ndarray, n: int) -> np.ndarray:

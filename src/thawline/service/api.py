@@ -6,7 +6,7 @@ __all__ = ["DetectionAPI"]
 import signal
 import time
 from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty
 from typing import Annotated, Any
 
@@ -73,6 +73,7 @@ class DetectionAPI(LitAPI):
         signal.signal(
             signal.SIGINT, signal.SIG_IGN
         )  # Ctrl-C reaches all processes: what was taken is finished
+        self._threads = ThreadPoolExecutor()
         self._detector = Detector.from_pretrained(self._model, **self._options)
         self._detector(np.zeros((8, 8, 3), np.uint8))  # a runtime's first call is its slowest
 
@@ -82,7 +83,9 @@ class DetectionAPI(LitAPI):
 
     def predict(self, uploads: Sequence[Upload]) -> list[tuple[Upload, Prediction]]:
         """Detect in a batch of images."""
-        frames = [Frame("image", partial(decode_image, upload.data)) for upload in uploads]
+        # Decoding takes as long as a small network, and only a batch can use several cores for it.
+        images = [self._threads.submit(decode_image, upload.data) for upload in uploads]
+        frames = [Frame("image", image.result) for image in images]
         scores = [self._threshold(upload) for upload in uploads]
         source = Source(frames, len(frames))
         found = self._detector.stream(source, threshold=min(scores), batch_size=len(frames))
