@@ -60,6 +60,7 @@ def found(root: Path, name: str, split: str | None = None) -> list[str]:
         "CAM1/A B.JPG",
         "D:\\data\\images\\cam1\\a b.jpg",
         "/home/me/images/cam1/a b.jpg",
+        " images/ cam1/a b.jpg ",
         "file:///data/images/cam1/a%20b.jpg",
         "https://host/images/cam1/a%20b.jpg",
         "images/cam1/a b",
@@ -427,13 +428,16 @@ def test_an_xml_file_in_the_encoding_that_it_names_is_read(tmp_path: Path) -> No
         file.write_bytes(text.replace(name, "bee").encode())
 
 
-def test_names_with_spaces_and_class_numbers_in_image_sets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["ImageSets/Main", "ImageSets", "."])
+def test_names_with_spaces_and_class_numbers_in_image_sets(tmp_path: Path, place: str) -> None:
     root = write_voc(tmp_path)
     for path in (root / "JPEGImages/a.png", root / "Annotations/a.xml"):
         path.rename(path.with_stem("my image 1"))
     write_voc_file(root / "Annotations", "train", "a", filename="my image 1.png")
     (root / "Annotations/a.xml").replace(root / "Annotations/my image 1.xml")
     (root / "ImageSets/Main/train.txt").write_text("my image 1\nJPEGImages/b.png\nc  -1\n")
+    for file in sorted((root / "ImageSets/Main").iterdir()):
+        file.rename(root / place / file.name)
     data = load_detection(root)
     assert [record.path.stem for record in data.records("train")] == ["my image 1", "b", "c"]
 

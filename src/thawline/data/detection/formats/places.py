@@ -149,9 +149,9 @@ def is_url(name: str) -> bool:
 
 
 def plain_parts(name: str) -> list[str]:
-    """Return the parts of a path without what differs between machines: case, Unicode form, separators."""
+    """Return the parts of a path without case, Unicode form, separators and outer spaces, which differ."""
     text = unicodedata.normalize("NFC", unquote(name).casefold()).replace("\\", "/")
-    return [part for part in text.split("/") if part not in ("", ".", "..")]
+    return [part for part in map(str.strip, text.split("/")) if part not in ("", ".", "..")]
 
 
 def read_text(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Pascal VOC: an XML file per image.
 
-    Annotations/a.xml  JPEGImages/a.jpg  ImageSets/Main/train.txt   the devkit's layout
+    Annotations/a.xml  JPEGImages/a.jpg  ImageSets/Main/train.txt   the devkit's layout; or train.txt above
     annotations/a.xml  images/a.jpg                                 without lists: all images are `train`
     train/a.xml        train/a.jpg       valid/…                    Roboflow's layout
 
@@ -155,10 +155,14 @@ def _has_voc(folder: Path) -> bool:
 
 
 def _split_lists(root: Path) -> dict[str, Path]:
-    """Return the lists of ImageSets/Main; `trainval` is the training data unless it is split into both."""
-    folder = root / "ImageSets" / "Main"
-    lists = {name: folder / f"{name}.txt" for name in ("train", "val", "test", "trainval")}
-    lists = {name: path for name, path in lists.items() if path.is_file()}
+    """Return the lists of ImageSets/Main, of ImageSets or beside it.
+
+    `trainval` is the training data unless it is split into both.
+    """
+    lists: dict[str, Path] = {}
+    for folder in (root / "ImageSets" / "Main", root / "ImageSets", root):
+        paths = {name: folder / f"{name}.txt" for name in ("train", "val", "test", "trainval")}
+        lists = lists or {name: path for name, path in paths.items() if path.is_file()}
     both = lists.pop("trainval", None)
     if both and not {"train", "val"} <= lists.keys():
         lists["train"] = both
