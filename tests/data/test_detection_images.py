@@ -182,6 +182,7 @@ def test_what_is_no_image_is_refused_in_one_line(tmp_path: Path, data: bytes) ->
         fault = probe_image(tmp_path / "a.png", decode).fault
         assert fault
         assert "\n" not in fault
+        assert "BytesIO" not in fault
     with pytest.raises(DataError, match="a.png': cannot be decoded"):
         read_image(tmp_path / "a.png")
 

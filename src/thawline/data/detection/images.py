@@ -19,6 +19,7 @@ __all__ = [
 
 import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,5 +269,5 @@ def _end_marker(head: bytes) -> bytes | None:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = re.sub(r" <_io\.BytesIO.*?>", "", " ".join(str(error).split()))
     return text if isinstance(error, DataError) else f"{type(error).__name__}: {text}"
