@@ -28,10 +28,11 @@ study() { part "$1" python3 "benchmarks/$2.py" --device cuda "${@:3}"; }
 
 part 8 python3 -m pytest -q -m gpu tests/gpu
 bench 15 tuners --rounds 15 --case reference bf16-8b-proportions 8b-blocks --out "$OUT/tuners-gpu.json"
-bench 15 tuners --rounds 15 --case small-model resnet18 small-llama-memory resnet50 tinyllama --out "$OUT/complaints-gpu.json"
-bench 13 tuners --rounds 15 --case skills-small skills-reference skills-linear skills-decoding --out "$OUT/mhr-gpu.json"
+bench 13 tuners --rounds 15 --case small-model resnet18 small-llama-memory resnet50 tinyllama --out "$OUT/complaints-gpu.json"
+bench 11 tuners --rounds 15 --case skills-small skills-reference skills-linear skills-decoding --out "$OUT/mhr-gpu.json"
 bench 5 tuners --rounds 15 --case vit convnet --out "$OUT/vision-cost-gpu.json"
 bench 8 train_step --out "$OUT/train-step-gpu.json"
+bench 4 sequence --rounds 5 --out "$OUT/sequence-gpu.json"
 study 4 backbone --batch_size 8 --out "$OUT/backbone-gpu.json"
 bench 14 detector --size atto femto pico n s m l x --batch 1 8 --dtype fp32 bf16 fp16 --calls 2 --threads 8 --out "$OUT/detector-gpu.json"
 study 7 vision --seeds 1 --out "$OUT/vision-gpu.json"

@@ -14,6 +14,7 @@ __all__ = [
 ]
 
 import dataclasses
+import gc
 import logging
 import shutil
 import time
@@ -324,11 +325,12 @@ def _add_memory(plan: dict[str, Any], objective: Objective, trainer: Trainer) ->
     args, is_text = trainer.args, objective.config.objective.kind != "detection"
     longest = max(len(row["input_ids"]) for row in objective.train_rows) if is_text else None
     try:
-        planner = Planner(objective.config, devices=args.world_size, objective=objective)
-        parts = planner.bytes(length=longest)
+        parts = Planner(objective.config, devices=args.world_size, objective=objective).bytes(length=longest)
     except Exception as error:  # a plan must not be what ends a run
         plan["overview"]["memory"] = f"not planned: {str(error).strip().partition(chr(10))[0]}"
         return
+    finally:
+        gc.collect()  # else the layers of the planned model would be called after optimiser steps
     available = available_bytes(args.device)
     plan["overview"]["memory"] = short_plan(parts, available)
     plan["memory"] = parts

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 __all__ = ["main"]
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Sequence
@@ -49,11 +50,7 @@ SHARE = 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line above. Returns the exit status."""
-    parser = bench_parser(
-        "sequence", "Longest sequence and throughput within a budget.", rounds=10, threads=1
-    )
-    parser.add_argument("--budget", help="Memory beyond the process, e.g. 100MB. Default: 5 × the weights.")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     device = use_device(args)
     with tempfile.TemporaryDirectory() as folder:
         CONFIG.save_pretrained(folder)
@@ -91,6 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(_table(rows) + "\n")
     write_results(args.out, results)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = bench_parser(
+        "sequence", "Longest sequence and throughput within a budget.", rounds=10, threads=1
+    )
+    parser.add_argument("--budget", help="Memory beyond the process, e.g. 100MB. Default: 5 × the weights.")
+    return parser
 
 
 def _base_bytes(planner: Planner) -> int:
