@@ -94,4 +94,4 @@ def test_other_names_for_a_detector_rename_its_classes(tmp_path: Path) -> None:
     # Another language in another order: the first name is still that of class 0.
     renamed = Detector.from_pretrained(tmp_path, class_names=("gelb", "rot"), device="cpu", threshold=0)
     assert renamed(image).class_id.tolist() == found.class_id.tolist()
-    assert renamed.class_names == renamed.config.class_names == ("gelb", "rot")
+    assert renamed.class_names == ("gelb", "rot")
