@@ -293,6 +293,8 @@ def test_a_device_that_is_not_there_is_estimated(tmp_path: Path) -> None:
     plan = thawline.plan(recipe(base(tmp_path, "GPT2LMHeadModel", 1)), device="h100")
     assert "estimated" in plan.device
     assert any("40%" in text for text in plan.assumptions)
+    with pytest.raises(ConfigError, match="`tuner: frozen` trains nothing"):
+        thawline.plan(recipe(base(tmp_path), tuner="frozen"))
     with pytest.raises(ConfigError, match="Unknown device 'h10'"):
         thawline.plan(recipe(base(tmp_path)), device="h10")
 

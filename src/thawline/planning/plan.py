@@ -102,6 +102,8 @@ class Planner:
             training = dataclasses.replace(config.training, precision=self.device.precision)
             config = dataclasses.replace(config, training=training)
         self.blueprint = draw_blueprint(config, objective)
+        if not any(p.requires_grad for p in self.blueprint.model.parameters()):
+            raise ConfigError(f"`tuner: {config.tuner.method}` trains nothing: there is no step to plan.")
         if half_adapter:
             cast_trained(self.blueprint.model)
         self._sizes = _sizes(self.blueprint)
