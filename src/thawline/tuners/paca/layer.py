@@ -38,11 +38,13 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import CheckpointError, ConfigError
+from thawline.ops.dequantised_linear import dequantised_linear
 from thawline.ops.partial_conv import ConvGeometry, add_channels, conv_columns, tap_channels
 from thawline.ops.partial_linear import add_columns, split_columns, tap_columns
 from thawline.tuners._scaling import ScaledLayer
 from thawline.tuners._steps import watch
 from thawline.tuners._tuner import BROKEN, OFFLOADED
+from thawline.tuners.paca.quantised import dequantise, is_dequantisable, plain_linear
 from thawline.tuners.paca.resident import Change, Resident, is_sharded
 from thawline.tuners.paca.weights import HALF
 
@@ -76,6 +78,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     Attributes:
         in_features, out_features: sizes of the base layer; of a convolution, its channels.
         shape: of the weight with its input features on axis 1, (O, I, ...), however it is stored.
+        is_quantised: whether columns are written into a dequantised copy of the weight, for each product.
     """
 
     adapter_layer_names = ("thawline_paca_delta",)
@@ -87,6 +90,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.additive = additive
+        self.is_quantised = is_dequantisable(base_layer)
         self.columns_of = column_view(base_layer)
         if isinstance(base_layer, nn.Conv2d):
             self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
@@ -125,7 +129,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output; its gradient reaches the active adapters' columns."""
         state, on_backward = self._state, None
-        if state.rows is not None or state.added:
+        if state.rows is not None or state.added or self.is_quantised:
             return self._run_additive(x, self._parts(x), *args, **kwargs)
         if torch.compiler.is_compiling():
             state.compiled = True
@@ -182,6 +186,14 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         """Apply to each row of the next inputs the adapter of its name; None: the active ones to all."""
         self._state.rows = None if adapter_names is None else tuple(adapter_names)
         self._state.stale = True
+
+    def columns(self) -> Tensor:
+        """Return the weight to choose columns from, inputs on axis 1: on meta, where it cannot be read."""
+        if self.is_quantised:
+            return dequantise(self.base_layer)
+        if self.additive in (None, ASKED_FOR):
+            return self.columns_of(self.base_layer.weight)
+        return torch.empty(self.shape, device="meta")
 
     # Adapters: adding, choosing, removing.
 
@@ -246,6 +258,11 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
 
     def check_mergeable(self) -> None:
         """Raise ConfigError if the weight must not be written."""
+        if self.is_quantised:
+            raise ConfigError(
+                f"'{self.name}' is quantised: merging into it would round its other columns again. "
+                "merge_and_unload writes bfloat16 layers; thawline.to_lora works too."
+            )
         if self.additive not in (None, ASKED_FOR):
             raise ConfigError(f"'{self.name}' cannot be merged. {self.additive} thawline.to_lora works.")
 
@@ -258,6 +275,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the base layer, with the columns written permanently or with its original weight."""
+        if merge and self.is_quantised:
+            return self._dequantised(check_adapters_to_merge(self, adapter_names), safe_merge)
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if merge and self.merged:
@@ -267,6 +286,16 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             self.evict()
         self._state.released = True
         return self.base_layer
+
+    def _dequantised(self, adapter_names: Sequence[str], safe_merge: bool) -> nn.Linear:
+        """Return a plain layer in bfloat16 with the adapters' columns written; summed before the one cast."""
+        weight = dequantise(self.base_layer).float()
+        for name in adapter_names:
+            if name in self.thawline_paca_delta:
+                weight += self.get_delta_weight(name)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ConfigError(BROKEN.format(", ".join(adapter_names), self.name))
+        return plain_linear(weight, self.base_layer.bias)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the adapter's change of the weight, in the weight's shape and δ's dtype."""
@@ -306,7 +335,9 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     @property
     def holds_columns(self) -> bool:
         """Return whether the layer's weight is its own to write: then no other model may hold it."""
-        return self.additive is None and not self._state.released and not self.base_layer.weight.is_meta
+        if self.additive is not None or self.is_quantised or self._state.released:
+            return False
+        return not self.base_layer.weight.is_meta
 
     @property
     def wanted_adapters(self) -> tuple[str, ...]:
@@ -319,9 +350,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         Raises: ConfigError: if the layer applies columns beside its weight.
         """
         if self._state.added:
-            raise ConfigError(
-                f"The weight of '{self.name}' holds no columns: they are added. {self.additive}"
-            )
+            reason = "It is quantised." if self.is_quantised else self.additive
+            raise ConfigError(f"The weight of '{self.name}' holds no columns: they are added. {reason}")
         self.write()
         weight = self.base_layer.weight
         self._check_not_gathered()
@@ -356,7 +386,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         else:
             names = [] if self._disable_adapters else self.active_adapters
         names = [name for name in names if name in self.thawline_paca_delta]
-        is_beside = self.additive is not None and not self.merged
+        is_beside = (self.additive is not None or self.is_quantised) and not self.merged
         state.added = tuple(names) if is_beside else ()
         state.wanted = () if is_beside else tuple(names)
         state.trained = () if self.merged else state.wanted
@@ -507,11 +537,13 @@ class PacaLinear(PacaLayer):
     def _run_additive(
         self, x: Tensor, parts: list[tuple[Change, Tensor | None]], *args: Any, **kwargs: Any
     ) -> Tensor:
+        if self.is_quantised and all(rows is None for _, rows in parts):
+            return self._run_quantised(x, [change for change, _ in parts])
         inputs = []
         for change, _ in parts:
             x, selected = split_columns(x, change.index.to(x.device))
             inputs.append(selected)
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._run_quantised(x, []) if self.is_quantised else self.base_layer(x, *args, **kwargs)
         for (change, rows), selected in zip(parts, inputs, strict=True):
             if rows is None:
                 y = add_columns(y, selected, change.delta, change.scale)
@@ -519,6 +551,16 @@ class PacaLinear(PacaLayer):
                 mine = add_columns(y[rows], selected[rows], change.delta, change.scale)
                 y = y.index_copy(0, rows, mine)
         return y
+
+    def _run_quantised(self, x: Tensor, changes: list[Change]) -> Tensor:
+        """Return the product with a dequantised copy; bitsandbytes' own forward in evaluation differs."""
+        base, device = self.base_layer, x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return dequantised_linear(
+            x, base.bias, partial(dequantise, base), [change.delta for change in changes],
+            [change.index for change in changes], [change.scale for change in changes],
+            autocast or getattr(base, "compute_dtype", None),
+        )  # fmt: skip
 
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
         """Return A, which picks the columns (R, I), and B, their scaled change (O, R)."""

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -20,6 +19,7 @@ from thawline.tuners._config import pattern_value
 from thawline.tuners._tuner import Tuner
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class
+from thawline.tuners.paca.quantised import dequantise_model, is_dequantisable
 from thawline.tuners.paca.selection import choose_columns
 from thawline.tuners.paca.weights import find_obstacles, warn_of_twins
 from thawline.tuners.targets import find_targets
@@ -65,7 +65,8 @@ class PacaModel(Tuner):
         fresh = self._fresh(found)
         self._obstacles = find_obstacles(model, fresh)
         if peft_config.mode != "additive":
-            warn_of_twins(model, {name: fresh[name] for name in fresh if name not in self._obstacles})
+            written = {name: layer for name, layer in fresh.items() if name not in self._obstacles}
+            warn_of_twins(model, {n: layer for n, layer in written.items() if not is_dequantisable(layer)})
         if peft_config.mode == "auto" and self._obstacles:
             name, reason = next(iter(self._obstacles.items()))
             logger.warning(
@@ -99,8 +100,20 @@ class PacaModel(Tuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for layer in self.model.modules():
+            if isinstance(layer, PacaLayer) and not layer.is_quantised:
+                layer.check_mergeable()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merge, once every layer is known to allow it."""
+        for layer in self.model.modules():
             if isinstance(layer, PacaLayer):
                 layer.check_mergeable()
+        super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        """Unload; after a merge, layers that are quantised still are dequantised too: the model is plain."""
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        return dequantise_model(model) if merge else model
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -163,11 +176,7 @@ def add_adapter(layer: PacaLayer, adapter_name: str, config: PacaConfig, name: s
     """Choose columns as `config` says for the layer called `name`, and add the adapter."""
     r = rank_of(config, name)
     alpha = pattern_value(config.alpha_pattern, name, config.alpha)
-    is_written = layer.additive in (None, ASKED_FOR)
-    columns = (
-        layer.columns_of(layer.base_layer.weight) if is_written else torch.empty(layer.shape, device="meta")
-    )
-    index = choose_columns(columns, r, name, config.selection, config.seed, indices_of(config, name))
+    index = choose_columns(layer.columns(), r, name, config.selection, config.seed, indices_of(config, name))
     scale = 1.0 if alpha is None else alpha / r
     layer.update_layer(adapter_name, index, scale, config.init_weights, config.inference_mode)
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import ConfigError
 from thawline.tuners._steps import watched
+from thawline.tuners.paca.quantised import is_dequantisable
 from thawline.tuners.paca.resident import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
     holders = {layer.base_layer.weight.data_ptr(): layer for layer in watched() if layer.holds_columns}
     found = {}
     for name, layer in layers.items():
+        if is_dequantisable(layer):
+            continue
         weight = layer._parameters.get("weight")
         if weight is None:
             found[name] = f"It is a {type(layer).__name__}, which has no weight to write into."

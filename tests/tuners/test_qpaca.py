@@ -1,0 +1,173 @@
+"""QPaCA: columns are written into a dequantised copy of a quantised weight, for each product."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+import thawline
+from tests.support.models import tiny_llama
+from tests.support.paca import tokens, train, trainable, wrap
+from thawline import ConfigError
+from thawline.measure import saved_bytes
+from thawline.ops.dequantised_linear import dequantised_linear
+from thawline.tuners.paca import PacaLinear
+
+IN, OUT = 128, 64
+
+
+class Hqq(nn.Module):
+    """Stand-in of HQQ's layer: four bits in groups of 64 along the inputs, with a scale each."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        groups = linear.weight.detach().reshape(-1, 64)
+        self.register_buffer("scale", groups.abs().amax(1, keepdim=True) / 7)
+        self.register_buffer("W_q", (groups / self.scale).round().to(torch.int8))
+
+    def dequantize(self) -> Tensor:
+        return (self.W_q * self.scale).reshape(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dequantize(), self.bias)
+
+
+def bnb_layer(linear: nn.Linear, kind: str) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    size = (linear.in_features, linear.out_features, True)
+    if kind == "nf4":
+        layer = bnb.nn.Linear4bit(*size, compute_dtype=torch.float32, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(
+            linear.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
+    else:
+        layer = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(
+            linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False
+        )
+    layer.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
+    return layer.to("cpu")
+
+
+@pytest.fixture(params=["hqq", "nf4", "int8"])
+def base(request) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(IN, OUT), nn.Linear(OUT, IN)]
+    make = Hqq if request.param == "hqq" else lambda linear: bnb_layer(linear, request.param)
+    return nn.Sequential(make(layers[0]), nn.Tanh(), make(layers[1]))
+
+
+def adapt(base: nn.Module, **fields) -> PeftModel:
+    return wrap(base, target_modules=["0", "2"], **fields)
+
+
+def dense(model: PeftModel) -> nn.Module:
+    """The same network with plain weights, columns written by hand."""
+    plain = copy.deepcopy(model).merge_and_unload().float()
+    for name, layer in model.base_model.model.named_children():
+        if isinstance(layer, PacaLinear):
+            weight = thawline.tuners.paca.quantised.dequantise(layer.base_layer).float()
+            plain.get_submodule(name).weight.data = weight + layer.get_delta_weight("default")
+            plain.get_submodule(name).bias.data = layer.base_layer.bias.data.float()
+    return plain
+
+
+def test_the_start_is_the_quantised_base_in_training_and_evaluation(base):
+    x = torch.randn(4, 3, IN)
+    expected = base.train()(x.clone().requires_grad_()).detach()
+    model = adapt(base)
+    for module in (model.train(), model.eval()):
+        assert torch.equal(module(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+
+
+def test_gradients_are_those_of_the_dequantised_weight(base):
+    model = adapt(base, init_weights=False, alpha=6)
+    plain = dense(model)
+    plain.requires_grad_(True)
+    x = torch.randn(4, 3, IN, requires_grad=True)
+    model(x).square().sum().backward()
+    ours, x.grad = x.grad, None
+    plain(x).square().sum().backward()
+    torch.testing.assert_close(ours, x.grad, rtol=1e-4, atol=1e-4)
+    for name in ("0", "2"):
+        layer = model.base_model.model.get_submodule(name)
+        index = layer.thawline_paca_indices["default"]
+        expected = plain.get_submodule(name).weight.grad[:, index] * layer.scaling["default"]
+        torch.testing.assert_close(layer.thawline_paca_delta["default"].grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_against_finite_differences():
+    torch.manual_seed(0)
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    columns = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([1, 6])
+
+    def run(x: Tensor, columns: Tensor) -> Tensor:
+        return dequantised_linear(x, None, weight.clone, [columns], [index], [0.5])
+
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, columns))
+    assert torch.equal(weight, weight.clone())
+
+
+def test_nothing_of_full_weight_size_is_kept(base):
+    model = adapt(base, r=4)
+    x = torch.randn(8, IN, requires_grad=True)
+    kept = saved_bytes(lambda: model(x).square().sum(), model.parameters())
+    itself = sum(buffer.nbytes for buffer in model.buffers())
+    assert kept <= 8 * 4 * (2 * 4 + OUT + IN) + itself + 64, kept
+
+
+def test_a_merged_model_is_plain_and_equal_to_bf16(base):
+    model = adapt(base, init_weights=False)
+    expected = dense(model).bfloat16()
+    with pytest.raises(ConfigError, match="'0' is quantised: merging into it would round.*merge_and_unload"):
+        model.merge_adapter()
+    with pytest.raises(ConfigError, match="'0' holds no columns"):
+        thawline.pack_columns(model)
+    merged = model.merge_and_unload()
+    assert [type(layer) for layer in merged] == [nn.Linear, nn.Tanh, nn.Linear]
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor)
+
+
+def test_training_moves_columns_and_saves_them(base, tmp_path):
+    model, x = adapt(copy.deepcopy(base), selection="weight_norm"), torch.randn(8, IN)
+    before = model(x).square().mean().item()
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
+    for _ in range(10):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert model.eval()(x).square().mean() < before
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
+
+
+def test_a_model_of_transformers_is_quantised_adapted_and_exported_plain(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantised = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised)
+    model = wrap(base, target_modules=["q_proj", "down_proj"])
+    train(model, steps=2)
+    with torch.no_grad():
+        expected = model.eval()(tokens()).logits
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens()).logits, expected.float(), rtol=0, atol=2e-2)
