@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import pytest
 from tests.support.text import byte_tokenizer, save_tiny_bert, save_tiny_t5
 from tests.support.text_runs import TextRecipes, strict_json
 from thawline.cli import main
-from thawline.errors import ConfigError, DataError
+from thawline.errors import ConfigError, DataError, MissingExtraError
 from thawline.recipe import RunConfig
 from thawline.report.run_report import build_report
 from thawline.run import evaluate, predict, run
@@ -312,3 +314,17 @@ def test_texts_to_answer_are_read_as_rows_are(tmp_path: Path, bases, capsys, mon
     assert "texts.txt:2: not UTF-8 text (byte 4: 0xe4)" in capsys.readouterr().err
     assert main([*command, "half of an emoji: \ud83d"]) == 1
     assert "the text: half of a character, \\ud83d, stands behind" in capsys.readouterr().err
+
+
+def test_a_quantised_base_is_for_adapters_and_needs_its_library(tmp_path: Path, monkeypatch) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
+    recipe = TextRecipes(save_llama(tmp_path / "base", byte_tokenizer()), data, tmp_path / "runs")
+
+    def quantised(config: RunConfig) -> RunConfig:
+        return dataclasses.replace(config, base=dataclasses.replace(config.base, quantization="nf4"))
+
+    with pytest.raises(ConfigError, match="`base.quantization: nf4` freezes the weights"):
+        run(quantised(recipe("whole", "none")))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=r"needs bitsandbytes: .*thawline\[quant\]"):
+        run(quantised(recipe("adapter", "paca")))

@@ -267,27 +267,3 @@ def test_rows_that_cannot_be_told_apart_are_refused():
 def test_the_mode_is_a_choice():
     with pytest.raises(ConfigError, match="Unknown mode='inside'. Available: additive, auto, resident"):
         PacaConfig(mode="inside")
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_bitsandbytes_layers_are_adapted_and_their_gradients_are_those_of_the_dequantised_weight(kind):
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    weight = torch.randn(64, 128) / 8
-    if kind == "nf4":
-        layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    else:
-        layer = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False)
-        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    base = nn.Sequential(layer).to("cpu").train()
-    x = torch.randn(4, 128)
-    expected = base(x)
-    model = wrap(base, target_modules=["0"]).train()
-    assert torch.equal(model(x), expected)
-    _, (grad,) = run(model, x)
-    adapted = model.base_model.model[0]
-    by_hand = torch.autograd.functional.jacobian(lambda y: y.square().mean(), expected).T @ x
-    torch.testing.assert_close(
-        grad, by_hand[:, adapted.thawline_paca_indices["default"]], rtol=1e-4, atol=1e-6
-    )

@@ -32,6 +32,8 @@ SHARDINGS: dict[str, tuple[str, ...]] = {
 """Sharding method → the parts of a run that it divides among the devices."""
 FOUR_BITS = 0.5 + 1 / 64 + 4 / 64 / 256
 """Bytes of a weight in bitsandbytes' nf4, doubly quantised: blocks of 64, their scales in blocks of 256."""
+STORED = {"nf4": FOUR_BITS, "int8": 1.0}
+"""Bytes of a weight by `base.quantization`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,7 @@ class Planner:
             cast_trained(self.blueprint.model)
         self._sizes = _sizes(self.blueprint)
         self._costs: dict[Any, StepCost] = {}
+        self._stored = STORED.get(getattr(config.base, "quantization", "none"), 0.0)
 
     def bytes(
         self,
@@ -176,10 +179,11 @@ class Planner:
 
     def _parts(self, cost: StepCost, keep_gradients: bool, quantised: bool) -> dict[str, int]:
         sizes, n = dict(self._sizes), self.devices
-        if quantised:
+        stored = FOUR_BITS if quantised else self._stored
+        if stored:
             linears = [m.weight for m in self.blueprint.model.modules() if _is_quantised(m)]
             sizes["weights"] -= sum(weight.nbytes for weight in linears)
-            sizes["quantised"] = int(FOUR_BITS * sum(weight.numel() for weight in linears))
+            sizes["quantised"] = int(stored * sum(weight.numel() for weight in linears))
         divided = SHARDINGS[self.sharding] if n > 1 else ()
         parts = {name: size // n if name in divided else size for name, size in sizes.items()}
         # DDP and ZeRO reduce gradients in buckets; sharded weights are gathered two blocks at a time.

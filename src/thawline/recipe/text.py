@@ -27,6 +27,9 @@ class TextBase:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory. auto: bfloat16 for a frozen base trained in bf16 (`training.precision`),
     else float32."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Storage of the frozen linear layers: as they are, in 4 bits (NF4 with double quantisation) or in 8, by
+    bitsandbytes. For a base in 16 bits, with an adapter."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. None: the default branch."""
     attn_implementation: str | None = None

@@ -32,7 +32,12 @@ from thawline.training.callbacks import Annealing
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, ReadRows
 from thawline.training.text.limits import Limits, read_limits
-from thawline.training.text.pretrained import build_without_weights, load_pretrained, load_processor
+from thawline.training.text.pretrained import (
+    build_without_weights,
+    load_pretrained,
+    load_processor,
+    quantization_config,
+)
 from thawline.training.text.rows import evaluation_by_task, group, name_some, read_rows
 from thawline.training.text.shares import gather, own_share
 from thawline.training.trainer import Trainer
@@ -186,6 +191,13 @@ class RowObjective(Objective):
         if not self.has_weights:
             return build_without_weights(loader, base, self.dtype, **extra)
         attention = base.attn_implementation
+        if base.quantization != "none":
+            if isinstance(self.config.tuner, Full):
+                raise ConfigError(
+                    f"`base.quantization: {base.quantization}` freezes the weights. Use an adapter, e.g. "
+                    "`tuner: paca`, or leave it out."
+                )
+            extra["quantization_config"] = quantization_config(base.quantization, self.dtype)
         return load_pretrained(loader, base, dtype=self.dtype, attn_implementation=attention, **extra)
 
     def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["build_without_weights", "load_pretrained", "load_processor"]
+__all__ = ["build_without_weights", "load_pretrained", "load_processor", "quantization_config"]
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from thawline.errors import ConfigError
+from thawline.errors import ConfigError, requires_extra
 from thawline.files import DAMAGED
 from thawline.recipe import TextBase
 
@@ -47,6 +47,23 @@ def build_without_weights(loader: Any, base: TextBase, dtype: torch.dtype, **ext
             attn_implementation=attention,
             trust_remote_code=base.trust_remote_code,
         )
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return transformers' config of `base.quantization`, products in `dtype`.
+
+    Raises: MissingExtraError: without bitsandbytes.
+    """
+    with requires_extra(f"`base.quantization: {quantization}`", "bitsandbytes", "quant"):
+        import bitsandbytes  # noqa: F401
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:

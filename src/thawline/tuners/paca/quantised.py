@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["dequantise", "dequantise_model", "is_dequantisable", "plain_linear"]
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 
 BITSANDBYTES = ("Params4bit", "Int8Params")
@@ -22,10 +22,16 @@ def is_dequantisable(layer: nn.Module) -> bool:
 
 def dequantise(layer: nn.Module) -> Tensor:
     """Return a layer's weight, (O, I), as a tensor of floats that may be written."""
-    if type(layer._parameters.get("weight")).__name__ == "Int8Params":
+    kind = type(layer._parameters.get("weight")).__name__
+    if kind == "Int8Params":
         return _eight_bits(layer)
+    read = (
+        dequantize_module_weight
+        if kind != "Params4bit"
+        else lambda layer: dequantize_bnb_weight(layer.weight)
+    )
     with torch.no_grad():
-        weight = dequantize_module_weight(layer).detach()
+        weight = read(layer).detach()
     return weight.reshape(layer.out_features, layer.in_features)
 
 
