@@ -30,7 +30,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from thawline.errors import ConfigError
 from thawline.measure import count_ops, saved_bytes
 from thawline.ops.lean import apply_lean, lean_geglu, lean_rms_norm, lean_swiglu, undo_lean
 
@@ -259,8 +258,8 @@ def test_a_forward_hook_still_fires():
 def test_unknown_blocks_are_left_alone_and_named():
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=12, n_layer=1, n_head=3))
     before = [type(m) for m in gpt2.modules()]
-    with pytest.raises(ConfigError, match="GPT2LMHeadModel has nothing that can be lean: GPT2MLP"):
-        apply_lean(gpt2)
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel.*GPT2MLP"):
+        assert apply_lean(gpt2) is gpt2
     assert [type(m) for m in gpt2.modules()] == before
 
 
@@ -290,7 +289,7 @@ class GatedRMSNorm(nn.Module):
 @pytest.mark.parametrize("norm", [ShiftedRMSNorm, GatedRMSNorm])
 def test_a_look_alike_is_recognised_by_what_it_computes(norm):
     model = nn.Sequential(norm())
-    with pytest.raises(ConfigError, match=norm.__name__):
+    with pytest.warns(UserWarning, match=norm.__name__):
         apply_lean(model)
     assert type(model[0]) is norm
 

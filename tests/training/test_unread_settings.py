@@ -92,7 +92,7 @@ def test_settings_of_augmentation_without_effect(
 
 
 def test_lean_where_the_network_has_nothing_for_it(recipe) -> None:
-    with pytest.raises(ConfigError, match="DEIMv2 has nothing that can be lean.*Leave `lean` out"):
+    with pytest.raises(ConfigError, match="`lean`: '.*' has nothing that can be lean. Leave it out"):
         build_objective(dataclasses.replace(recipe(), lean=True)).build_model()
 
 

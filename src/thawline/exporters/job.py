@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Job", "Samples"]
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from thawline.exporters.certificate import (
 from thawline.exporters.forms import build_graph
 from thawline.exporters.report import ExportReport
 from thawline.exporters.settings import Settings
+from thawline.files import to_json
 from thawline.models.deimv2.model import DEIMv2
 from thawline.sessions import OUTPUTS, Session, open_onnx
 
@@ -166,4 +166,4 @@ def _metadata(model: DEIMv2, settings: Settings) -> dict[str, str]:
         "licence": "DINOv3 License" if config.backbone.kind == "adapted_vit" else "Apache-2.0",
         "thawline_version": thawline.__version__,
     }
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return {name: value if isinstance(value, str) else to_json(value) for name, value in values.items()}

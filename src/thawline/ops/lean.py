@@ -17,7 +17,7 @@ Liger and Unsloth recompute act(gate) too, in fused kernels; this is plain torch
 
 from __future__ import annotations
 
-__all__ = ["apply_lean", "lean_geglu", "lean_rms_norm", "lean_swiglu", "undo_lean"]
+__all__ = ["apply_lean", "is_lean", "lean_geglu", "lean_rms_norm", "lean_swiglu", "undo_lean"]
 
 import copy
 import functools
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from thawline.errors import ConfigError
 from thawline.ops.lean_head import LeanHeadModel, lean_head_form
 
 aten = torch.ops.aten
@@ -61,7 +60,6 @@ def apply_lean(model: nn.Module, *, loss: bool = False) -> nn.Module:
             (`thawline.ops.lean_head`): equal within rounding; `logits` of its output are then computed when
             asked for, without a gradient. The recipe's `lean` does.
     Returns: `model` itself.
-    Raises: ConfigError: if the model has nothing that can be lean.
     """
     left_alone: dict[str, str] = {}
     n_lean = 0
@@ -75,18 +73,19 @@ def apply_lean(model: nn.Module, *, loss: bool = False) -> nn.Module:
             n_lean += 1
         elif (reason := _why_left_alone(module)) is not None:
             left_alone[type(module).__name__] = reason
-    detail = "; ".join(f"{name} ({reason})" for name, reason in sorted(left_alone.items()))
-    if not n_lean:
-        raise ConfigError(
-            f"{type(model).__name__} has nothing that can be lean: "
-            f"{detail or 'no RMSNorm, no gated MLP and no language model head'}. Leave `lean` out."
-        )
-    if left_alone:
+    if left_alone or not n_lean:
+        detail = "; ".join(f"{name} ({reason})" for name, reason in sorted(left_alone.items()))
         warnings.warn(
-            f"apply_lean replaced {n_lean} modules of {type(model).__name__}. Left alone: {detail}.",
+            f"apply_lean replaced {n_lean} modules of {type(model).__name__}. Left alone: "
+            f"{detail or 'everything, since it has no RMSNorm and no gated MLP'}.",
             stacklevel=2,
         )
     return model
+
+
+def is_lean(model: nn.Module) -> bool:
+    """Return whether `apply_lean` has replaced a module of the model."""
+    return any(isinstance(module, _Lean) for module in model.modules())
 
 
 def undo_lean(model: nn.Module) -> nn.Module:

@@ -43,6 +43,7 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.network.hybrid_encoder import HybridEncoderConfig
 from thawline.models.deimv2.variants import get_variant
 from thawline.ops.boxes import cxcywh_to_xyxy
+from thawline.ops.lean import is_lean
 from thawline.recipe import (
     DetectionBase,
     DetectionData,
@@ -219,8 +220,11 @@ class DetectionObjective(Objective):
     def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
         """Apply the tuner to the backbone; the rest trains.
 
-        Raises: ConfigError: for a tuner that routes tasks, or that would keep random weights frozen.
+        Raises: ConfigError: for a tuner that routes tasks, or that would keep random weights frozen; for
+            `lean`, where the detector has nothing for it.
         """
+        if self.config.lean and not is_lean(model):
+            raise ConfigError(f"`lean`: '{self.base.variant}' has nothing that can be lean. Leave it out.")
         if isinstance(tuner, Mhr):
             raise ConfigError(
                 f"`tuner: {tuner.method}` routes tasks, and a detector has one. Use lora or paca."
