@@ -225,6 +225,16 @@ def test_each_row_runs_with_its_own_adapter(mode, base):
     )
 
 
+def test_rows_have_their_own_adapter_where_several_are_active():
+    model = two_adapters(net(), target_modules=["first"])
+    x = torch.randn(2, 5, 12)
+    with torch.no_grad():
+        expected = torch.cat(one_at_a_time(model, ["b", "default"], lambda model, rows: model(x[rows])))
+        model.base_model.set_adapter(["default", "b"])
+        found = model(x, adapter_names=["b", "default"])
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_generate_answers_each_row_with_its_own_adapter(kind, beams):

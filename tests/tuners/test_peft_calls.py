@@ -45,6 +45,10 @@ def test_adapters_by_row_are_refused_unless_all_rows_use_the_active_one(make, na
     model = get_peft_model(tiny_llama(), make(), "a").eval()
     model.add_adapter("b", make())
     assert torch.equal(logits(model, adapter_names=["a", "a"]), logits(model))
+    model.base_model.set_adapter(["a", "b"])
+    with pytest.raises(ConfigError, match="one set of adapters for all rows"):
+        model(input_ids=IDS, adapter_names=["a", "b"])
+    model.set_adapter("a")
     with pytest.raises(ConfigError, match=r"adapter_names=.* set_adapter\(name\).*disable_adapter"):
         model(input_ids=IDS, adapter_names=names)
     with pytest.raises(ConfigError, match="one set of adapters for all rows"):

@@ -115,7 +115,7 @@ class Tuner(BaseTuner):
         Raises: ConfigError: for other adapters, which would be ignored.
         """
         wanted = set(adapter_names or self.active_adapters)
-        if wanted != set(self.active_adapters):
+        if wanted != set(self.active_adapters) or (adapter_names and len(wanted) > 1):
             raise ConfigError(
                 f"adapter_names={sorted(wanted)}, but the model runs one set of adapters for all rows of a "
                 f"batch, now {self.active_adapters}. Call it once for the rows of each adapter, after "

@@ -124,7 +124,7 @@ class PacaModel(Tuner):
         Raises: ConfigError: for an unknown name, in training, with merged adapters, or biases, which are not
             kept per row.
         """
-        if adapter_names is None or set(adapter_names) == set(self.active_adapters):
+        if not adapter_names or {*adapter_names} == {*self.active_adapters} == {adapter_names[0]}:
             yield
             return
         self._check_rows(adapter_names)
@@ -159,9 +159,8 @@ class PacaModel(Tuner):
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         if isinstance(new_module, PacaLayer) or isinstance(child, PacaLayer):
-            setattr(
-                parent, child_name, new_module
-            )  # PEFT would move an adapter to a weight that is offloaded
+            # PEFT would move the adapter to its weight, which may be offloaded.
+            setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
