@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -13,8 +16,13 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 VOCAB = 61
+transformers_loads_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers' own adapter methods ask for PEFT {MIN_PEFT_VERSION}",
+)
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.support.mhr import config, logits, routed, tokens
-from tests.support.models import tiny_gpt2, tiny_llama, tiny_t5
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_t5, transformers_loads_adapters
 from thawline import (
     CheckpointError,
     ConfigError,
@@ -288,6 +288,7 @@ def test_scales_multiply_and_come_back() -> None:
     assert layer.scaling["default"] == 2.0
 
 
+@transformers_loads_adapters
 def test_transformers_own_adapter_methods_work(tmp_path: Path) -> None:
     model = tiny_llama()
     torch.manual_seed(1)

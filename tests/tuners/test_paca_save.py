@@ -17,7 +17,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 
-from tests.support.models import tiny_llama
+from tests.support.models import tiny_llama, transformers_loads_adapters
 from tests.support.paca import IN, B, Net, bits, same, tokens, train, wrap
 from thawline import CheckpointError, PacaConfig
 
@@ -88,6 +88,7 @@ def test_loaded_over_a_model_with_other_columns(trained):
     assert torch.equal(logits(model), expected)
 
 
+@transformers_loads_adapters
 def test_loaded_by_transformers_itself(trained):
     folder, expected, _ = trained
     model = tiny_llama()
@@ -99,6 +100,7 @@ def test_loaded_by_transformers_itself(trained):
     assert torch.equal(logits(model), expected)
 
 
+@transformers_loads_adapters
 def test_added_trained_saved_and_deleted_by_transformers_itself(tmp_path):
     model = tiny_llama()
     base = logits(model)

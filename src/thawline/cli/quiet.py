@@ -36,9 +36,11 @@ NOTICES: dict[str, Callable[[str], bool]] = {
 WARNINGS = (
     "Position ids are not supported for parameter efficient tuning",
     "The following (rank|alpha)_pattern keys did not match",
+    "`past_key_values` is deprecated",
 )
 """Beginnings of Python warnings that are hidden, as patterns: PEFT's on learned prompts, and on entries that
-it wrote itself for fused experts; what a user wrote is checked in `tuners/targets.py`."""
+it wrote itself for fused experts (what a user wrote is checked in `tuners/targets.py`); transformers' on how
+PEFT calls it."""
 
 
 def quiet_libraries() -> None:
