@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from thawline.errors import CheckpointError, RoutingError
+from thawline.tuners._names import plain_name
 from thawline.tuners.mhr.adapt import find_adapter
 from thawline.tuners.mhr.routing import ROUTERS, Router, skill_weights
 
@@ -140,7 +141,7 @@ def _of_files(folder: Path, facts_file: str, tensors_file: str) -> RoutingTable:
             router = kind(n_tasks, *tensor.shape[1:])
             router.load_state_dict({name: tensor})
             router.uniform_mix = facts["uniform_mix"]
-            tables[where.removeprefix("base_model.model.").removesuffix(".mhr_router")] = router
+            tables[plain_name(where).removesuffix(".mhr_router")] = router
     if facts["router"] == "private":  # has nothing to save
         tables = {"": kind(n_tasks, 1, facts["n_skills"])}
     return _of_routers(tables, n_tasks, facts["task_names"])

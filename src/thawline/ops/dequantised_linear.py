@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from thawline.ops.partial_linear import refuse_second_derivatives
+from thawline.ops.partial_linear import refuse_second_derivatives, skinny_product
 
 
 def dequantised_linear(
@@ -38,7 +38,7 @@ def dequantised_linear(
         x: (..., I). Its gradient is that of the changed weight.
         bias: (O,), frozen, or None.
         dequantise: returns the weight, (O, I), as a tensor that may be written.
-        columns: trainable changes, (O, R) each, summed in their own dtype and rounded once.
+        columns: trainable changes, (O, R) each, added in the wider dtype; each sum is rounded to `dtype`.
         indices: (R,), int64, unique, for each change.
         scales: a factor for each change.
         dtype: of the product. None: that of `x`.
@@ -88,7 +88,8 @@ class _DequantisedLinear(torch.autograd.Function):
                 grads.append(None)
                 continue
             flat = grad.reshape(-1, grad.shape[-1]).to(x_TR.dtype)
-            grads.append((flat.t() @ x_TR.reshape(-1, x_TR.shape[-1])).to(change.dtype) * scale)
+            columns_grad = skinny_product(flat, x_TR.reshape(-1, x_TR.shape[-1]), change.dtype)
+            grads.append(columns_grad if scale == 1.0 else columns_grad.mul_(scale))
         return grad_x, None, None, None, None, None, *grads, *([None] * n)
 
 

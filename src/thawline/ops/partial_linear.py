@@ -14,7 +14,14 @@ Axes: O out features, I in features, R selected columns, T tokens.
 
 from __future__ import annotations
 
-__all__ = ["add_columns", "refuse_second_derivatives", "split_columns", "tap_columns", "write_columns"]
+__all__ = [
+    "add_columns",
+    "refuse_second_derivatives",
+    "skinny_product",
+    "split_columns",
+    "tap_columns",
+    "write_columns",
+]
 
 from collections.abc import Callable
 
@@ -129,7 +136,7 @@ class _TapColumns(torch.autograd.Function):
             ctx.on_backward()
         x_TR = x_TR.reshape(-1, x_TR.shape[-1])
         grad_TO = grad.reshape(-1, grad.shape[-1])
-        columns = _skinny_product(grad_TO, x_TR, ctx.dtype)
+        columns = skinny_product(grad_TO, x_TR, ctx.dtype)
         if ctx.scale != 1.0:
             columns.mul_(ctx.scale)
         return grad, None, columns, None, None, None
@@ -144,7 +151,7 @@ def refuse_second_derivatives() -> None:
         raise RuntimeError("PaCA has no second derivatives: call backward or grad without create_graph=True.")
 
 
-def _skinny_product(grad_TO: Tensor, x_TR: Tensor, dtype: torch.dtype) -> Tensor:
+def skinny_product(grad_TO: Tensor, x_TR: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ∂yᵀ x as a contiguous (O, R).
 
     On a CPU it is faster with the narrow operand on the left, copy included: 0.36 against 0.52 ms (fp32,

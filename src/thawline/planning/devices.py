@@ -68,7 +68,7 @@ class Device:
 
     @property
     def precision(self) -> Literal["fp16", "bf16"] | None:
-        """What `training.precision: auto` selects there. None: the device is this machine's."""
+        """Precision that `training.precision: auto` selects there. None: the device is this machine's."""
         if self.key not in DEVICES:
             return None
         return "fp16" if self.key == "t4" else "bf16"

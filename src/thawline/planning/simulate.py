@@ -142,7 +142,7 @@ class _Tracker(TorchDispatchMode):
         self.peaks = [0]
         """Most bytes alive until the backward reaches a stack, in its last period, after that; and so on."""
         self.passed: list[nn.Module] = []
-        """Where the backward passed from one of `peaks` to the next: stacks, and their last periods."""
+        """Points between one of `peaks` and the next, as backward passes them: stacks, their last periods."""
         self._around_loss = 0
         self._is_around_loss = False
         self._storages: dict[int, Any] = dict.fromkeys(map(_storage_key, known))

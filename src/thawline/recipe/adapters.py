@@ -79,7 +79,7 @@ class PacaFields(_CommonFields):
     learning rate is that of full fine-tuning. With Adam a scale s acts like s times the learning rate, with
     SGD like s² times."""
     mode: Literal["auto", "resident", "additive"] = "auto"
-    """Where the changed columns are: `resident` inside the weight, at no cost; `additive` beside it, which
+    """Place of the changed columns: `resident` inside the weight, at no cost; `additive` beside it, which
     leaves the weight alone: for weights that are tied, offloaded, or not to be written. `auto` decides for
     each layer and says why."""
     selection: Literal["random", "weight_norm", "activation", "gradient", "explicit"] = "random"

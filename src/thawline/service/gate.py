@@ -1,4 +1,4 @@
-"""What every request passes on its way in and out: token, number of requests, time, metrics, log."""
+"""Gate around the application: checks token, number of requests and time; counts and logs answers."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may ask for."""
+    """Limits of one request, and of requests at once."""
 
     max_bytes: int = 20_000_000
     """Bytes of a request's body."""

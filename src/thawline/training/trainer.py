@@ -61,7 +61,7 @@ class Trainer(transformers.Trainer):
         self.last_evaluation: Evaluation | None = None
         self.last_evaluated_step = -1
         self.ending = ""
-        """How the run's last and best evaluations compare, in words."""
+        """Comparison of the run's last and best evaluations, in words."""
         super().__init__(
             model=model,
             args=args,

@@ -47,10 +47,13 @@ class Tuner(BaseTuner):
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
         every = is_all_linear(peft_config.target_modules)
-        self.checked_targets(peft_config, model)
+        self._note_targets(peft_config, model, self.checked_targets(peft_config, model))
         expect_gradients(model)
         if every:
             warn_of_the_rest(peft_config, model)
+
+    def _note_targets(self, peft_config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
+        """Do what a tuner has to do once with its targets, before the first is replaced."""
 
     @classmethod
     def checked_targets(cls, config: Any, model: nn.Module) -> dict[str, nn.Module]:

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -22,7 +21,6 @@ from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class
 from thawline.tuners.paca.quantised import dequantise_model, is_dequantisable
 from thawline.tuners.paca.selection import choose_columns
 from thawline.tuners.paca.weights import find_obstacles, warn_of_twins
-from thawline.tuners.targets import find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +55,7 @@ class PacaModel(Tuner):
                 )
         return fresh
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        super()._prepare_model(peft_config, model)
-        if peft_config.target_modules == DUMMY_TARGET_MODULES:
-            return
-        found = find_targets(peft_config, model)
+    def _note_targets(self, peft_config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
         fresh = self._fresh(found)
         self._obstacles = find_obstacles(model, fresh)
         if peft_config.mode != "additive":

@@ -22,16 +22,13 @@ def is_dequantisable(layer: nn.Module) -> bool:
 
 def dequantise(layer: nn.Module) -> Tensor:
     """Return a layer's weight, (O, I), as a tensor of floats that may be written."""
-    kind = type(layer._parameters.get("weight")).__name__
+    stored = layer._parameters.get("weight")
+    kind = type(stored).__name__
     if kind == "Int8Params":
         return _eight_bits(layer)
-    read = (
-        dequantize_module_weight
-        if kind != "Params4bit"
-        else lambda layer: dequantize_bnb_weight(layer.weight)
-    )
     with torch.no_grad():
-        weight = read(layer).detach()
+        is_nf4 = kind == "Params4bit"
+        weight = (dequantize_bnb_weight(stored) if is_nf4 else dequantize_module_weight(layer)).detach()
     return weight.reshape(layer.out_features, layer.in_features)
 
 
