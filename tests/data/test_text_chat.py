@@ -43,7 +43,9 @@ def learned(encode: TextEncoder, example: Example) -> str:
     return encode.tokenizer.decode([label for label in encode(example)["labels"] if label != IGNORED])
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": "0"}, {"train": False}, {"loss": "false"}, {"masked": True}]
+)
 def test_a_turn_of_weight_0_is_not_learned(tmp_path: Path, mark: dict) -> None:
     last = {"role": "assistant", "content": "4", "weight": 1}
     example = read(tmp_path, messages=[ASK, {**ANSWER, **mark}, {**ASK, "content": "Oslo?"}, last])
@@ -321,9 +323,60 @@ def test_roles_have_other_names_too(tmp_path: Path, ask, call, result, answer, n
     assert example.messages[1]["tool_calls"][0]["function"]["name"] == "weather"
 
 
+@pytest.mark.parametrize("template", ["plain", MARKED.replace("<think></think>", "")])
+def test_a_chat_that_the_assistant_opens_is_learned_from_its_first_word(tmp_path: Path, template) -> None:
+    opened = read(tmp_path, messages=[{**ANSWER, "content": "Hello"}, ASK, ANSWER])
+    ends = ("</s>\n", "</s>\n") if template == "plain" else (";", ";")
+    space = " " * (template == "plain")
+    heard = learned(encoder(tmp_path, template), opened)
+    assert heard == f"Hello{ends[0]}{space}18 degrees{ends[1]}"
+
+
+def test_what_follows_the_last_answer_is_not_judged_as_one(tmp_path: Path) -> None:
+    more = read(tmp_path, messages=[ASK, ANSWER, {**ASK, "content": "Oslo?"}])
+    assert (more.question, more.answer) == ("Rome?", "18 degrees")
+    encode = encoder(tmp_path)
+    assert encode.prompt_ids(more) == encode.prompt_ids(read(tmp_path, messages=[ASK, ANSWER]))
+
+
+def test_roles_are_read_in_any_case(tmp_path: Path) -> None:
+    shouted = read(tmp_path, messages=[{**ASK, "role": "User"}, {**ANSWER, "role": "ASSISTANT"}])
+    assert shouted.messages == (ASK, ANSWER)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": "Be kind."}, ASK, ANSWER], "system": "Be short."},
+        {"messages": [ASK, ANSWER], "system": ["Be short."]},
+        {"messages": [ASK, ANSWER], "documents": [{"text": "Rome has 18 degrees."}]},
+        {"messages": [ASK, ANSWER], "chat_template_kwargs": {"enable_thinking": False}},
+        {"instruction": "Rome?", "output": "18 degrees", "system": "Be short."},
+        {"instruction": "Rome?", "output": "18 degrees", "history": [["Oslo?", "4"]]},
+    ],
+)
+def test_what_a_row_says_beside_its_turns_is_read_or_refused(tmp_path: Path, row: dict) -> None:
+    with pytest.raises(DataError, match="rows.jsonl:1: the row's '(system|documents|chat_|history)"):
+        read(tmp_path, **row)
+
+
+def test_a_template_may_write_the_system_of_an_instruction(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "system": "s"}))
+    [example] = load_examples(tmp_path / "rows.jsonl", template="{system}: {instruction}")
+    assert example.prompt == "s: a"
+
+
+def test_keys_of_turns_that_no_template_writes_are_named_once(tmp_path: Path, caplog) -> None:
+    encode = encoder(tmp_path)
+    for _ in range(2):
+        encode(read(tmp_path, messages=[{**ASK, "name": "Bob", "id": ""}, {**ANSWER, "weight": 1}]))
+    [said] = caplog.messages
+    assert said.endswith("the chat template does not write what turns have as 'name'.")
+
+
 def test_a_chat_without_an_answer_names_its_roles(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no turn of role 'assistant' \(roles: Assistant, user\)"):
-        read(tmp_path, messages=[ASK, {**ANSWER, "role": "Assistant"}])
+    with pytest.raises(DataError, match=r"no turn of role 'assistant' \(roles: critic, user\)"):
+        read(tmp_path, messages=[ASK, {**ANSWER, "role": "critic"}])
     with pytest.raises(DataError, match="turn 2 needs 'role' and text as 'content'"):
         read(tmp_path, messages=[ASK, {**ANSWER, "role": ["assistant"]}])
 

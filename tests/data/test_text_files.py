@@ -35,6 +35,8 @@ def pairs(path: Path) -> list[tuple[str, str]]:
         ("rows.csv", TABLE.replace("\n", "\r\n") + "\r\n,\r\n  \r\n"),
         ("rows.csv", TABLE.replace("\n", ",,\n") + ",,"),
         ("rows.csv", TABLE.replace(",", ";")),
+        ("rows.csv", "sep=;\n" + TABLE.replace(",", ";")),
+        ("rows.csv", TABLE.replace(",", "|")),
         ("rows.CSV", '"input","output"\n"ähnlich","fast"\n\n"b","c"'),
         ("rows.tsv", TABLE.replace(",", "\t")),
         ("rows", LINES),

@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ["ChatTemplate", "without_end"]
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 # No space ends the generation prompt: many tokenizers would merge it with the answer's first word.
 PLAIN_CHAT = (
@@ -39,6 +42,8 @@ OTHER_TEMPLATE = (
     '"plain".'
 )
 
+READ_KEYS = {"role", "content", "weight", "tool_calls", "tool_call_id"}
+"""Keys of a turn that need no word: read, or without a meaning for the model."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn whose text a template may leave out of earlier turns, but not of all."""
 END_OF_THOUGHT = "</think>"
@@ -69,6 +74,8 @@ class ChatTemplate:
     options: Mapping[str, Any] = field(default_factory=dict)
     _known: dict[str, tuple[bool, bool]] = field(default_factory=dict, init=False)
     """Template → what it accepts."""
+    _unread: set[str] = field(default_factory=set, init=False)
+    """Keys of turns that no template writes, already named."""
 
     @cached_property
     def turn_end(self) -> int | None:
@@ -106,10 +113,19 @@ class ChatTemplate:
         return ids, [found != learn_all for found in is_located]
 
     def check_complete(self, example: Example) -> None:
-        """Check that the template writes all that a row holds.
+        """Check that the template writes all that a row holds; say once which other keys turns have.
 
         Raises: DataError: naming what it leaves out.
         """
+        source = self._source(example)
+        keys = {key for turn in example.messages for key, value in turn.items() if value}
+        keys -= READ_KEYS.union(THOUGHTS, self._unread, re.findall(r"\w+", source))
+        if keys:
+            self._unread.update(keys)
+            names = ", ".join(f"'{key}'" for key in sorted(keys))
+            logger.warning(
+                "%s: the chat template does not write what turns have as %s.", example.where, names
+            )
         for what in self._left_out(example):
             raise DataError(
                 f"{example.where}: the chat template does not write {what}, so the model would not see it. "
@@ -191,8 +207,10 @@ class ChatTemplate:
         turns, turn = example.messages, example.messages[i]
         before = self.text(example, turns[:i]) if i else ""
         opened, after = before, self.text(example, turns[: i + 1])
-        if i and turn["role"] == "assistant":
+        if turn["role"] == "assistant" and i:
             opened = self.text(example, turns[:i], add_generation_prompt=True)
+        elif turn["role"] == "assistant":  # no template opens an answer to nothing
+            opened = text[: _first_difference(text, self._text_with(example, {0: ("content", _prepend)}))]
         # What opens an answer may be left out once turns follow it, as Qwen3.5's <think>.
         start = len(opened) if text.startswith(opened) else _first_difference(text, opened)
         if start < len(opened) and (start <= len(before) or i == len(turns) - 1):
@@ -306,6 +324,10 @@ def _first_difference(a: str, b: str) -> int:
 
 def _append(text: Any) -> str:
     return f"{text}{CHANGE}"
+
+
+def _prepend(text: Any) -> str:
+    return f"{CHANGE}{text}"
 
 
 def _change_thought(text: Any) -> str:

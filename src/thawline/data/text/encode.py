@@ -167,8 +167,7 @@ class TextEncoder:
 
     def _full_prompt(self, example: Example) -> list[int]:
         if example.messages:
-            turns = self.chat.without_ends(example).messages
-            turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+            turns = self.chat.without_ends(example).asked
             return self._ids(self.chat.text(example, turns, add_generation_prompt=True))
         if self.seq2seq:
             return list(self.tokenizer(example.prompt).input_ids)

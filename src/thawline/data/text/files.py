@@ -157,7 +157,7 @@ def _table_rows(file: Path, text: str) -> Rows:
             return
         if cells is None:
             return
-        if not any(map(str.strip, cells)):
+        if not any(map(str.strip, cells)) or (names is None and cells[0] == "sep="):
             continue
         if names is None:
             names = [cell.strip() for cell in cells]
@@ -175,7 +175,9 @@ def _delimiter(file: Path, text: str) -> str:
     if _suffix(file) == ".tsv":
         return "\t"
     header = text.lstrip().partition("\n")[0]
-    return next((mark for mark in ",;\t" if mark in header), ",")
+    if header.startswith("sep="):  # Excel's
+        return header[4:5]
+    return next((mark for mark in ",;\t|" if mark in header), ",")
 
 
 READERS: dict[str, Callable[[Path, str], Rows]] = {

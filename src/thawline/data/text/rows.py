@@ -53,6 +53,9 @@ TEMPLATES: dict[str, str] = {
 """Format → its prompt where the recipe has no template of its own."""
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
+PARTS_OF_PROMPT = ("system", "history")
+"""Keys with which other tools build a chat of an instruction."""
+
 HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 """Values of `split`, and file stems, that mark held-out rows; the first one present is used."""
 
@@ -92,14 +95,26 @@ class Example:
             ) from error
 
     @property
+    def asked(self) -> tuple[Mapping[str, Any], ...]:
+        """Turns of a chat before its last answer; all of them where it has none."""
+        answers = [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant"]
+        return self.messages[: answers[-1]] if answers else self.messages
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the last answer of a chat is a call of tools, which may have no text."""
+        return any(turn.get("tool_calls") for turn in self.messages[len(self.asked) :])
+
+    @property
     def question(self) -> str:
-        """The text before the answer: the prompt, or the next to last turn of a chat."""
-        return self.messages[-2]["content"] if len(self.messages) > 1 else self.prompt
+        """The text before the answer: the prompt, or the turn of a chat before its last answer."""
+        return self.asked[-1]["content"] if self.asked else self.prompt
 
     @property
     def answer(self) -> str:
-        """The text a model should answer: the completion, or the last turn of a chat."""
-        return self.messages[-1]["content"] if self.messages else self.completion
+        """The text a model should answer: the completion, or the last answer of a chat."""
+        rest = self.messages[len(self.asked) :]
+        return rest[0]["content"] if rest else self.completion
 
 
 class Split(NamedTuple):
@@ -274,7 +289,10 @@ def _detect_format(row: Mapping[str, Any], where: str) -> str:
         if all(key in row for key in keys):
             return name
     formats = "; ".join(f"{name}: {' + '.join(keys)}" for name, keys in FORMATS.items())
-    raise DataError(f"{where}: no format has the keys {_quoted(row)}. Known: {formats}.")
+    raise DataError(
+        f"{where}: no format has the keys {_quoted(row)}. Known: {formats}. Other names are given by "
+        "`data.columns`, e.g. {input: question, output: answer}."
+    )
 
 
 def _example(
@@ -291,6 +309,12 @@ def _example(
     completion = texts[FORMATS[format][-1]]
     if format == "text":
         return Example(completion=completion, **shared)
+    for key in PARTS_OF_PROMPT:
+        if row.get(key) and f"{{{key}" not in (template or ""):
+            raise DataError(
+                f"{where}: the row's '{key}' is in no prompt. Put {{{key}}} into `data.template`, give the "
+                "row as a chat (`messages`), or remove it."
+            )
     choices = _choices(row.get("choices") or task_entry.get("choices") or (), f"{where}: `choices`")
     if choices and completion not in choices:
         raise DataError(f"{where}: the answer {completion!r} is not among the choices {list(choices)!r}.")

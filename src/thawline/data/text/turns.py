@@ -25,8 +25,15 @@ SHAREGPT_ROLES = {
 }
 """ShareGPT's `from`, which some rows have as `role` → role."""
 
-WEIGHTS = ("train", "training", "loss")
-"""Keys of other tools that say by true and false what `weight` says by 1 and 0."""
+WEIGHTS = {"weight": True, "train": True, "training": True, "loss": True, "masked": False, "mask": False}
+"""Key that says whether a turn is learned → the value of one that is."""
+FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+UNREAD = {
+    "documents": "Write it into a turn",
+    "chat_template_kwargs": "Set `data.chat_options`, for all rows",
+}
+"""Key of a row that other tools give to the chat template → what to do here."""
 
 
 def read_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -45,10 +52,13 @@ def read_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where}: a chat must be a list of turns, got {turns!r}.")
     messages = [_turn(turn, f"{where}: turn {i}") for i, turn in enumerate([*asked, *turns], 1)]
     n_asked = len(asked)
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    if system := row.get("system") or row.get("system_prompt"):
+        if messages[0]["role"] == "system" or not isinstance(system, str):
+            raise DataError(f"{where}: the row's 'system' must be text, and no turn of that role come first.")
         messages.insert(0, {"role": "system", "content": system})
         n_asked += bool(asked)
+    if unread := [key for key in UNREAD if row.get(key)]:
+        raise DataError(f"{where}: the row's '{unread[0]}' is not read. {UNREAD[unread[0]]}, or remove it.")
     answers = [turn for turn in messages[n_asked:] if turn["role"] == "assistant"]
     if not answers:
         roles = ", ".join(sorted({turn["role"] for turn in messages[n_asked:]}))
@@ -76,6 +86,9 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     tools may have no text.
     """
     found = {key: value for key, value in turn.items() if value is not None} if _is_object(turn) else {}
+    for key in ("role", "from"):
+        if str(found.get(key)).lower() in SHAREGPT_ROLES:
+            found[key] = found[key].lower()
     if "role" not in found and "from" in found:
         found = _from_sharegpt(found, where)
     elif str(found.get("role")) in SHAREGPT_ROLES.keys() - USUAL_ROLES:
@@ -88,11 +101,11 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     if "content" not in found or not isinstance(found.get("role"), str):
         raise DataError(f"{where} needs 'role' and text as 'content', got {turn!r}.")
     found["content"] = _content(found["content"], where)
-    for key in WEIGHTS:
-        if isinstance(found.get(key), bool):
-            found["weight"] = int(found.pop(key))
-    if found.get("weight", 1) not in (0, 1):
-        raise DataError(f"{where}: the 'weight' must be 0 (not learned) or 1, got {found['weight']!r}.")
+    for key in WEIGHTS.keys() & found.keys():
+        value = found.pop(key)
+        if str(value).lower() not in FLAGS:
+            raise DataError(f"{where}: the '{key}' must be 0 or 1, false or true, got {value!r}.")
+        found["weight"] = int(FLAGS[str(value).lower()] == WEIGHTS[key])
     return found
 
 

@@ -144,7 +144,7 @@ class RowObjective(Objective):
             logger.warning("%d of %d rows are longer than %s and left out.", n_dropped, len(rows), length)
         elif self.encoder.n_cut:
             logger.warning("%d of %d rows were cut to %s.", self.encoder.n_cut, len(rows), length)
-        empty = [example.where for example in examples if not example.answer.strip()]
+        empty = [one.where for one in examples if not (one.answer.strip() or one.calls_tools)]
         if empty:
             logger.warning("%d of %d rows have an empty answer, first %s.", len(empty), len(rows), empty[0])
         if n_train and not self.train_rows:
