@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.support.text import byte_tokenizer, save_tiny_bert, save_tiny_t5
 from tests.support.text_runs import TextRecipes, strict_json
@@ -85,6 +86,46 @@ def test_a_chat_template_that_ends_no_answer_is_said(tmp_path: Path, caplog) -> 
         caplog.clear()
         built(base, data, chat_template=template)
         assert ("cannot learn to stop" in caplog.text) == is_endless
+
+
+def test_answers_without_an_end_are_said(tmp_path: Path, caplog) -> None:
+    tokenizer = byte_tokenizer()
+    base = save_llama(tmp_path / "base", tokenizer)
+    data = write_rows(tmp_path / "pairs.jsonl", {"input": "a", "output": "b"})
+    built(base, data)
+    assert "cannot learn to stop" not in caplog.text
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(base)
+    built(base, data)
+    assert "has no end token: the model cannot learn to stop" in caplog.text
+
+
+def test_an_encoder_that_writes_does_not_see_the_token_to_predict(tmp_path: Path) -> None:
+    base = save_tiny_bert(tmp_path)
+    data = write_rows(tmp_path / "pairs.jsonl", {"input": "a", "output": "b"})
+    model = built(base, data, head="causal-lm").load_base().eval()
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    first, second = model(ids).logits[:, :2]
+    torch.testing.assert_close(first, second)
+
+
+def test_a_classifier_needs_two_classes_and_names_those_that_it_never_sees(tmp_path: Path, caplog) -> None:
+    base = save_tiny_bert(tmp_path)
+    one, two = {"input": "a", "output": "no"}, {"input": "b", "output": "yes"}
+    with pytest.raises(DataError, match="All 2 training rows have the answer 'no'"):
+        built(base, write_rows(tmp_path / "one.jsonl", one, one), head="classifier")
+    held_out = {"input": "c", "output": "maybe", "split": "test"}
+    objective = built(base, write_rows(tmp_path / "rows.jsonl", one, two, held_out), head="classifier")
+    assert objective.labels == ("maybe", "no", "yes")
+    assert "classes that no training row has: 'maybe'" in caplog.text
+
+
+def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", byte_tokenizer())
+    for file in base.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="base': it holds no tokenizer. Save the base's there"):
+        built(base, write_rows(tmp_path / "pairs.jsonl", {"input": "a", "output": "b"}))
 
 
 def test_settings_of_prompts_that_no_row_reads_are_refused(tmp_path: Path) -> None:

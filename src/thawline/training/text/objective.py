@@ -67,10 +67,7 @@ class TextObjective(RowObjective):
             chat_options=self.data.chat_options,
         )
         if not self.labels and self.head == "classifier":
-            examples = (*self.train_examples, *self.held_out_examples)
-            self.labels = tuple(
-                sorted({label for one in examples for label in one.choices or [one.completion]})
-            )
+            self.labels = self._read_labels()
         self.encode_rows()
         self._warn_of_endless_answers()
         if self.data.packing and self.train_rows:
@@ -80,14 +77,16 @@ class TextObjective(RowObjective):
 
     def load_base(self, source: str | None = None) -> nn.Module:
         """Load the pretrained model, or one saved in `source`; a classifier gets the data's labels."""
-        labels: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
+        if self.head == "causal-lm" and getattr(self.base_config, "is_decoder", True) is False:
+            changes = {"is_decoder": True}  # BERT and the like, which else see the token to predict
         if self.labels and tuple(self.base_config.id2label.values()) != self.labels:
-            labels = {
+            changes = {
                 "id2label": dict(enumerate(self.labels)),
                 "label2id": {name: i for i, name in enumerate(self.labels)},
                 "ignore_mismatched_sizes": True,
             }
-        model = self.load_model(loader_of(self.head, self.base_config), source, **labels)
+        model = self.load_model(loader_of(self.head, self.base_config), source, **changes)
         # Padding is masked everywhere but in a decoder's classifier, which finds its last token by it.
         if self.processor is not None:
             model.config.get_text_config().pad_token_id = self.processor.pad_token_id
@@ -247,9 +246,33 @@ class TextObjective(RowObjective):
         shifted = self.head == "causal-lm"
         return score_answers(model, rows, self.collate, batch_size=batch_size, shifted=shifted)
 
+    def _read_labels(self) -> tuple[str, ...]:
+        """Return the classes of the rows, sorted. Raises: DataError: if the training rows have one alone."""
+        trained, held_out = (
+            {label for one in examples for label in one.choices or [one.completion]}
+            for examples in (self.train_examples, self.held_out_examples)
+        )
+        if len(trained) == 1:
+            raise DataError(
+                f"All {len(self.train_examples)} training rows have the answer {min(trained)!r}: a "
+                "classifier needs two or more."
+            )
+        if self.train_examples and held_out - trained:
+            unseen = ", ".join(map(repr, sorted(held_out - trained)[:4]))
+            logger.warning("Held-out rows have classes that no training row has: %s.", unseen)
+        return tuple(sorted(trained | held_out))
+
     def _warn_of_endless_answers(self) -> None:
-        """Warn of a chat template that ends answers by no token at which writing stops."""
+        """Warn of answers that end by no token at which writing stops."""
+        if not self.train_examples or self.head == "classifier":
+            return
         has_chats = any(example.messages for example in self.train_examples)
+        if not has_chats and self.processor.eos_token_id is None:
+            logger.warning(
+                "The tokenizer of '%s' has no end token: the model cannot learn to stop, and will answer "
+                "up to `max_new_tokens`. Set its `eos_token`.",
+                self.base.model,
+            )
         if has_chats and self.head == "causal-lm" and self.encoder.chat.turn_end is None:
             logger.warning(
                 "The chat template ends an answer by no special token: the model cannot learn to stop, and "

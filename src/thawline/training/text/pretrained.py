@@ -83,6 +83,8 @@ def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
         ):
             raise ConfigError(f"Cannot load '{base.model}': no such folder{_seen_from(folder)}.") from error
         reason = str(error).strip().splitlines()[0]
+        if loader is AutoTokenizer and folder.is_dir() and not any(folder.glob("*token*")):
+            reason = "it holds no tokenizer. Save the base's there, by `tokenizer.save_pretrained`."
         where = "" if folder.is_dir() else f"no such folder{_seen_from(folder)}, and as a Hub id: "
         raise ConfigError(f"Cannot load '{base.model}': {where}{reason}") from error
 
