@@ -82,6 +82,9 @@ class PacaFields(_CommonFields):
     """Place of the changed columns: `resident` inside the weight, at no cost; `additive` beside it, which
     leaves the weight alone: for weights that are tied, offloaded, or not to be written. `auto` decides for
     each layer and says why."""
+    columns_from: str | None = None
+    """Folder of the checkpoint in 16 bits that a quantised base was made from: the changed columns start from
+    its values, without quantisation error. None: from the quantised ones."""
     selection: Literal["random", "weight_norm", "activation", "gradient", "explicit"] = "random"
     """How the columns are chosen: at random, by their L2 norm, by the activations or gradients of a few
     batches (`thawline train` runs them; in Python call `thawline.select_columns`), or listed in `indices`."""

@@ -72,7 +72,7 @@ def attach_tuner(
     if settings.start_from is None:
         tuned = _new_adapter(model, settings, tasks, batches)
     else:
-        tuned = _load_adapter(model, settings.start_from, settings.method, saved)
+        tuned = _load_adapter(model, settings, settings.start_from, saved)
     expect_gradients(tuned.get_base_model())
     if tuned.active_peft_config.is_prompt_learning:
         _keep_prompt_in_generate(tuned)
@@ -220,7 +220,10 @@ def _task_type(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -> nn.Module:
+def _load_adapter(
+    model: nn.Module, settings: Paca | Mhr | Lora | PeftMethod, start_from: str, saved: bool
+) -> nn.Module:
+    method = settings.method
     in_run = Path(start_from) / "model"
     folder = str(in_run) if (in_run / "adapter_config.json").is_file() else start_from
     if not (Path(folder) / "adapter_config.json").is_file():
@@ -240,11 +243,13 @@ def _load_adapter(model: nn.Module, start_from: str, method: str, saved: bool) -
         )
     if not any((Path(folder) / name).is_file() for name in WEIGHTS):
         raise CheckpointError(f"`tuner.start_from`: '{folder}' holds no weights (no {WEIGHTS[0]}).")
+    if isinstance(settings, Paca) and settings.columns_from is not None:
+        config.columns_from = settings.columns_from  # the checkpoint may have moved
     # PEFT refuses to go on training a learned prompt; using one is fine.
     is_trainable = not (saved and config.is_prompt_learning)
     name, unfit = type(model).__name__, f"`tuner.start_from`: the adapter in '{folder}' does not fit "
     try:
-        tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+        tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
         if config.is_prompt_learning:
             return tuned
         found_keys = tuned.load_adapter(folder, "default", is_trainable=is_trainable)  # again, for its answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["PACA", "PacaConfig"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from thawline.recipe.adapters import PacaFields
@@ -37,6 +37,9 @@ class PacaConfig(PacaFields, TunerConfig):
         "use_dora": "leave it out: PaCA has no magnitude vector",
         "fan_in_fan_out": "leave it out: Conv1D is recognised by its type",
     }
+
+    base_columns: dict[str, list[float]] = field(default_factory=dict)
+    """A sketch of the columns that each layer started from. Filled in, and compared on loading."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -82,7 +82,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     """
 
     adapter_layer_names = ("thawline_paca_delta",)
-    other_param_names = ("r", "scaling", "base_scaling", "thawline_paca_indices")
+    other_param_names = ("r", "scaling", "base_scaling", "thawline_paca_indices", "thawline_paca_start")
     _tap: Callable[..., Tensor]  # gives δ its gradient; see `tap_columns`
 
     def __init__(self, base_layer: nn.Module, name: str, additive: str | None = None) -> None:
@@ -103,6 +103,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.base_scaling: dict[str, float] = {}
         self.thawline_paca_delta = nn.ParameterDict()
         self.thawline_paca_indices = BufferDict(persistent=True)
+        self.thawline_paca_start = BufferDict(persistent=False)  # columns to start from that are not its own
+        self._read_start: dict[str, Callable[[Tensor], Tensor]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -175,12 +177,30 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
                 "it cannot be told which row each belongs to. Run the rows of each adapter apart."
             )
         rows = torch.arange(len(x), device=x.device) * len(state.rows) // len(x)
-        found = [name for name in dict.fromkeys(state.rows) if name in self.thawline_paca_delta]
         parts: list[tuple[Change, Tensor | None]] = []
-        for name, change in zip(found, self._changes(found), strict=True):
-            mine = torch.tensor([row == name for row in state.rows], device=x.device)
-            parts.append((change, mine[rows].nonzero().flatten()))
+        for name in dict.fromkeys(state.rows):
+            if name in self.thawline_paca_delta:
+                mine = torch.tensor([row == name for row in state.rows], device=x.device)
+                parts.append((self._whole_change(name), mine[rows].nonzero().flatten()))
         return parts
+
+    def _whole_change(self, name: str) -> Change:
+        """Return an adapter's change of the base's columns, the step to where it started included."""
+        (change,) = self._changes([name])
+        if name not in self.thawline_paca_start:
+            return change
+        own = dequantise(self.base_layer).index_select(1, change.index)
+        step = self.thawline_paca_start[name].float() - own.float()
+        return Change(change.delta * change.scale + step, change.index, 1.0)
+
+    def _floats(self, names: Iterable[str]) -> Tensor:
+        """Return the dequantised weight, with the columns that these adapters start from."""
+        weight, starts = dequantise(self.base_layer), self._modules["thawline_paca_start"]._buffers
+        for name in names:
+            if name in starts:
+                index = self.thawline_paca_indices[name]
+                weight.index_copy_(1, index, starts[name].to(weight.dtype))
+        return weight
 
     def use_for_rows(self, adapter_names: Sequence[str] | None) -> None:
         """Apply to each row of the next inputs the adapter of its name; None: the active ones to all."""
@@ -195,18 +215,43 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             return self.columns_of(self.base_layer.weight)
         return torch.empty(self.shape, device="meta")
 
+    def start_columns(self, adapter_name: str) -> Tensor | None:
+        """Return the columns that an adapter starts from, (O, R, ...). None: they cannot be read."""
+        index = self.thawline_paca_indices[adapter_name]
+        if adapter_name in self.thawline_paca_start:
+            return self.thawline_paca_start[adapter_name]
+        if self.is_quantised:
+            return self.columns().index_select(1, index)
+        weight = self._weight()
+        is_there = self.additive in (None, ASKED_FOR) and not (is_sharded(weight) or is_fake(weight))
+        is_there = is_there and not (weight.is_meta or index.is_meta)
+        return self._state.resident.original_columns(weight, index) if is_there else None
+
     # Adapters: adding, choosing, removing.
 
     def update_layer(
-        self, adapter_name: str, index: Tensor, scale: float, init_weights: bool, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        index: Tensor,
+        scale: float,
+        init_weights: bool,
+        inference_mode: bool = False,
+        read_start: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Add an adapter on the columns `index`, or replace the one of the same name."""
+        """Add an adapter on the columns `index`, or replace the one of the same name.
+
+        Args:
+            read_start: returns the columns of an index, (O, R), as they are to start. None: as they are.
+        """
         device = device_of(self.base_layer)
         if adapter_name in self.thawline_paca_delta:
             self.evict()
         self.r[adapter_name] = len(index)
         self.scaling[adapter_name] = self.base_scaling[adapter_name] = scale
         self.thawline_paca_indices[adapter_name] = index.to(device)
+        if read_start is not None:
+            self._read_start[adapter_name] = read_start
+        self._load_starts()
         shape = (self.shape[0], len(index), *self.shape[2:])
         is_double = getattr(self._weight(), "dtype", None) is torch.float64
         delta = torch.zeros(shape, dtype=torch.float64 if is_double else torch.float32, device=device)
@@ -214,6 +259,12 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             delta.normal_(std=0.02)
         self.thawline_paca_delta[adapter_name] = nn.Parameter(delta)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _load_starts(self) -> None:
+        for name, read in self._read_start.items():
+            index = self.thawline_paca_indices[name]
+            if not index.is_meta:
+                self.thawline_paca_start[name] = read(index).to(index.device)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active, trainable ones, and write their columns."""
@@ -230,6 +281,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take the adapter's columns out of the weight and delete it."""
         self.evict()
+        self._read_start.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         self._refresh()
 
@@ -289,30 +341,28 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
 
     def _dequantised(self, adapter_names: Sequence[str], safe_merge: bool) -> nn.Linear:
         """Return a plain layer in bfloat16 with the adapters' columns written; summed before the one cast."""
-        weight = dequantise(self.base_layer).float()
-        for name in adapter_names:
-            if name in self.thawline_paca_delta:
-                weight += self.get_delta_weight(name)
+        names = [name for name in adapter_names if name in self.thawline_paca_delta]
+        weight = self._floats(names).float()
+        for delta, index, scale in self._changes(names):
+            weight.index_add_(1, index, delta.detach().float(), alpha=scale)
         if safe_merge and not torch.isfinite(weight).all():
             raise ConfigError(BROKEN.format(", ".join(adapter_names), self.name))
         return plain_linear(weight, self.base_layer.bias)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the adapter's change of the weight, in the weight's shape and δ's dtype."""
-        delta = self.thawline_paca_delta[adapter].detach()
+        delta, index, scale = self._whole_change(adapter)
         stored = self.shape if self.columns_of is _as_stored else self.base_layer.weight.shape
         change = torch.zeros(stored, dtype=delta.dtype, device=delta.device)
-        self.columns_of(change).index_copy_(
-            1, self.thawline_paca_indices[adapter], delta * self.scaling[adapter]
-        )
+        self.columns_of(change).index_copy_(1, index, delta.detach() * scale)
         return change
 
     def _scaled_delta(self, adapter_name: str, task: str | int | None) -> tuple[Tensor, Tensor]:
         if task is not None:
             raise ConfigError(f"task={task!r}: a PaCA adapter serves one task. Leave `task` out.")
-        delta = self.thawline_paca_delta[adapter_name].detach()
-        delta = delta.full_tensor() if is_sharded(delta) else delta
-        return delta * self.scaling[adapter_name], self.thawline_paca_indices[adapter_name]
+        delta, index, scale = self._whole_change(adapter_name)
+        delta = delta.detach()
+        return (delta.full_tensor() if is_sharded(delta) else delta) * scale, index
 
     # Writing the columns into the weight, and taking them out.
 
@@ -538,7 +588,7 @@ class PacaLinear(PacaLayer):
         self, x: Tensor, parts: list[tuple[Change, Tensor | None]], *args: Any, **kwargs: Any
     ) -> Tensor:
         if self.is_quantised and all(rows is None for _, rows in parts):
-            return self._run_quantised(x, [change for change, _ in parts])
+            return self._run_quantised(x, [change for change, _ in parts], self._state.added)
         inputs = []
         for change, _ in parts:
             x, selected = split_columns(x, change.index.to(x.device))
@@ -552,12 +602,12 @@ class PacaLinear(PacaLayer):
                 y = y.index_copy(0, rows, mine)
         return y
 
-    def _run_quantised(self, x: Tensor, changes: list[Change]) -> Tensor:
+    def _run_quantised(self, x: Tensor, changes: list[Change], names: tuple[str, ...] = ()) -> Tensor:
         """Return the product with a dequantised copy; bitsandbytes' own forward in evaluation differs."""
         base, device = self.base_layer, x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return dequantised_linear(
-            x, base.bias, partial(dequantise, base), [change.delta for change in changes],
+            x, base.bias, partial(self._floats, names), [change.delta for change in changes],
             [change.index for change in changes], [change.scale for change in changes],
             autocast or getattr(base, "compute_dtype", None),
         )  # fmt: skip
@@ -683,4 +733,5 @@ def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
             raise CheckpointError(
                 f"The adapter's column indices of '{layer.name}' repeat: the file is damaged."
             )
+    layer._load_starts()
     layer.write()

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -17,7 +18,8 @@ from thawline.errors import ConfigError, did_you_mean
 from thawline.tuners._config import pattern_value
 from thawline.tuners._tuner import Tuner
 from thawline.tuners.paca.config import PACA, PacaConfig
-from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class
+from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class, linear_shape
+from thawline.tuners.paca.origin import OriginalColumns, difference, sketch
 from thawline.tuners.paca.quantised import dequantise_model, is_dequantisable
 from thawline.tuners.paca.selection import choose_columns
 from thawline.tuners.paca.weights import find_obstacles, warn_of_twins
@@ -25,11 +27,19 @@ from thawline.tuners.paca.weights import find_obstacles, warn_of_twins
 logger = logging.getLogger(__name__)
 
 
+SAME = 0.004
+"""Largest relative difference of columns that are taken for equal: rounding to bfloat16 is half of it."""
+
+
 class PacaModel(Tuner):
     """Tuner that `get_peft_model(model, PacaConfig(...))` builds."""
 
     prefix = PACA.prefix
     tuner_layer_cls = PacaLayer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_compare_bases)
 
     @classmethod
     def check_targets(cls, config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
@@ -58,6 +68,7 @@ class PacaModel(Tuner):
     def _note_targets(self, peft_config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
         fresh = self._fresh(found)
         self._obstacles = find_obstacles(model, fresh)
+        self._original = self._open_original(peft_config, model, found)
         if peft_config.mode != "additive":
             written = {name: layer for name, layer in fresh.items() if name not in self._obstacles}
             warn_of_twins(model, {n: layer for n, layer in written.items() if not is_dequantisable(layer)})
@@ -67,6 +78,37 @@ class PacaModel(Tuner):
                 "%d of %d adapted layers add their columns beside the weight (mode 'additive'), the first: "
                 "'%s'. %s", len(self._obstacles), len(found), name, reason,
             )  # fmt: skip
+
+    def _open_original(
+        self, config: PacaConfig, model: nn.Module, found: dict[str, nn.Module]
+    ) -> OriginalColumns | None:
+        """Return the checkpoint that columns of quantised layers start from, checked for all of them.
+
+        Raises: ConfigError: if no layer of `found`, or one that cannot be read, is quantised.
+            CheckpointError: for a checkpoint of another model.
+        """
+        if config.columns_from is None or all(parameter.is_meta for parameter in model.parameters()):
+            return None
+        quantised = {
+            name: module
+            for name, module in found.items()
+            if (module.is_quantised if isinstance(module, PacaLayer) else is_dequantisable(module))
+        }
+        if self._obstacles:
+            name, reason = next(iter(self._obstacles.items()))
+            raise ConfigError(f"`columns_from`: the columns of '{name}' cannot be read. {reason}")
+        if not quantised:
+            if config.is_saved:  # the base has the original columns itself
+                return None
+            raise ConfigError(
+                "`columns_from` is set, but no adapted layer is quantised: the base has its original "
+                "columns. Leave it out."
+            )
+        config.columns_from = str(Path(config.columns_from).resolve())
+        original = OriginalColumns(config.columns_from)
+        for name, module in quantised.items():
+            original.check(name, module.shape if isinstance(module, PacaLayer) else linear_shape(module))
+        return original
 
     def _create_and_replace(
         self,
@@ -79,14 +121,14 @@ class PacaModel(Tuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, PacaLayer):
-            add_adapter(target, adapter_name, peft_config, current_key)
+            add_adapter(target, adapter_name, peft_config, current_key, self._original)
             return
         additive = self._obstacles.get(current_key, ASKED_FOR if peft_config.mode == "additive" else None)
         make = layer_class(target)
         assert make is not None  # checked before the first was replaced
         layer = make(target, current_key, additive)
         layer._active_adapter = [adapter_name]
-        add_adapter(layer, adapter_name, peft_config, current_key)
+        add_adapter(layer, adapter_name, peft_config, current_key, self._original)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -165,13 +207,48 @@ def _with_names(
     return args, kwargs | {"adapter_names": adapter_names}
 
 
-def add_adapter(layer: PacaLayer, adapter_name: str, config: PacaConfig, name: str) -> None:
-    """Choose columns as `config` says for the layer called `name`, and add the adapter."""
+def _compare_bases(model: PacaModel, incompatible_keys: Any) -> None:
+    """Warn of loaded adapters whose columns started from others than those of this base."""
+    layers = {name: layer for name, layer in model.model.named_modules() if isinstance(layer, PacaLayer)}
+    for adapter_name, config in model.peft_config.items():
+        if not (getattr(config, "is_saved", False) and config.base_columns):
+            continue
+        here = {
+            name: sketch(columns, name)
+            for name, layer in layers.items()
+            if name in config.base_columns and adapter_name in layer.r
+            if (columns := layer.start_columns(adapter_name)) is not None
+        }
+        if (apart := difference(config.base_columns, here)) > SAME:
+            logger.warning(
+                "Adapter '%s' was trained on other columns than this base has: they differ by about %.2g %% "
+                "of their norm%s. A base that is quantised otherwise differs by up to a tenth; more is "
+                "another model.", adapter_name, 100 * apart,
+                "" if config.columns_from is None else f"; they were those of '{config.columns_from}'",
+            )  # fmt: skip
+        config.base_columns |= here
+
+
+def add_adapter(
+    layer: PacaLayer,
+    adapter_name: str,
+    config: PacaConfig,
+    name: str,
+    original: OriginalColumns | None = None,
+) -> None:
+    """Choose columns as `config` says for the layer called `name`, and add the adapter.
+
+    Args:
+        original: the checkpoint that columns of a quantised layer start from. None: its own.
+    """
     r = rank_of(config, name)
     alpha = pattern_value(config.alpha_pattern, name, config.alpha)
     index = choose_columns(layer.columns(), r, name, config.selection, config.seed, indices_of(config, name))
     scale = 1.0 if alpha is None else alpha / r
-    layer.update_layer(adapter_name, index, scale, config.init_weights, config.inference_mode)
+    read = None if original is None or not layer.is_quantised else partial(original.read, name)
+    layer.update_layer(adapter_name, index, scale, config.init_weights, config.inference_mode, read)
+    if not config.is_saved and (columns := layer.start_columns(adapter_name)) is not None:
+        config.base_columns[name] = sketch(columns, name)
 
 
 def rank_of(config: PacaConfig, name: str) -> int:

@@ -113,6 +113,15 @@ class Resident:
             write_columns(self._columns_of(copy), *self._original)
         return copy
 
+    @torch.no_grad()
+    def original_columns(self, weight: Tensor, index: Tensor) -> Tensor:
+        """Return a copy of the columns `index` of W₀."""
+        columns = self._columns_of(weight).index_select(1, index.to(weight.device))
+        if self._original is not None:
+            for position, column in enumerate(self._original.index.tolist()):
+                columns[:, index == column] = self._original.values[:, position, None]
+        return columns
+
     def index(self, weight: Tensor) -> Tensor:
         """Return the columns of `weight` that are not its own, sorted."""
         if self._original is None:
