@@ -29,7 +29,7 @@ DOORS = {
     "onnxruntime": ("exporters", "sessions"),
     "openvino": ("exporters", "sessions"),
     "executorch": ("exporters", "sessions"),
-    "bitsandbytes": ("training/text/pretrained",),
+    "bitsandbytes": ("training/text/pretrained", "bench"),
     "matplotlib": ("report", "analysis"),
     **dict.fromkeys(("litserve", "fastapi", "starlette", "uvicorn"), ("service",)),
     "scipy": ("analysis", "models/deimv2/loss/matcher"),

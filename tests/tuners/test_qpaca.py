@@ -15,6 +15,7 @@ from tests.support.models import tiny_llama
 from tests.support.paca import tokens, train, trainable, wrap
 from tests.support.quantised import Hqq, bnb_layer
 from thawline import ConfigError
+from thawline.bench.quantised import ReferenceLinear
 from thawline.measure import saved_bytes
 from thawline.ops.dequantised_linear import dequantised_linear
 from thawline.tuners.paca import PacaLinear
@@ -138,3 +139,27 @@ def test_a_model_of_transformers_is_quantised_adapted_and_exported_plain(tmp_pat
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(plain(tokens()).logits, expected.float(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_reference_in_torch_stores_what_bitsandbytes_stores(kind):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(IN, OUT)
+    ours = ReferenceLinear(linear, kind).dequantize()
+    theirs = thawline.tuners.paca.quantised.dequantise(bnb_layer(linear, kind))
+    # bitsandbytes quantises the scales again, by up to a percent; int8 rounds in half precision first.
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_reference_in_torch_is_near_the_weight(kind):
+    torch.manual_seed(0)
+    linear = nn.Linear(IN, OUT)
+    layer, x = ReferenceLinear(linear, kind), torch.randn(3, IN)
+    apart = (layer.dequantize() - linear.weight).norm() / linear.weight.norm()
+    assert apart < {"nf4": 0.12, "int8": 0.01}[kind], apart
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.dequantize(), linear.bias))
+    second = ReferenceLinear(nn.Linear(OUT, IN), kind)
+    model = adapt(nn.Sequential(layer, nn.Tanh(), second), init_weights=False)
+    torch.testing.assert_close(model(x), dense(model)(x))
