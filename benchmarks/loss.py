@@ -5,7 +5,8 @@
 Peak memory is counted operation by operation on tensors without data, at 128 k words and 8 k tokens, and
 measured as the resident memory of a process at sizes that a processor holds. Time is the median ratio of
 paired rounds in CPU time of the process, which a busy machine disturbs least. The head is frozen, as with
-every adapter, or trained.
+every adapter, or trained: then its gradient alone, which no loss can avoid, is the `floor`. `mixed` has
+float32 weights and bfloat16 products.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
         _measure(*args.measure)
         sys.exit()
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "mixed"):
         for trained in (False, True):
             row: dict[str, Any] = {"dtype": dtype, "head": "trained" if trained else "frozen"}
             row["counted"] = {name: _counted_peak(name, dtype, trained) for name in KINDS}
@@ -75,15 +76,16 @@ def main() -> None:
             for what in ("counted", "resident"):
                 if what in row:
                     row[f"{what}_ratio"] = row[what]["chunked"] / row[what]["plain"]
+                    row[f"{what}_floor"] = _gradient_bytes(what, dtype, trained) / row[what]["plain"]
             rows.append(row)
             results = study_results(__file__, rounds=args.rounds, large=LARGE, measured=MEASURED, rows=rows)
             write_results(args.out, results)
-    ratios = ("counted_ratio", "resident_ratio", "time_ratio")
+    ratios = ("counted_ratio", "counted_floor", "resident_ratio", "resident_floor", "time_ratio")
     lines = [
         [row["dtype"], row["head"], *(f"{row[key]:.3f}" if key in row else "-" for key in ratios)]
         for row in rows
     ]
-    print(markdown(["type", "head", "counted peak", "resident peak", "CPU time"], lines))
+    print(markdown(["type", "head", "counted peak", "floor", "resident peak", "floor", "CPU time"], lines))
 
 
 def _labels(hidden: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def _labels(hidden: Tensor) -> Tensor:
 
 def _head(name: str, dtype: str, trained: bool, sizes: dict[str, int] = MEASURED) -> tuple[nn.Linear, Tensor]:
     torch.manual_seed(0)
-    kind = getattr(torch, dtype)
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     head = KINDS[name](sizes["width"], sizes["n_words"], bias=False, dtype=kind).requires_grad_(trained)
     return head, torch.randn(sizes["n_tokens"], sizes["width"], dtype=kind)
 
@@ -105,7 +107,14 @@ def _step(head: nn.Linear, hidden: Tensor) -> None:
 def _counted_peak(name: str, dtype: str, trained: bool) -> int:
     with torch.device("meta"):
         head, hidden = _head(name, dtype, trained, LARGE)
-    return simulate_step(head, hidden, lambda model, x: model(x.requires_grad_())).peak
+    autocast = torch.bfloat16 if dtype == "mixed" else None
+    return simulate_step(head, hidden, lambda model, x: model(x.requires_grad_()), autocast=autocast).peak
+
+
+def _gradient_bytes(what: str, dtype: str, trained: bool) -> int:
+    with torch.device("meta"):
+        head, _ = _head("plain", dtype, trained, LARGE if what == "counted" else MEASURED)
+    return head.weight.nbytes if trained else 0
 
 
 def _resident_peak(name: str, dtype: str, trained: bool) -> int:

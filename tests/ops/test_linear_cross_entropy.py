@@ -83,6 +83,42 @@ def test_loss_and_gradients_equal_the_plain_ones(options: dict, dtype: torch.dty
         assert (mine.grad - theirs.grad).norm() <= rel * theirs.grad.norm()
 
 
+def test_gradients_of_a_kept_graph_add_up() -> None:
+    torch.manual_seed(0)
+    leaves = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    loss = linear_cross_entropy(*leaves, torch.arange(N) % V)
+    (0.5 * loss).backward(retain_graph=True)
+    once = [x.grad.clone() for x in leaves]
+    loss.backward()
+    for x, first in zip(leaves, once, strict=True):
+        torch.testing.assert_close(x.grad, 3 * first)
+
+
+@pytest.mark.parametrize("slab", [3, 8192])
+def test_mixed_precision_sums_a_float32_head_in_float32(monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
+    monkeypatch.setattr(module, "SLAB", slab)
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(16 * N, H), torch.randn(V, H), torch.arange(16 * N) % V
+    gradients = []
+    for is_mixed in (False, True):
+        weight = weight.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_mixed):
+            linear_cross_entropy(hidden, weight, labels).backward()
+        gradients.append(weight.grad)
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[1] - gradients[0]).norm() <= 4e-3 * gradients[0].norm()  # inputs are rounded
+
+
+def test_sums_over_chunks_in_bfloat16_lose_little() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4096, H).bfloat16(), torch.randn(V, H).bfloat16().requires_grad_()
+    labels = torch.arange(len(hidden)) % 7 % V
+    (ours,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), weight)
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.double() @ exact.t(), labels).backward()
+    assert (ours - exact.grad).norm() <= 0.01 * exact.grad.norm()  # 0.003 with a single rounding
+
+
 def test_gradient_by_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST", 2)
     torch.manual_seed(0)
@@ -118,14 +154,20 @@ class Chunked(nn.Linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peak_at_128k_words_and_8k_tokens_is_a_seventh(dtype: torch.dtype) -> None:
-    def peak(kind: type[nn.Linear]) -> int:
+@pytest.mark.parametrize("trained", [False, True])
+def test_peak_at_128k_words_and_8k_tokens_is_the_gradients_and_little_more(
+    dtype: torch.dtype, trained: bool
+) -> None:
+    def peak(kind: type[nn.Linear]) -> tuple[int, int]:
         with torch.device("meta"):
-            head = kind(1024, 128_000, bias=False, dtype=dtype).requires_grad_(False)
+            head = kind(1024, 128_000, bias=False, dtype=dtype).requires_grad_(trained)
             hidden = torch.zeros(8192, 1024, dtype=dtype)
-        return simulate_step(head, hidden, lambda model, x: model(x.requires_grad_())).peak
+        cost = simulate_step(head, hidden, lambda model, x: model(x.requires_grad_()))
+        return cost.peak, head.weight.nbytes if trained else 0
 
-    assert peak(Chunked) <= 0.15 * peak(Plain)
+    (ours, gradient), (plain, _) = peak(Chunked), peak(Plain)
+    assert ours <= 0.15 * plain
+    assert ours - gradient <= 0.03 * plain
 
 
 def test_time_is_that_of_the_plain_loss() -> None:

@@ -1,9 +1,11 @@
 """Cross-entropy of a linear head, a chunk of tokens at a time: the logits of all tokens never exist together.
 
 Forward computes each chunk's logits, its part of the loss and, while they are there, the gradients of the
-hidden states and of a trained head; backward scales them. The products are those of the plain loss, so is
-their number. Kept for backward: one value per hidden value instead of three per logit. With a vocabulary of
-128 k and a width of 4096 that is a hundredth.
+hidden states and of a trained head; backward scales them in place. The products are those of the plain loss,
+so is their number. Kept for backward: one value per hidden value instead of three per logit (with a
+vocabulary of 128 k and a width of 4096 a hundredth), and the gradient of a trained head. That gradient is the
+floor: it is there once, and chunks are added straight into it. Its sums therefore have the head's own type;
+in bfloat16 they round once per chunk, an error of 0.7 % of the gradient where a single rounding gives 0.3 %.
 
 The idea is that of Liger's fused linear cross-entropy (Hsu et al., 2024), whose kernels are faster on a GPU;
 this is plain torch, for any device.
@@ -24,6 +26,8 @@ from torch.autograd.function import once_differentiable
 CHUNKS = 32
 """Parts that the tokens are cut into, of at least `LEAST` tokens: smaller products would be slower."""
 LEAST = 128
+SLAB = 8192
+"""Rows of the weight whose gradient is computed at once, where it has another type than the products."""
 
 
 def linear_cross_entropy(
@@ -51,9 +55,7 @@ def linear_cross_entropy(
     Returns: a scalar in float32.
     """
     if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if divisor is None:
         divisor = (labels != ignored).sum()
     settings = ignored, label_smoothing, scale, softcap
@@ -71,40 +73,49 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: Tensor,
         settings: tuple[int, float, float, float | None],
     ) -> Tensor:
-        n_tokens = len(hidden)
+        n_tokens, dtype = len(hidden), hidden.dtype
         size = max(LEAST, -(-n_tokens // CHUNKS))
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Sums over chunks are in float32, like those inside one large product.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if wants_bias else None
+        grads = [
+            torch.zeros_like(x) if wanted and x is not None else None
+            for x, wanted in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        ]
+        grad_hidden, grad_weight, grad_bias = grads
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, n_tokens, size):
                 part = slice(start, start + size)
                 logits = torch.nn.functional.linear(hidden[part], weight, bias)
                 loss, grad = _loss_and_gradient(logits.float(), labels[part], *settings)
+                del logits
                 total += loss
-                grad = grad.to(hidden.dtype)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(dtype)
                 if grad_hidden is not None:
                     torch.mm(grad, weight, out=grad_hidden[part])
                 if grad_weight is not None:
-                    grad_weight += grad.t() @ hidden[part]
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0, dtype=torch.float32)
-        grads = (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
-        )
+                    _add_product(grad_weight, grad.t(), hidden[part])
         ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors)
+        # In place, since a second tensor as large as the head would be the peak of the whole step.
+        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        scale = torch.mul if is_kept else Tensor.mul_
+        scaled = (None if x is None else scale(x, grad.to(x.dtype)) for x in ctx.saved_tensors)
         return *scaled, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a · b to `total`, without another tensor of its size."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    for rows in range(0, len(total), SLAB):
+        total[rows : rows + SLAB] += a[rows : rows + SLAB] @ b
 
 
 def _loss_and_gradient(
