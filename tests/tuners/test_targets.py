@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 
@@ -14,10 +15,14 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
@@ -65,6 +70,15 @@ def mamba() -> nn.Module:
 
 def adapted(model: nn.Module) -> list[str]:
     return sorted(model.base_model.targeted_module_names)
+
+
+def phimoe() -> nn.Module:
+    return PhimoeForCausalLM(PhimoeConfig(**SIZES, num_local_experts=3))
+
+
+def llama4() -> nn.Module:
+    sizes = {"intermediate_size_mlp": 36, "num_local_experts": 3, "head_dim": 6}
+    return Llama4ForCausalLM(Llama4TextConfig(**SIZES, **sizes))
 
 
 OURS = {"paca": PacaConfig, "mhr": MHRConfig}
@@ -257,3 +271,19 @@ def test_torchs_own_attention_is_left_out_of_all_linear_and_refused_by_name(capl
     assert any("leaves out 'attention'" in message for message in caplog.messages)
     with pytest.raises(ConfigError, match=r"'attention.out_proj' belongs to nn.MultiheadAttention"):
         get_peft_model(Attention(), OURS[tuner](r=2, target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize(
+    "settings", [Lora(r=2), Paca(r=2), Mhr(r=2, n_skills=2, n_heads=1)], ids=lambda s: s.method
+)
+@pytest.mark.parametrize("build", [phimoe, llama4])
+def test_routers_of_experts_are_left_out_of_all_linear_and_refused_by_name(caplog, settings, build) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = attach_tuner(build(), settings, tasks=["one"])
+    assert "o_proj" in "".join(adapted(model))
+    assert "router" not in "".join(adapted(model))
+    assert "leaves out 'model.layers.0." in caplog.text
+    assert "router' and 1 more: it does not" in caplog.text
+    named = dataclasses.replace(settings, target_modules=["q_proj", "router"])
+    with pytest.raises(ConfigError, match="router' does not return a product alone"):
+        attach_tuner(build(), named, tasks=["one"])

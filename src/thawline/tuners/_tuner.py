@@ -25,6 +25,7 @@ from thawline.tuners.targets import (
     find_targets,
     is_all_linear,
     warn_of_the_rest,
+    why_unfit,
 )
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken: see '{}'."
@@ -78,11 +79,8 @@ class Tuner(BaseTuner):
                 continue
             if isinstance(module, BaseTunerLayer):
                 raise ConfigError(f"'{name}' already has an adapter of another method. Unload it first.")
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-                raise ConfigError(
-                    f"'{name}' belongs to nn.MultiheadAttention, which uses the weight without calling the "
-                    "layer, so it would never learn. Add it to exclude_modules."
-                )
+            if reason := why_unfit(model, name):
+                raise ConfigError(f"'{name}' {reason}, so no adapter fits it. Add it to exclude_modules.")
         cls.check_targets(config, model, found)
         return found
 

@@ -31,7 +31,7 @@ from thawline.tuners.mhr.layer import find_layers
 from thawline.tuners.mhr.task_ids import route_by_batch
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
-from thawline.tuners.targets import check_attached, check_trained, is_all_linear, join_patterns
+from thawline.tuners.targets import check_attached, check_trained, find_routers, is_all_linear, join_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +120,13 @@ def _new_adapter(
 ) -> nn.Module:
     config = _peft_config(settings, _task_type(model), tasks)
     check_trained(config, model)
-    if config.task_type == "SEQ_CLS" and is_all_linear(getattr(config, "target_modules", None)):
-        config.exclude_modules = join_patterns(config.exclude_modules, _trained_in_full(model))
+    asked = copy.deepcopy(config)  # PEFT turns names into other names
+    if is_all_linear(getattr(config, "target_modules", None)):
+        in_full = _trained_in_full(model) if config.task_type == "SEQ_CLS" else []
+        unfit = [] if isinstance(config, TunerConfig) else find_routers(model)  # ours see to it themselves
+        config.exclude_modules = join_patterns(config.exclude_modules, [*in_full, *unfit])
     if batches is not None and isinstance(config, PacaConfig) and _looks_at_data(config):
         config = dataclasses.replace(select_columns(model, config, batches()), selection="explicit")
-    asked = copy.deepcopy(config)  # PEFT turns names into other names
     try:
         tuned = peft.get_peft_model(model, config)
     except ConfigError:

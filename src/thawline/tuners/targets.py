@@ -13,6 +13,7 @@ __all__ = [
     "check_fused",
     "check_patterns",
     "check_trained",
+    "find_routers",
     "find_targets",
     "is_all_linear",
     "join_patterns",
@@ -40,6 +41,9 @@ EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2"
 """Names of an expert's layers in models that do not fuse them, and in adapters of such models."""
 ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")
 """Heads that PEFT writes into `modules_to_save` by itself, whether or not a model has them."""
+ROUTERS = ("Router", "GroupedLinear")
+"""Ends of the class names of transformers' linear layers that return something else than x Wᵀ."""
+OTHER_OUTPUT = "does not return a product alone, but chooses experts or groups"
 PATTERNS = ("rank_pattern", "alpha_pattern", "heads_pattern", "indices")
 """Fields of a config by whose keys an adapted module gets a value of its own."""
 
@@ -52,20 +56,36 @@ def is_all_linear(targets: Any) -> bool:
 def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that `config` adapts, by name; in it, "all-linear" becomes their names.
 
-    "all-linear" leaves out the projection inside `nn.MultiheadAttention`, which is never called.
+    "all-linear" leaves out what `why_unfit` tells.
     """
     every = is_all_linear(config.target_modules)
     _maybe_include_all_linear_layers(config, model)
     modules = dict(modules_of(model))
     if every:
         config.target_modules -= {
-            name
-            for name in config.target_modules
-            if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+            name for name in config.target_modules if name in modules and why_unfit(model, name)
         }
     return {
         name: module for name, module in modules.items() if name and check_target_module_exists(config, name)
     }
+
+
+def find_routers(model: nn.Module) -> list[str]:
+    """Return the names of linear layers that choose experts, or otherwise return more than a product."""
+    return [
+        name
+        for name, module in modules_of(model)
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith(ROUTERS)
+    ]
+
+
+def why_unfit(model: nn.Module, name: str) -> str | None:
+    """Return why the module called `name` takes no adapter; None: it does."""
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return "belongs to nn.MultiheadAttention, which uses the weight without calling the layer"
+    if name in find_routers(model):
+        return OTHER_OUTPUT
+    return None
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -94,6 +114,10 @@ def check_attached(tuner: BaseTuner, asked: Any, config: Any) -> None:
         check_fused(asked, model)
     if getattr(config, "target_parameters", None) and isinstance(targets, set | list):
         targets = {entry for entry in targets if entry.rpartition(".")[2] not in ("gate", *EXPERT_LAYERS)}
+    for name in tuner.targeted_module_names:
+        layer = model.get_submodule(name)
+        if type(getattr(layer, "base_layer", layer)).__name__.endswith(ROUTERS):
+            raise ConfigError(f"'{name}' {OTHER_OUTPUT}. Add it to exclude_modules.")
     check_patterns(asked, model, targets, [*tuner.targeted_module_names, *tuner.targeted_parameter_names])
 
 
@@ -210,6 +234,9 @@ def warn_of_the_rest(config: Any, model: nn.Module) -> None:
         if isinstance(module, nn.MultiheadAttention)
         and not (isinstance(module.out_proj, BaseTunerLayer) or _is_left_out(config, f"{name}.out_proj"))
     ]
+    routers = [name for name in find_routers(model) if not _is_left_out(config, name)]
+    if routers:
+        logger.warning("'all-linear' leaves out '%s'%s: it %s.", routers[0], _and_more(routers), OTHER_OUTPUT)
     if attention:
         logger.warning(
             "'all-linear' leaves out '%s'%s: nn.MultiheadAttention uses its weights without calling layers.",
