@@ -141,12 +141,15 @@ def check_detection(
     """
     raw = read_raw(path, format, images)
     data = assemble(raw, decode=True)
-    problems = [*data.problems, *_find_leaks(data), *_check_classes(data), *_check_crowded(data)]
+    leaks = [leak for leak in _find_leaks(data) if leak not in data.problems]
+    problems = [*data.problems, *leaks, *_check_classes(data), *_check_crowded(data)]
     return DataCheck(
         data=data,
         raw=raw,
         summaries={split: _summarise(records, data.class_names) for split, records in data.splits.items()},
-        problems=tuple(sorted(problems, key=lambda problem: [*PROBLEM_KINDS].index(problem.kind))),
+        problems=tuple(
+            sorted(problems, key=lambda problem: [*PROBLEM_KINDS].index(problem.kind))
+        ),
     )
 
 

@@ -94,6 +94,10 @@ ERRORS: dict[str, ProblemKind] = {
         "multiply them by the image's width and height",
         "multiplies them",
     ),
+    "box-corners": ProblemKind(
+        "splits have boxes that look like two corners each, x1 y1 x2 y2",
+        "write `[x, y, width, height]` in COCO, `cx cy w h` in YOLO",
+    ),
     "unknown-image": ProblemKind(
         "annotations refer to an unknown image", "add the image, or remove them", "leaves them out"
     ),

@@ -12,6 +12,7 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ def assemble(raw: RawSet, decode: bool = False) -> DetectionSet:
     names, ids = _class_list(raw)
     _check_shift(raw)
     _check_units(raw)
+    _check_corners(raw)
+    _check_shared(raw)
     _check_unused(raw)
     splits = {}
     for split, images in raw.splits.items():
@@ -210,6 +213,38 @@ def _check_units(raw: RawSet) -> None:
             corners = ", ".join(f"{value:g}" for value in boxes[0].xyxy)
             detail = f"{len(boxes)} of {len(image.boxes)} boxes, e.g. ({corners})"
             raw.add_problem("box-units" if is_unit else "box-tiny", image.where, detail, split)
+
+
+def _check_corners(raw: RawSet) -> None:
+    """Report splits of COCO or YOLO whose boxes are two corners each, where a corner or center has a size.
+
+    Read as the format says, a quarter of such boxes or more leave their image, and all are boxes as corners.
+    """
+    for split, images in raw.splits.items() if raw.format != "voc" else ():
+        found, sizes = [], []
+        for image in images:
+            if size := (1, 1) if raw.is_relative else image.size:
+                found += [box.xyxy for box in image.boxes]
+                sizes += [size * 2] * len(image.boxes)
+        boxes, sides = box_array(found), box_array(sizes)
+        x1, y1, x2, y2 = boxes.T
+        first = ((x1 + x2) / 2, (y1 + y2) / 2) if raw.is_relative else (x1, y1)
+        corners = np.column_stack([*first, x2 - x1, y2 - y1])
+        are_corners = ((corners >= 0) & (corners <= sides)).all() and has_area(corners).all()
+        n_outside = (np.abs(np.clip(boxes, 0, sides) - boxes) > 0.02 * sides).any(1).sum()
+        if len(boxes) and are_corners and 4 * n_outside >= len(boxes):
+            detail = f"{n_outside} of {len(boxes)} boxes leave their image; as x1 y1 x2 y2 all are inside"
+            raw.add_problem("box-corners", split, detail, split)
+
+
+def _check_shared(raw: RawSet) -> None:
+    """Report images that two splits name; the later split is the held-out one."""
+    for first, second in combinations(raw.splits, 2):
+        held_out = {image.path for image in raw.splits[second] if image.path is not None}
+        for image in raw.splits[first]:
+            if image.path in held_out and image.path is not None:
+                name = relative_name(image.path, raw.root)
+                raw.add_problem("leak", f"{first}: {name}", f"{second}: {name}", first)
 
 
 def _check_unused(raw: RawSet) -> None:

@@ -211,7 +211,8 @@ def _field(entry: dict[str, Any], name: str, reader: Callable[[object], Value]) 
 def _to_xyxy(entry: dict[str, Any]) -> Box:
     bbox, polygons = entry.get("bbox"), entry.get("segmentation")
     try:
-        if bbox in (None, []) and isinstance(polygons, list) and polygons:
+        if bbox in (None, [], [0, 0, 0, 0]) and isinstance(polygons, list) and polygons:
+            polygons = polygons if isinstance(polygons[0], list) else [polygons]
             points = [[*map(to_number, polygon)] for polygon in polygons]
             return box_around([x for p in points for x in p[::2]], [y for p in points for y in p[1::2]])
         x, y, w, h = map(to_number, bbox if isinstance(bbox, list) else ())

@@ -106,7 +106,7 @@ def _read_xml(path: Path, image: RawImage, raw: RawSet, split: str) -> list[str]
         faults.append(f"size {error}")
     source = " ".join(node.text or "" for node in root.iterfind("source/*"))
     first = 1.0 if "VOC20" in source else 0.0
-    for number, node in enumerate(root.iterfind("object"), start=1):
+    for number, node in enumerate(root.iter("object"), start=1):
         name = (node.findtext("name") or "").strip()
         try:
             x1, y1, x2, y2 = _corners(node)
@@ -121,16 +121,22 @@ def _read_xml(path: Path, image: RawImage, raw: RawSet, split: str) -> list[str]
 
 
 def _parse(path: Path, raw: RawSet, split: str) -> Element:
-    """Parse an XML file; one that is not in the encoding that it names is read as text of another."""
+    """Parse an XML file; one that is not in the encoding that it names is read as text of another.
+
+    Returns: its root, with tags in lower case and without namespaces.
+    """
     data = path.read_bytes()
     try:
-        return ElementTree.fromstring(data)
+        root = ElementTree.fromstring(data)
     except (ElementTree.ParseError, ValueError):
         named = re.match(rb"""[^>]*encoding=["']([\w-]+)""", data)
         encoding = named[1].decode() if named else "utf-8"
-        if encoding.lower().startswith("utf"):
-            return ElementTree.fromstring(raw.read_text(path, split))
-        return ElementTree.fromstring(data.decode(encoding, errors="replace"))
+        is_utf = encoding.lower().startswith("utf")
+        text = raw.read_text(path, split) if is_utf else data.decode(encoding, errors="replace")
+        root = ElementTree.fromstring(text)
+    for node in root.iter():
+        node.tag = node.tag.rpartition("}")[2].lower()
+    return root
 
 
 def _corners(node: Element) -> tuple[float, float, float, float]:
