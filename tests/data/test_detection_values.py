@@ -491,3 +491,83 @@ def test_images_with_more_boxes_than_queries_are_remarked_in_the_check(tmp_path:
         ("many-boxes", "1 of 2 images, with up to 121 boxes"),
     ]
     assert any("base.overrides.num_queries" in line for line in check.lines())
+
+
+# --- two corners instead of a corner or center and a size
+
+
+def yolo_corners(root: Path) -> Path:
+    write_yolo(root)
+    for split, images in SETS.items():
+        for name, ((width, height), found) in images.items():
+            lines = [
+                f"{NAMES.index(label)} {x1 / width} {y1 / height} {x2 / width} {y2 / height}\n"
+                for label, (x1, y1, x2, y2) in found
+            ]
+            (root / "labels" / split / f"{name}.txt").write_text("".join(lines))
+    return root
+
+
+def coco_corners(root: Path) -> Path:
+    def change(content: dict) -> None:
+        for entry in content["annotations"]:
+            x, y, w, h = entry["bbox"]
+            entry["bbox"] = [x, y, x + w, y + h]
+
+    return edit(write_coco(root), change)
+
+
+@pytest.mark.parametrize("write", [coco_corners, yolo_corners])
+def test_boxes_of_two_corners_are_refused(tmp_path: Path, write: Callable) -> None:
+    with pytest.raises(
+        DataError, match="train: . of . boxes leave their image; as x1 y1 x2 y2 all are inside"
+    ):
+        load_detection(write(tmp_path / "set"))
+    assert "box-corners" in {problem.kind for problem in check_detection(tmp_path / "set").problems}
+
+
+def test_boxes_that_leave_their_image_but_are_no_corners_are_remarked_alone(tmp_path: Path) -> None:
+    def enlarge(content: dict) -> None:
+        for entry in content["annotations"]:
+            entry["bbox"][2:] = [200, 3]
+
+    kinds = {one.kind for one in load_detection(edit(write_coco(tmp_path / "set"), enlarge)).problems}
+    assert kinds == {"box-outside"}
+
+
+# --- polygons and XML as other tools write them
+
+
+@pytest.mark.parametrize("bbox", [None, [], [0, 0, 0, 0]])
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_an_empty_box_gives_way_to_the_polygon_beside_it(tmp_path: Path, bbox, is_nested: bool) -> None:
+    def change(content: dict) -> None:
+        for entry in content["annotations"]:
+            x, y, w, h = entry["bbox"]
+            polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+            entry |= {"bbox": bbox, "segmentation": [polygon] if is_nested else polygon}
+
+    assert boxes(load_detection(edit(write_coco(tmp_path / "set"), change))) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<annotation>", '<annotation xmlns="http://example.org/voc">'),
+        ("object>", "Object>"),
+        ("<object>", "<objects><object>"),
+    ],
+)
+def test_objects_of_xml_are_found_by_their_plain_tag(tmp_path: Path, old: str, new: str) -> None:
+    for file in (write_voc(tmp_path / "set") / "Annotations").glob("*.xml"):
+        text = file.read_text().replace(old, new)
+        file.write_text(text.replace("</object>", "</object></objects>") if "objects" in new else text)
+    assert boxes(load_detection(tmp_path / "set")) == WANTED
+
+
+def test_images_of_two_splits_are_remarked_by_loader_and_check_alike(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "set")
+    save_yaml(root / "data.yaml", {"train": "images", "val": "images/val", "names": list(NAMES)})
+    for problems in (load_detection(root).problems, check_detection(root).problems):
+        leaks = [str(problem) for problem in problems if problem.kind == "leak"]
+        assert leaks == [f"train: images/val/{name}.png: val: images/val/{name}.png" for name in "de"]
