@@ -27,7 +27,8 @@ bench() { part "$1" python3 -m "thawline.bench.$2" --device cuda "${@:3}"; }
 study() { part "$1" python3 "benchmarks/$2.py" --device cuda "${@:3}"; }
 
 part 8 python3 -m pytest -q -m gpu tests/gpu
-bench 15 tuners --rounds 15 --case reference bf16-8b-proportions 8b-blocks --out "$OUT/tuners-gpu.json"
+bench 11 tuners --rounds 15 --case reference bf16-8b-proportions 8b-blocks --out "$OUT/tuners-gpu.json"
+bench 4 tuners --rounds 15 --case nf4 int8 beside --out "$OUT/quantised-gpu.json"
 bench 13 tuners --rounds 15 --case small-model resnet18 small-llama-memory resnet50 tinyllama --out "$OUT/complaints-gpu.json"
 bench 11 tuners --rounds 15 --case skills-small skills-reference skills-linear skills-decoding --out "$OUT/mhr-gpu.json"
 bench 5 tuners --rounds 15 --case vit convnet --out "$OUT/vision-cost-gpu.json"

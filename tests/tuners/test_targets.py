@@ -84,7 +84,6 @@ def llama4() -> nn.Module:
 OURS = {"paca": PacaConfig, "mhr": MHRConfig}
 
 
-@pytest.mark.parametrize("tuner", OURS)
 @pytest.mark.parametrize(
     ("build", "targets", "names"),
     [
@@ -113,26 +112,44 @@ OURS = {"paca": PacaConfig, "mhr": MHRConfig}
         ),
     ],
 )
-def test_fused_experts_are_refused_by_name_with_what_reaches_them(tuner, build, targets, names) -> None:
+def test_mhr_refuses_fused_experts_by_name_with_what_reaches_them(build, targets, names) -> None:
     model = build()
     before = [type(module) for module in model.modules()]
     with pytest.raises(ConfigError, match=names):
-        get_peft_model(model, OURS[tuner](r=2, target_modules=targets))
+        get_peft_model(model, MHRConfig(r=2, target_modules=targets))
     assert [type(module) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("tuner", OURS)
+@pytest.mark.parametrize(
+    ("build", "targets", "names"),
+    [
+        (mixtral, ["q_proj", "w1"], "'w1': it is a part of 'model.layers.0.mlp.experts.gate_up_proj'"),
+        (mixtral, r".*experts\.\d+\.w[123]|.*q_proj", "means a part of 'model.layers.0.mlp.experts.gate_up"),
+        (qwen_moe, ["gate_proj", "up_proj"], "means a part of .*experts.gate_up_proj' .3 × 40 × 24. too"),
+        (qwen_moe, ["q_proj", "gate_proj", "down_proj"], "Name it whole .'gate_up_proj'., or .* .'experts'"),
+        (deepseek, ["q_b_proj", "up_proj"], "means a part of 'model.layers.1.mlp.experts.gate_up_proj'"),
+    ],
+)
+def test_paca_refuses_parts_of_fused_experts(build, targets, names) -> None:
+    model = build()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match=names):
+        get_peft_model(model, PacaConfig(r=2, target_modules=targets))
+    assert [type(module) for module in model.modules()] == before
+
+
 @pytest.mark.parametrize("build", [mixtral, qwen_moe, deepseek, gpt_oss])
-def test_all_linear_says_which_weights_it_leaves_out(caplog, tuner, build) -> None:
+def test_all_linear_says_which_weights_it_leaves_out(caplog, build) -> None:
     with caplog.at_level(logging.WARNING):
-        get_peft_model(build(), OURS[tuner](r=2, target_modules="all-linear"))
+        get_peft_model(build(), MHRConfig(r=2, target_modules="all-linear"))
     (said,) = [message for message in caplog.messages if "all-linear" in message]
-    assert re.search(r"% of the weights.*experts.gate_up_proj' \(.*target_parameters", said)
+    assert re.search(r"% of the weights.*experts.gate_up_proj' \(.*target_parameters.*row's task", said)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        config = OURS[tuner](r=2, target_modules="all-linear", exclude_modules=["experts"])
-        get_peft_model(build(), config)
-        get_peft_model(tiny_llama(), OURS[tuner](r=2, target_modules="all-linear"))
+        for config in OURS.values():
+            get_peft_model(build(), config(r=2, target_modules="all-linear", exclude_modules=["experts"]))
+            get_peft_model(tiny_llama(), config(r=2, target_modules="all-linear"))
+        get_peft_model(build(), PacaConfig(r=2, target_modules="all-linear"))
     assert not caplog.messages
 
 

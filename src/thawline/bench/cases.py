@@ -10,8 +10,8 @@ __all__ = ["CASES", "Case"]
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from transformers import (
 
 from thawline.bench.methods import Adapt
 from thawline.bench.networks import ConvNet, VisionTransformer
+from thawline.bench.quantised import engine
 
 Batch = dict[str, Any]
 """Model inputs, with the rows' task ids."""
@@ -51,6 +52,8 @@ class Case:
     """Names in `thawline.bench.methods.METHODS`."""
     dtype: torch.dtype = torch.float32
     """dtype of the network and of images."""
+    quantised: Literal["", "nf4", "int8"] = ""
+    """Storage of the linear layers but the head; see `thawline.bench.quantised`."""
     needs_gpu: bool = False
     """Too large for a CPU."""
     tasks: tuple[int, ...] | None = None
@@ -153,6 +156,14 @@ _REFERENCE: dict[str, Any] = {
     "kv_heads": 8,
     "vocab": 4096,
 }
+_REFERENCE_CASE = Case(
+    what="Llama, hidden 512, 8 layers, MLP 1408, 8 heads, vocabulary 4096; 4 × 256 tokens",
+    build=_llama(**_REFERENCE),
+    batch=_tokens(vocab=4096, batch=4, length=256),
+    loss=_next_token_loss,
+    adapt=Adapt(entry="model.embed_tokens", targets="all-linear"),
+    methods=_FP32,
+)
 _SMALL: dict[str, Any] = {"hidden": 64, "mlp": 160, "layers": 8, "heads": 4, "kv_heads": 4, "vocab": 256}
 
 
@@ -170,15 +181,21 @@ def _skills_case(what: str, sizes: dict[str, Any], length: int, *, new_tokens: i
     )
 
 
+def _quantised_case(kind: Literal["nf4", "int8"]) -> Case:
+    """The reference Llama as QLoRA's users have it: `lora` is PEFT's on the quantised base, `paca` QPaCA."""
+    return replace(
+        _REFERENCE_CASE,
+        what=f"{_REFERENCE_CASE.what}; linear layers in {kind} ({engine()}), products in fp32",
+        methods=("floor", "lora", "lora_dropout", "paca"),
+        quantised=kind,
+    )
+
+
 CASES: dict[str, Case] = {
-    "reference": Case(
-        what="Llama, hidden 512, 8 layers, MLP 1408, 8 heads, vocabulary 4096; 4 × 256 tokens",
-        build=_llama(**_REFERENCE),
-        batch=_tokens(vocab=4096, batch=4, length=256),
-        loss=_next_token_loss,
-        adapt=Adapt(entry="model.embed_tokens", targets="all-linear"),
-        methods=_FP32,
-    ),
+    "reference": _REFERENCE_CASE,
+    "beside": replace(_REFERENCE_CASE, methods=("floor", "lora", "paca", "paca_additive")),
+    "nf4": _quantised_case("nf4"),
+    "int8": _quantised_case("int8"),
     "bf16-8b-proportions": Case(
         what="two Llama blocks in the proportions of the 8B: hidden 512, MLP 1792, 8/2 heads; 1 × 64 tokens",
         build=_llama(hidden=512, mlp=1792, layers=2, heads=8, kv_heads=2, vocab=64, trunk=True),

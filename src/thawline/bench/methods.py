@@ -7,7 +7,7 @@ __all__ = ["METHODS", "ROUTED", "Adapt", "attach"]
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import peft
 from torch import Tensor, nn
@@ -82,11 +82,14 @@ def _lora(model: nn.Module, adapt: Adapt, *, dropout: bool = False, fp32: bool =
     return peft.get_peft_model(model, config, autocast_adapter_dtype=fp32)
 
 
-def _paca(model: nn.Module, adapt: Adapt, *, lean: bool = False) -> nn.Module:
+def _paca(
+    model: nn.Module, adapt: Adapt, *, lean: bool = False, mode: Literal["auto", "additive"] = "auto"
+) -> nn.Module:
     from thawline.tuners import PacaConfig  # registers PaCA with PEFT: only where it is used
 
     config = PacaConfig(
         r=adapt.paca_r,
+        mode=mode,
         target_modules=adapt.targets,
         modules_to_save=[adapt.head] if adapt.head else None,
         task_type=adapt.task_type,
@@ -133,6 +136,7 @@ METHODS: dict[str, Callable[[nn.Module, Adapt], nn.Module]] = {
     "lora_fp32_dropout": partial(_lora, fp32=True, dropout=True),
     "paca": _paca,
     "paca_lean": partial(_paca, lean=True),
+    "paca_additive": partial(_paca, mode="additive"),
     "poly": _poly,
     "mhr": _mhr,
 }

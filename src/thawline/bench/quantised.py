@@ -38,6 +38,7 @@ def quantise(model: nn.Module, kind: str, skip: tuple[str, ...] = ("lm_head",)) 
         parent, _, child = name.rpartition(".")
         if type(module) is nn.Linear and child not in skip:
             setattr(model.get_submodule(parent), child, make(module, kind))
+    setattr(model, {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}[kind], True)  # PEFT asks
     return model
 
 

@@ -24,6 +24,7 @@ from thawline.bench.cases import CASES, Batch, Case
 from thawline.bench.harness import bench_parser, bench_results, markdown, use_device
 from thawline.bench.host_reads import HostReads
 from thawline.bench.methods import METHODS, ROUTED, attach
+from thawline.bench.quantised import quantise
 from thawline.errors import ConfigError
 from thawline.measure import (
     Sample,
@@ -116,6 +117,8 @@ class _Run:
         with device:  # a CPU thread takes half a minute to draw a billion random weights
             network = case.build()
         network.to(device, case.dtype).train(not case.new_tokens)
+        if case.quantised:
+            quantise(network, case.quantised)
         model = attach(method, network, case.adapt)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LR, fused=True) if trained else None

@@ -24,6 +24,8 @@ class TunerConfig(PeftConfig):
     """Type of the tuner."""
     foreign_fields: ClassVar[dict[str, str]] = {}
     """Field of another method → what to write instead."""
+    why_no_experts: ClassVar[str] = ""
+    """Why the tuner does not adapt experts that are one weight."""
 
     target_modules: list[str] | set[str] | str | None = None
     """Names, a regular expression, or "all-linear". None: PEFT's own choice for LoRA on this architecture."""

@@ -18,6 +18,7 @@ from torch import nn
 from thawline.errors import ConfigError
 from thawline.tuners._config import TunerConfig
 from thawline.tuners._steps import expect_gradients
+from thawline.tuners.experts import SplitExperts
 from thawline.tuners.targets import (
     check_fused,
     check_patterns,
@@ -70,7 +71,7 @@ class Tuner(BaseTuner):
         check_trained(config, model)
         check_patterns(config, model, targets, found)
         if not (is_all_linear(targets) or config.is_saved):
-            check_fused(config, model)
+            check_fused(config, model, found)
         if not found:
             left = " that `exclude_modules` leaves" if config.exclude_modules else ""
             raise ConfigError(f"`target_modules`: {targets!r} is no module of {type(model).__name__}{left}.")
@@ -81,6 +82,7 @@ class Tuner(BaseTuner):
                 raise ConfigError(f"'{name}' already has an adapter of another method. Unload it first.")
             if reason := why_unfit(model, name):
                 raise ConfigError(f"'{name}' {reason}, so no adapter fits it. Add it to exclude_modules.")
+        found = {name: module for name, module in found.items() if not isinstance(module, SplitExperts)}
         cls.check_targets(config, model, found)
         return found
 

@@ -1,8 +1,8 @@
 """Modules and weights that an adapter's config names: each pattern is adapted or refused by name.
 
 PEFT leaves out silently what a pattern does not reach. Here an entry that matches nothing is an error that
-says what would match. So is one that means fused weights: in transformers 5 the experts of Mixtral, Qwen-MoE
-and their like are parameters of three dimensions, without a module or a name for each layer inside.
+says what would match. So is one that means fused weights which the tuner does not reach: in transformers 5 experts
+(Mixtral, Qwen-MoE and their like) are parameters of three dimensions, without a module for each layer.
 "all-linear", which names nothing, says what it leaves out.
 """
 
@@ -16,6 +16,7 @@ __all__ = [
     "find_routers",
     "find_targets",
     "is_all_linear",
+    "is_left_out",
     "join_patterns",
     "warn_of_the_rest",
 ]
@@ -34,11 +35,14 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from thawline.errors import ConfigError, did_you_mean
+from thawline.tuners.experts import ExpertsLinear, SplitExperts, can_split
 
 logger = logging.getLogger(__name__)
 
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 """Names of an expert's layers in models that do not fuse them, and in adapters of such models."""
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "up_proj": ("w1",), "down_proj": ("w2",)}
+"""Weight of fused experts → the layers that it has taken in."""
 ADDED_BY_PEFT = ("classifier", "score", "qa_outputs")
 """Heads that PEFT writes into `modules_to_save` by itself, whether or not a model has them."""
 ROUTERS = ("Router", "GroupedLinear")
@@ -62,12 +66,19 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
     _maybe_include_all_linear_layers(config, model)
     modules = dict(modules_of(model))
     if every:
+        config.target_modules |= {name for name, m in modules.items() if isinstance(m, ExpertsLinear)}
         config.target_modules -= {
             name for name in config.target_modules if name in modules and why_unfit(model, name)
         }
-    return {
+    found = {
         name: module for name, module in modules.items() if name and check_target_module_exists(config, name)
     }
+    experts = {name: module for name, module in found.items() if isinstance(module, SplitExperts)}
+    if experts:  # named as a whole
+        for name, module in experts.items():
+            found |= {f"{name}.{leaf}": layer for leaf, layer in module.products().items()}
+        config.target_modules = found.keys() - experts.keys()
+    return found
 
 
 def find_routers(model: nn.Module) -> list[str]:
@@ -133,8 +144,8 @@ def check_patterns(config: Any, model: nn.Module, targets: Any, adapted: Collect
     for entry in sorted(targets) if isinstance(targets, (list, tuple, set)) else ():
         named = [name for name in names if _ends(name, entry)]
         if not named:
-            raise ConfigError(f"`target_modules` has '{entry}': {_no_module(entry, model, names)}")
-        if not any(name in adapted or _is_left_out(config, name) for name in named):
+            raise ConfigError(f"`target_modules` has '{entry}': {_no_module(config, entry, model, names)}")
+        if not any(name in adapted or is_left_out(config, name) for name in named):
             raise ConfigError(
                 f"`target_modules` has '{entry}', of which `layers_to_transform` leaves nothing."
             )
@@ -167,14 +178,16 @@ def check_trained(config: Any, model: nn.Module) -> None:
     modules = dict(modules_of(model))
     for entry in set(getattr(config, "modules_to_save", None) or ()) - set(ADDED_BY_PEFT):
         if not any(name.endswith(entry) for name in modules):
-            raise ConfigError(f"`modules_to_save` has '{entry}': {_no_module(entry, model, modules)}")
+            raise ConfigError(f"`modules_to_save` has '{entry}': {_no_module(config, entry, model, modules)}")
     tokens = getattr(config, "trainable_token_indices", None) or {}
     for entry, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
         tables = [module for name, module in modules.items() if entry and _ends(name, entry)]
         if not entry and hasattr(model, "get_input_embeddings"):
             tables = [model.get_input_embeddings()]
         if entry and not tables:
-            raise ConfigError(f"`trainable_token_indices` has '{entry}': {_no_module(entry, model, modules)}")
+            raise ConfigError(
+                f"`trainable_token_indices` has '{entry}': {_no_module(config, entry, model, modules)}"
+            )
         for table in tables:
             n = len(table.weight)
             odd = [index for index in indices if not 0 <= index < n]
@@ -191,23 +204,30 @@ def fused_weights(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{leaf}".lstrip("."): weight
         for name, module in modules_of(model)
         if not type(module).__module__.startswith("torch.nn.")
-        and not isinstance(module, nn.Linear | BaseTunerLayer)
+        and not isinstance(module, nn.Linear | ExpertsLinear | BaseTunerLayer)
         for leaf, weight in module._parameters.items()
         if weight is not None and not leaf.endswith("bias") and _is_fused(f"{name}.{leaf}", weight)
     }
 
 
-def check_fused(config: Any, model: nn.Module) -> None:
-    """Check that `config` names no fused weights.
+def check_fused(config: Any, model: nn.Module, found: Collection[str] = ()) -> None:
+    """Check that `config` names no fused weights but those `found`.
 
     Raises: ConfigError: naming one, its shape and what would work.
     """
     for name, weight in fused_weights(model).items():
         if _means(config, name):
             raise ConfigError(
-                f"`target_modules` means '{name}' {_shape(weight)} too: several layers in one weight, which "
-                f"only LoRA reaches ({_as_parameters([name])}). Name other modules, or leave it "
-                f"frozen with exclude_modules=['{_container(name)}']."
+                f"`target_modules` means '{name}' {_shape(weight)} too: several layers in one weight, "
+                f"{_reach(config, model, [name])}. Name other modules, or leave it frozen with "
+                f"exclude_modules=['{_container(name)}']."
+            )
+    for name, module in modules_of(model):
+        if isinstance(module, ExpertsLinear) and name not in found and _means_part(config, name):
+            raise ConfigError(
+                f"`target_modules` means a part of '{name}' {_shape(module.weight)} too, one weight of all "
+                f"experts. Name it whole ('{name.rpartition('.')[2]}'), or all weights of the experts "
+                f"('{_container(name)}'), or leave them frozen with exclude_modules=['{_container(name)}']."
             )
 
 
@@ -218,21 +238,21 @@ def warn_of_the_rest(config: Any, model: nn.Module) -> None:
     """
     if all(parameter.is_meta for parameter in model.parameters()):
         return
-    fused = {name: weight for name, weight in fused_weights(model).items() if not _is_left_out(config, name)}
+    fused = {name: weight for name, weight in fused_weights(model).items() if not is_left_out(config, name)}
     if fused:
         share = sum(weight.numel() for weight in fused.values()) / sum(p.numel() for p in model.parameters())
         name, weight = next(iter(fused.items()))
         logger.warning(
             "'all-linear' leaves %.0f %% of the weights out: '%s' %s%s hold several layers (experts) in one "
-            "weight, which only LoRA reaches (%s). exclude_modules=['%s'] says that they shall stay frozen.",
-            100 * share, name, _shape(weight), _and_more(fused), _as_parameters(fused),
+            "weight, %s. exclude_modules=['%s'] says that they shall stay frozen.",
+            100 * share, name, _shape(weight), _and_more(fused), _reach(config, model, fused),
             _container(name),
         )  # fmt: skip
     attention = [
         name
         for name, module in modules_of(model)
         if isinstance(module, nn.MultiheadAttention)
-        and not (isinstance(module.out_proj, BaseTunerLayer) or _is_left_out(config, f"{name}.out_proj"))
+        and not (isinstance(module.out_proj, BaseTunerLayer) or is_left_out(config, f"{name}.out_proj"))
     ]
     routers = [name for name in find_routers(model) if not _is_left_out(config, name)]
     if routers:
@@ -267,12 +287,19 @@ def _means(config: Any, name: str) -> bool:
     probes = [name, container]
     if "expert" in container:
         probes += [f"{container}{number}.{layer}" for number in ("", ".0") for layer in EXPERT_LAYERS]
-    return not _is_left_out(config, name) and any(
+    return not is_left_out(config, name) and any(
         check_target_module_exists(config, probe) for probe in probes
     )
 
 
-def _is_left_out(config: Any, name: str) -> bool:
+def _means_part(config: Any, name: str) -> bool:
+    """Return whether targets reach a layer that an expert's weight called `name` has taken in."""
+    container, _, leaf = name.rpartition(".")
+    probes = [f"{container}{number}.{part}" for number in ("", ".0") for part in PARTS.get(leaf, ())]
+    return any(check_target_module_exists(config, probe) for probe in probes)
+
+
+def is_left_out(config: Any, name: str) -> bool:
     """Return whether a config excludes the module or weight called `name`, or trains it in full."""
     saved = getattr(config, "modules_to_save", None) or ()
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved) or any(
@@ -298,16 +325,19 @@ def _matches(field: str, pattern: str, name: str) -> bool:
         raise ConfigError(f"`{field}` has '{pattern}', which is no regular expression: {error}.") from error
 
 
-def _no_module(entry: str, model: nn.Module, names: Collection[str]) -> str:
+def _no_module(config: Any, entry: str, model: nn.Module, names: Collection[str]) -> str:
     fused = fused_weights(model)
     named = [name for name in fused if _ends(name, entry)]
     if not named and entry.rpartition(".")[2] in EXPERT_LAYERS:
         named = [name for name in fused if "expert" in name]
     if named:
         return (
-            f"no layer, but '{named[0]}' {_shape(fused[named[0]])}, several layers in one weight, which only "
-            f"LoRA reaches ({_as_parameters(named)})."
+            f"no layer, but '{named[0]}' {_shape(fused[named[0]])}, several layers in one weight, "
+            f"{_reach(config, model, named)}."
         )
+    experts = [name for name, module in modules_of(model) if isinstance(module, ExpertsLinear)]
+    if experts and entry.rpartition(".")[2] in EXPERT_LAYERS:
+        return f"it is a part of '{experts[0]}', one weight of all experts: name that, or 'experts'."
     return f"no module of {type(model).__name__} is called that. {did_you_mean(entry, _endings(names))}"
 
 
@@ -316,10 +346,15 @@ def _endings(names: Iterable[str]) -> set[str]:
     return {ending for name in names if (ending := name.rpartition(".")[2]) and not ending.isdigit()}
 
 
-def _as_parameters(names: Iterable[str]) -> str:
-    """Return the setting of LoRA that adapts fused weights."""
+def _reach(config: Any, model: nn.Module, names: Collection[str]) -> str:
+    """Return which methods adapt fused weights, by which setting, and why that of `config` does not."""
+    name = next(iter(names))
     endings = dict.fromkeys(".".join(name.split(".")[-2:]) for name in names)
-    return f"tuner.args: {{target_parameters: [{', '.join(endings)}]}}"
+    lora = f"tuner.args: {{target_parameters: [{', '.join(endings)}]}}"
+    if not can_split(model.get_submodule(name.rpartition(".")[0])):
+        return f"which only LoRA reaches ({lora})"
+    why = getattr(config, "why_no_experts", "")
+    return f"which PaCA reaches (target_modules: [{_container(name)}]), and LoRA ({lora}){why}"
 
 
 def _container(name: str) -> str:

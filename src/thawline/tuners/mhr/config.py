@@ -56,6 +56,9 @@ class MHRConfig(MhrFields, TunerConfig):
     """
 
     tuner_type: ClassVar[TunerType] = MHR
+    why_no_experts: ClassVar[str] = (
+        "; MHR does not: it mixes skills by each row's task, and experts get tokens without their rows"
+    )
     foreign_fields: ClassVar[dict[str, str]] = {
         "lora_alpha": "use `alpha`; the update is scaled by alpha / r, and alpha=1 is the paper's",
         "lora_dropout": "use `dropout`",

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from thawline.errors import ConfigError, DataError
+from thawline.tuners.experts import join_experts, split_experts
 from thawline.tuners.paca.config import PacaConfig
 from thawline.tuners.paca.layer import column_view
 from thawline.tuners.paca.model import PacaModel, rank_of
 from thawline.tuners.paca.selection import column_energy, top_columns
+from thawline.tuners.targets import is_left_out
 
 
 def select_columns(
@@ -55,8 +57,34 @@ def select_columns(
         raise ConfigError(
             "The model has adapters already. Call select_columns on the base model, before get_peft_model."
         )
-    targets = PacaModel.checked_targets(copy.deepcopy(config), model)
+    split_experts(model, partial(is_left_out, config))
+    try:
+        targets = PacaModel.checked_targets(copy.deepcopy(config), model)
+        scores = _scores(model, config, targets, batches, loss_fn)
+    finally:
+        join_experts(model)
 
+    indices = {}
+    for name in targets:
+        if name not in scores:
+            raise ConfigError(f"No batch reached '{name}'. Use batches that do, or exclude the module.")
+        r = rank_of(config, name)
+        if r > len(scores[name]):
+            raise ConfigError(
+                f"r={r} is more than the {len(scores[name])} input features of '{name}'. Set rank_pattern."
+            )
+        indices[name] = top_columns(scores[name], r).tolist()
+    return replace(copy.deepcopy(config), indices=indices)
+
+
+def _scores(
+    model: nn.Module,
+    config: PacaConfig,
+    targets: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+) -> dict[str, Tensor]:
+    """Return the score of every input feature, by layer. Raises: DataError: if there is no batch."""
     scores: dict[str, Tensor] = {}
     n_batches = 0
     device = next(model.parameters()).device
@@ -72,18 +100,7 @@ def select_columns(
                 _loss_of(output, batch, loss_fn).backward()
     if n_batches == 0:
         raise DataError("`batches` is empty. Pass a few batches of the training data.")
-
-    indices = {}
-    for name in targets:
-        if name not in scores:
-            raise ConfigError(f"No batch reached '{name}'. Use batches that do, or exclude the module.")
-        r = rank_of(config, name)
-        if r > len(scores[name]):
-            raise ConfigError(
-                f"r={r} is more than the {len(scores[name])} input features of '{name}'. Set rank_pattern."
-            )
-        indices[name] = top_columns(scores[name], r).tolist()
-    return replace(copy.deepcopy(config), indices=indices)
+    return scores
 
 
 def _add(scores: dict[str, Tensor], name: str, energy: Tensor) -> None:

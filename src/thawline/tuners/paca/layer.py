@@ -22,7 +22,15 @@ pickle.
 
 from __future__ import annotations
 
-__all__ = ["ASKED_FOR", "LAYERS", "PacaConv2d", "PacaLayer", "PacaLinear", "layer_class"]
+__all__ = [
+    "ASKED_FOR",
+    "LAYERS",
+    "PacaConv2d",
+    "PacaExpertsLinear",
+    "PacaLayer",
+    "PacaLinear",
+    "layer_class",
+]
 
 import copy
 from abc import abstractmethod
@@ -39,11 +47,13 @@ from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import CheckpointError, ConfigError
 from thawline.ops.dequantised_linear import dequantised_linear
+from thawline.ops.grouped import add_grouped_columns, tap_grouped_columns
 from thawline.ops.partial_conv import ConvGeometry, add_channels, conv_columns, tap_channels
 from thawline.ops.partial_linear import add_columns, split_columns, tap_columns
 from thawline.tuners._scaling import ScaledLayer
 from thawline.tuners._steps import watch
 from thawline.tuners._tuner import BROKEN, OFFLOADED
+from thawline.tuners.experts import ExpertsLinear
 from thawline.tuners.paca.quantised import dequantise, is_dequantisable, plain_linear
 from thawline.tuners.paca.resident import Change, Resident, is_sharded
 from thawline.tuners.paca.weights import HALF
@@ -94,6 +104,9 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.columns_of = column_view(base_layer)
         if isinstance(base_layer, nn.Conv2d):
             self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
+            self.shape = self.columns_of(base_layer.weight).shape
+        elif isinstance(base_layer, ExpertsLinear):
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
             self.shape = self.columns_of(base_layer.weight).shape
         else:
             self.shape = linear_shape(base_layer)
@@ -147,8 +160,9 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
             for name in state.trained:
                 if deltas[name].requires_grad:
                     y = self._tap(
-                        y, x, deltas[name], indices[name], scale=self.scaling[name], on_backward=on_backward
-                    )
+                        y, x, deltas[name], indices[name], *args, scale=self.scaling[name],
+                        on_backward=on_backward,
+                    )  # fmt: skip
         return y
 
     def _tensors(self) -> tuple[Any, Any]:
@@ -664,10 +678,45 @@ class PacaConv2d(PacaLayer):
         return a, delta.flatten(1)[:, :, None, None]
 
 
+class PacaExpertsLinear(PacaLayer):
+    """PaCA on one weight of fused experts: the same columns of every expert, δ is (E, R, O)."""
+
+    _tap = staticmethod(tap_grouped_columns)
+
+    def _parts(self, x: Tensor) -> list[tuple[Change, Tensor | None]]:
+        if self._state.rows is not None:
+            raise ConfigError(
+                f"adapter_names: '{self.name}' gets tokens sorted by expert, and it cannot be told which row "
+                "each belongs to. Run the rows of each adapter apart."
+            )
+        return super()._parts(x)
+
+    def _run_additive(
+        self, x: Tensor, parts: list[tuple[Change, Tensor | None]], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        (ends,) = args
+        inputs = []
+        for change, _ in parts:
+            x, selected = split_columns(x, change.index)
+            inputs.append(selected)
+        y = self.base_layer(x, ends)
+        for ((delta, _, scale), _), selected in zip(parts, inputs, strict=True):
+            y = add_grouped_columns(y, selected, delta, ends, scale)
+        return y
+
+    def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
+        """Refuse: PEFT's LoRA of fused experts is no layer of a name. Raises: ConfigError: always."""
+        raise ConfigError(
+            f"'{self.name}' is one weight of several experts, whose LoRA is stored otherwise. Use "
+            "merge_and_unload, or train without this module."
+        )
+
+
 LAYERS: dict[type[nn.Module], type[PacaLayer]] = {
     nn.Linear: PacaLinear,
     Conv1D: PacaLinear,
     nn.Conv2d: PacaConv2d,
+    ExpertsLinear: PacaExpertsLinear,
 }
 
 
@@ -699,6 +748,8 @@ def column_view(base_layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return the function that views a weight of this layer as (O, I, ...), selectable inputs on axis 1."""
     if isinstance(base_layer, Conv1D):
         return torch.t
+    if isinstance(base_layer, ExpertsLinear):
+        return base_layer.inputs_first
     if isinstance(base_layer, nn.Conv2d) and (geometry := ConvGeometry.of(base_layer)).depthwise:
         return partial(conv_columns, geometry=geometry)
     return _as_stored

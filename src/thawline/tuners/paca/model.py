@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["PacaModel", "rank_of"]
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch import nn
 from thawline.errors import ConfigError, did_you_mean
 from thawline.tuners._config import pattern_value
 from thawline.tuners._tuner import Tuner
+from thawline.tuners.experts import ExpertsLinear, join_experts, split_experts
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class, linear_shape
 from thawline.tuners.paca.origin import OriginalColumns, difference, sketch
 from thawline.tuners.paca.quantised import dequantise_model, is_dequantisable
 from thawline.tuners.paca.selection import choose_columns
 from thawline.tuners.paca.weights import find_obstacles, warn_of_twins
+from thawline.tuners.targets import is_left_out
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +43,28 @@ class PacaModel(Tuner):
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_post_hook(_compare_bases)
 
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        self._found: Collection[str] = ()
+        split_experts(model, partial(is_left_out, peft_config))
+        try:
+            super()._prepare_model(peft_config, model)
+        finally:
+            join_experts(model, keep=self._found)
+
     @classmethod
     def check_targets(cls, config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
         """Check that `found` are layers of a kind that has columns, and that `config.mode` suits them."""
-        obstacles = find_obstacles(model, cls._fresh(found))
-        if obstacles and config.mode == "resident":
+        fresh = cls._fresh(found)
+        obstacles = find_obstacles(model, fresh)
+        if config.mode != "resident":
+            obstacles = {
+                name: why for name, why in obstacles.items() if isinstance(fresh[name], ExpertsLinear)
+            }
+        if obstacles:
             name, reason = next(iter(obstacles.items()))
             raise ConfigError(
-                f"'{name}' cannot be adapted with mode='resident'. {reason} Set mode='auto', or add it to "
-                "exclude_modules."
+                f"'{name}' cannot be adapted with mode='{config.mode}'. {reason} "
+                f"{'Set mode=auto, or a' if config.mode == 'resident' else 'A'}dd it to exclude_modules."
             )
 
     @classmethod
@@ -61,12 +76,13 @@ class PacaModel(Tuner):
                 kinds = ", ".join(kind.__name__ for kind in LAYERS)
                 raise ConfigError(
                     f"'{name}' is a {type(module).__name__}; PaCA adapts {kinds}. Change target_modules, or "
-                    "add it to exclude_modules."
+                    "add it to exclude_modules. A router is small: train it whole, with modules_to_save."
                 )
         return fresh
 
     def _note_targets(self, peft_config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
         fresh = self._fresh(found)
+        self._found = set(found)
         self._obstacles = find_obstacles(model, fresh)
         self._original = self._open_original(peft_config, model, found)
         if peft_config.mode != "additive":
@@ -149,6 +165,7 @@ class PacaModel(Tuner):
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         """Unload; after a merge, layers that are quantised still are dequantised too: the model is plain."""
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        join_experts(model)
         return dequantise_model(model) if merge else model
 
     @contextmanager
