@@ -1,9 +1,9 @@
 """Modules and weights that an adapter's config names: each pattern is adapted or refused by name.
 
 PEFT leaves out silently what a pattern does not reach. Here an entry that matches nothing is an error that
-says what would match. So is one that means fused weights which the tuner does not reach: in transformers 5 experts
-(Mixtral, Qwen-MoE and their like) are parameters of three dimensions, without a module for each layer.
-"all-linear", which names nothing, says what it leaves out.
+says what would match. So is one that means fused weights which the tuner does not reach: in transformers 5
+experts (Mixtral, Qwen-MoE and their like) are parameters of three dimensions, without a module for each
+layer. "all-linear", which names nothing, says what it leaves out.
 """
 
 from __future__ import annotations
