@@ -20,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     RobertaConfig,
@@ -78,6 +80,15 @@ def _llama(
         num_attention_heads=heads, num_key_value_heads=kv_heads, use_cache=cache,
     )  # fmt: skip
     return lambda: (LlamaModel if trunk else LlamaForCausalLM)(config)
+
+
+def _mixture() -> nn.Module:
+    config = Qwen3MoeConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, moe_intermediate_size=192, num_experts=16,
+        num_experts_per_tok=4, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        use_cache=False,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config)
 
 
 def _tokens(*, vocab: int, batch: int, length: int) -> Callable[[], Batch]:
@@ -196,6 +207,19 @@ CASES: dict[str, Case] = {
     "beside": replace(_REFERENCE_CASE, methods=("floor", "lora", "paca", "paca_additive")),
     "nf4": _quantised_case("nf4"),
     "int8": _quantised_case("int8"),
+    "experts": Case(
+        what="Qwen3-MoE, hidden 256, 4 layers, 16 experts of 192, 4 per token; 4 × 128 tokens; experts alone",
+        build=_mixture,
+        batch=_tokens(vocab=1024, batch=4, length=128),
+        loss=_next_token_loss,
+        adapt=Adapt(
+            entry="model.embed_tokens",
+            targets=r".*\.mlp\.experts",
+            lora_parameters=("experts.gate_up_proj", "experts.down_proj"),
+            paca_r=14,
+        ),
+        methods=("floor", "full", "lora", "paca"),
+    ),
     "bf16-8b-proportions": Case(
         what="two Llama blocks in the proportions of the 8B: hidden 512, MLP 1792, 8/2 heads; 1 × 64 tokens",
         build=_llama(hidden=512, mlp=1792, layers=2, heads=8, kv_heads=2, vocab=64, trunk=True),

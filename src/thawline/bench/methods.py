@@ -25,6 +25,8 @@ class Adapt:
     the whole network with every method."""
     targets: str
     """`target_modules` of every tuner: "all-linear", or a regular expression over module names."""
+    lora_parameters: tuple[str, ...] = ()
+    """Parameters that LoRA adapts instead, where the targets are no modules to PEFT: fused experts."""
     lora_r: int = 8
     paca_r: int = 16
     dropout: float = 0.05
@@ -74,7 +76,8 @@ def _lora(model: nn.Module, adapt: Adapt, *, dropout: bool = False, fp32: bool =
         r=adapt.lora_r,
         lora_alpha=2 * adapt.lora_r,
         lora_dropout=adapt.dropout if dropout else 0.0,
-        target_modules=adapt.targets,
+        target_modules=[] if adapt.lora_parameters else adapt.targets,
+        target_parameters=list(adapt.lora_parameters) or None,
         modules_to_save=[adapt.head] if adapt.head else None,
         task_type=adapt.task_type,
     )
