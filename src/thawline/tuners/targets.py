@@ -254,7 +254,7 @@ def warn_of_the_rest(config: Any, model: nn.Module) -> None:
         if isinstance(module, nn.MultiheadAttention)
         and not (isinstance(module.out_proj, BaseTunerLayer) or is_left_out(config, f"{name}.out_proj"))
     ]
-    routers = [name for name in find_routers(model) if not _is_left_out(config, name)]
+    routers = [name for name in find_routers(model) if not is_left_out(config, name)]
     if routers:
         logger.warning("'all-linear' leaves out '%s'%s: it %s.", routers[0], _and_more(routers), OTHER_OUTPUT)
     if attention:

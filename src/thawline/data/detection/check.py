@@ -147,9 +147,7 @@ def check_detection(
         data=data,
         raw=raw,
         summaries={split: _summarise(records, data.class_names) for split, records in data.splits.items()},
-        problems=tuple(
-            sorted(problems, key=lambda problem: [*PROBLEM_KINDS].index(problem.kind))
-        ),
+        problems=tuple(sorted(problems, key=lambda problem: [*PROBLEM_KINDS].index(problem.kind))),
     )
 
 
