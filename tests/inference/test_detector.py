@@ -339,3 +339,18 @@ def test_a_huge_image_is_read_whole_or_in_tiles(detector: Detector, tmp_path: Pa
     assert len(whole) == 3
     assert whole.xyxy.max() > 640  # pixels of the original
     assert len(detector(file, threshold=0.0, max_detections=3, tile=(3000, 2000))) == 3
+
+
+@pytest.mark.parametrize("threshold", [30, -0.1, float("nan")])
+def test_a_threshold_that_is_no_score_is_refused(detector: Detector, threshold: float) -> None:
+    with pytest.raises(ConfigError, match="`threshold` is a score from 0 to 1"):
+        detector(np.zeros((8, 8, 3), np.uint8), threshold=threshold)
+    with pytest.raises(ConfigError, match="`threshold` is a score from 0 to 1"):
+        Detector.from_pretrained("atto", weights="random", device="cpu", threshold=threshold)
+
+
+@pytest.mark.parametrize("name", ["list.txt", "images.zip", "instances.json"])
+def test_a_file_of_another_kind_is_no_image_to_replace(detector: Detector, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a.png")
+    with pytest.raises(DataError, match=f"{name}' is no image and no video"):
+        detector(tmp_path / name)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import socketserver
+import struct
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -85,7 +88,7 @@ class Camera(BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     Camera.lives = 1
     with ThreadingHTTPServer(("127.0.0.1", 0), Camera) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
@@ -140,6 +143,88 @@ def test_what_cannot_be_opened_is_said_in_one_line_without_the_password(
         assert line.startswith("thawline: Stream '")
         assert "cannot be opened. Check address, user and password" in line
         assert "secret" not in line
+
+
+class RtspCamera(socketserver.StreamRequestHandler):
+    """Plays `video`, an MPEG transport stream, over RTSP's own TCP connection, `lives` times."""
+
+    video: ClassVar[bytes] = b""
+    lives: ClassVar[int] = 0
+
+    def handle(self) -> None:
+        while request := self.read_request():
+            verb, headers = request
+            more, body = {
+                "OPTIONS": ("Public: DESCRIBE, SETUP, PLAY\r\n", ""),
+                "DESCRIBE": (
+                    "Content-Type: application/sdp\r\n",
+                    "v=0\r\ns=x\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\n",
+                ),
+                "SETUP": ("Transport: RTP/AVP/TCP;unicast;interleaved=0-1\r\nSession: 1\r\n", ""),
+            }.get(verb, ("Session: 1\r\n", ""))
+            code = "200 OK" if RtspCamera.lives > 0 else "404 Not Found"
+            head = f"RTSP/1.0 {code}\r\nCSeq: {headers['cseq']}\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+            self.wfile.write((head + body).encode())
+            if verb == "PLAY":
+                RtspCamera.lives -= 1
+                self.play()
+                return
+
+    def read_request(self) -> tuple[str, dict[str, str]] | None:
+        lines = list(iter(lambda: self.rfile.readline().decode().strip(), ""))
+        pairs = (line.partition(":")[::2] for line in lines[1:])
+        return (lines[0].split()[0], {key.lower(): value.strip() for key, value in pairs}) if lines else None
+
+    def play(self) -> None:
+        packets = range(0, len(self.video), 7 * 188)
+        for number, start in enumerate(packets):
+            packet = (
+                struct.pack("!BBHII", 0x80, 33, number, 3000 * number, 1)
+                + self.video[start : start + 7 * 188]
+            )
+            self.wfile.write(b"$\0" + struct.pack("!H", len(packet)) + packet)
+
+
+class Silent(socketserver.StreamRequestHandler):
+    """Accepts a connection and never answers."""
+
+    def handle(self) -> None:
+        self.rfile.read()
+
+
+@contextmanager
+def tcp_server(handler: type[socketserver.BaseRequestHandler]) -> Iterator[int]:
+    """Serve connections on a free port of this machine."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as running:
+        running.daemon_threads = True
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield running.server_address[1]
+        running.shutdown()
+
+
+def test_an_rtsp_stream_is_read_and_opened_again_when_it_stops(tmp_path: Path, caplog) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / "x.ts"), cv2.VideoWriter.fourcc(*"MPG2"), 25.0, (64, 48))
+    for grey in range(30):
+        writer.write(np.full((48, 64, 3), 8 * grey, np.uint8))
+    writer.release()
+    RtspCamera.video, RtspCamera.lives = (tmp_path / "x.ts").read_bytes(), 2
+    with tcp_server(RtspCamera) as port:
+        source = videos.open_video(f"rtsp://admin:secret@127.0.0.1:{port}/live")
+        *frames, last = source.frames
+    assert source.is_live
+    assert {frame.load().shape for frame in frames} == {(48, 64, 3)}
+    with pytest.raises(DataError, match=f"ended after {len(frames)} images: 3 attempts to reopen it failed"):
+        last.load()
+    assert RtspCamera.lives == 0
+    assert "Reopening it" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("scheme", ["rtsp", "http"])
+def test_a_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setattr(videos, "TIMEOUT", 1)
+    with tcp_server(Silent) as port, pytest.raises(DataError, match="cannot be opened. Check address"):
+        videos.open_video(f"{scheme}://127.0.0.1:{port}/live")
 
 
 class Flaky:

@@ -78,7 +78,7 @@ class Detector:
             from thawline.inference.torch_network import TorchNetwork
 
             self.network = TorchNetwork(model, device)
-        self.threshold = threshold
+        self.threshold = _score(threshold)
         self.class_names = self.network.class_names
 
     @classmethod
@@ -158,11 +158,11 @@ class Detector:
             tile: side of the squares, or (width, height) in pixels, that large images are cut into, with an
                 overlap of a fifth; small objects keep their size.
             batch_size: images in one forward pass.
-        Raises: ConfigError: unknown class. DataError: nothing found, or it cannot be opened. Both are raised
-            by the call, before the first image is requested.
+        Raises: ConfigError: unknown class, or a threshold that is no score. DataError: nothing found, or it
+            cannot be opened. Both are raised by the call, before the first image is requested.
         """
         kept = None if classes is None else class_ids(classes, self.class_names)
-        lowest = self.threshold if threshold is None else threshold
+        lowest = self.threshold if threshold is None else _score(threshold)
         opened = open_source(source)
         frames, step = iter(opened.frames), 1 if opened.is_live else batch_size
         batches = iter(lambda: list(islice(frames, step)), [])
@@ -229,6 +229,13 @@ class Detector:
             logger.warning("%s: %s", prediction.name, prediction.error)
             prediction.detections.metadata["error"] = prediction.error
         return prediction.detections
+
+
+def _score(threshold: float) -> float:
+    """Return a threshold as it is. Raises: ConfigError: if it is no score."""
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"`threshold` is a score from 0 to 1, got {threshold:g}.")
+    return threshold
 
 
 def _load(frame: Frame) -> tuple[np.ndarray | None, str]:

@@ -24,6 +24,9 @@ from thawline.inference.videos import download_image, is_url, is_video, open_vid
 
 logger = logging.getLogger(__name__)
 
+OTHERS = (".txt", ".csv", ".json", ".yaml", ".yml", ".zip", ".tar", ".gz", ".7z", ".rar", ".pdf")
+"""Suffixes of files that are given in place of the images that they hold or list."""
+
 RECORD = ".thawline-predict"
 """File that lists the results of `predict` in its folder, by name: they are no images to predict."""
 
@@ -71,6 +74,10 @@ def _files(source: str) -> list[Frame]:
     if is_url(source):
         return [Frame(without_password(source), lambda: download_image(source))]
     paths = [Path(source)] if is_single(source) else _find(source)
+    if is_single(source) and paths[0].is_file() and paths[0].suffix.lower() in OTHERS:
+        raise DataError(
+            f"'{source}' is no image and no video. Give images, a folder or a pattern; unpack archives."
+        )
     return [_frame(path, str(path), path) for path in paths]
 
 
