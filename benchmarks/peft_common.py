@@ -129,7 +129,6 @@ def fill_custom(tests: Any) -> None:
         ("MLP", {"target_modules": ["lin1"]}),
         ("MLP", {"target_modules": ["lin0", "lin1"]}),
         ("MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
-        ("MLP", {"target_modules": ["lin0", "lin1"], "bias": "all"}),
         ("MLP2", {"target_modules": ["lin0"]}),
         ("MLP_LayerNorm", {"target_modules": ["lin0"]}),
         ("EmbConv1D", {"target_modules": ["conv1d"]}),
