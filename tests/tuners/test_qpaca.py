@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import thawline
@@ -19,6 +20,7 @@ from thawline.bench.quantised import ReferenceLinear
 from thawline.measure import saved_bytes
 from thawline.ops.dequantised_linear import dequantised_linear
 from thawline.tuners.paca import PacaLinear
+from thawline.tuners.paca.quantised import dequantise, merge_and_dequantise
 
 IN, OUT = 128, 64
 
@@ -40,7 +42,7 @@ def dense(model: PeftModel) -> nn.Module:
     plain = copy.deepcopy(model).merge_and_unload().float()
     for name, layer in model.base_model.model.named_children():
         if isinstance(layer, PacaLinear):
-            weight = thawline.tuners.paca.quantised.dequantise(layer.base_layer).float()
+            weight = dequantise(layer.base_layer).float()
             plain.get_submodule(name).weight.data = weight + layer.get_delta_weight("default")
             plain.get_submodule(name).bias.data = layer.base_layer.bias.data.float()
     return plain
@@ -147,7 +149,7 @@ def test_the_reference_in_torch_stores_what_bitsandbytes_stores(kind):
     torch.manual_seed(0)
     linear = nn.Linear(IN, OUT)
     ours = ReferenceLinear(linear, kind).dequantize()
-    theirs = thawline.tuners.paca.quantised.dequantise(bnb_layer(linear, kind))
+    theirs = dequantise(bnb_layer(linear, kind))
     # bitsandbytes quantises the scales again, by up to a percent; int8 rounds in half precision first.
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
 
@@ -163,3 +165,57 @@ def test_the_reference_in_torch_is_near_the_weight(kind):
     second = ReferenceLinear(nn.Linear(OUT, IN), kind)
     model = adapt(nn.Sequential(layer, nn.Tanh(), second), init_weights=False)
     torch.testing.assert_close(model(x), dense(model)(x))
+
+
+def test_requantising_in_place_is_asked_for_by_name_and_says_what_it_changes(base, caplog):
+    x, original = torch.randn(5, IN), copy.deepcopy(base)
+    model = adapt(base, init_weights=False).eval()
+    if isinstance(original[0], Hqq):
+        with pytest.raises(ConfigError, match="'0' is a Hqq: only layers of bitsandbytes"):
+            model.merge_and_requantise({"input": x})
+        return
+    expected = model(x)
+    with caplog.at_level(logging.WARNING):
+        merged = model.merge_and_requantise({"input": x})
+    assert [type(layer) for layer in merged] == [type(layer) for layer in original]
+    assert not any(isinstance(layer, PacaLinear) for layer in merged.modules())
+    found = nn.functional.linear(x, dequantise(merged[0]).float(), merged[0].bias)
+    found = nn.functional.linear(torch.tanh(found), dequantise(merged[2]).float(), merged[2].bias)
+    change = (found - expected).abs().max().item()
+    said = float(caplog.text.split("by up to ")[1].split(";")[0])
+    assert change > 0
+    assert said == pytest.approx(change, rel=0.05)
+    apart = (found - expected).norm() / expected.norm()
+    assert apart < 0.2, apart
+
+
+def test_requantising_needs_quantised_layers():
+    with pytest.raises(ConfigError, match="no adapted layer is quantised"):
+        adapt(nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN))).merge_and_requantise({})
+
+
+def test_lora_on_a_quantised_base_is_merged_into_a_plain_model(base):
+    x = torch.randn(5, IN)
+    if isinstance(base[0], Hqq):
+        base = nn.Sequential(*(ReferenceLinear(nn.Linear(*size), "nf4") for size in ((IN, OUT), (OUT, IN))))
+    names = [str(number) for number, layer in enumerate(base) if hasattr(layer, "in_features")]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=names, init_lora_weights=False)).eval()
+    weights = [
+        dequantise(layer.base_layer).float() + layer.get_delta_weight("default")
+        for layer in model.base_model.model
+        if hasattr(layer, "lora_A")
+    ]
+    merged = merge_and_dequantise(model)
+    plain = [layer for layer in merged if type(layer) is nn.Linear]
+    for layer, weight in zip(plain, weights, strict=True):
+        assert torch.equal(layer.weight, weight.bfloat16())
+    assert merged(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_dora_on_a_quantised_base_is_refused():
+    base = nn.Sequential(ReferenceLinear(nn.Linear(IN, OUT), "nf4"))
+    config = LoraConfig(r=4, target_modules=["0"])
+    model = get_peft_model(base, config)
+    model.base_model.model[0].lora_variant["default"] = object()
+    with pytest.raises(ConfigError, match="'0' is quantised, and its adapter a variant of LoRA"):
+        merge_and_dequantise(model)

@@ -18,6 +18,7 @@ import torch
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import atomic_folder
 from thawline.tuners.mhr import set_task_ids
+from thawline.tuners.paca.quantised import merge_and_dequantise
 from thawline.tuners.to_lora import to_lora
 
 TEXT_FORMATS = ("merged", "lora", "gguf-ready")
@@ -67,7 +68,7 @@ def _write(model: Any, tokenizer: Any, folder: Path, format: str, task: str | No
     if config is not None:
         if task is not None:
             set_task_ids(model, task)
-        model = model.merge_and_unload()
+        model = merge_and_dequantise(model)
     if format == "gguf-ready" and not hasattr(model, "lm_head"):
         raise ConfigError(f"{type(model).__name__} has no language-modelling head; GGUF needs one.")
     model.to(torch.bfloat16).save_pretrained(str(folder))

@@ -54,7 +54,7 @@ from thawline.tuners._scaling import ScaledLayer
 from thawline.tuners._steps import watch
 from thawline.tuners._tuner import BROKEN, OFFLOADED
 from thawline.tuners.experts import ExpertsLinear
-from thawline.tuners.paca.quantised import dequantise, is_dequantisable, plain_linear
+from thawline.tuners.paca.quantised import dequantise, is_dequantisable, plain_linear, quantise_again
 from thawline.tuners.paca.resident import Change, Resident, is_sharded
 from thawline.tuners.paca.weights import HALF
 
@@ -327,7 +327,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         if self.is_quantised:
             raise ConfigError(
                 f"'{self.name}' is quantised: merging into it would round its other columns again. "
-                "merge_and_unload writes bfloat16 layers; thawline.to_lora works too."
+                "merge_and_unload writes bfloat16 layers, merge_and_requantise does it; to_lora works too."
             )
         if self.additive not in (None, ASKED_FOR):
             raise ConfigError(f"'{self.name}' cannot be merged. {self.additive} thawline.to_lora works.")
@@ -354,14 +354,30 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         return self.base_layer
 
     def _dequantised(self, adapter_names: Sequence[str], safe_merge: bool) -> nn.Linear:
-        """Return a plain layer in bfloat16 with the adapters' columns written; summed before the one cast."""
+        """Return a plain layer in bfloat16 with the adapters' columns written."""
+        return plain_linear(self.merged_floats(adapter_names, safe_merge), self.base_layer.bias)
+
+    def merged_floats(self, adapter_names: Sequence[str], safe_merge: bool = False) -> Tensor:
+        """Return the dequantised weight with the adapters' columns written, in fp32.
+
+        Raises: ConfigError: with `safe_merge`, for NaN or infinity.
+        """
         names = [name for name in adapter_names if name in self.thawline_paca_delta]
         weight = self._floats(names).float()
         for delta, index, scale in self._changes(names):
             weight.index_add_(1, index, delta.detach().float(), alpha=scale)
         if safe_merge and not torch.isfinite(weight).all():
             raise ConfigError(BROKEN.format(", ".join(adapter_names), self.name))
-        return plain_linear(weight, self.base_layer.bias)
+        return weight
+
+    def quantise_again(self) -> None:
+        """Put the active adapters into the quantised weight, and set their changes to zero."""
+        names = [name for name in self.active_adapters if name in self.thawline_paca_delta]
+        quantise_again(self.base_layer, self.merged_floats(names))
+        for name in names:
+            self.thawline_paca_delta[name].data.zero_()
+            if name in self.thawline_paca_start:
+                del self.thawline_paca_start[name], self._read_start[name]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the adapter's change of the weight, in the weight's shape and δ's dtype."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 __all__ = ["PacaModel", "rank_of"]
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from thawline.errors import ConfigError, did_you_mean
 from thawline.tuners._config import pattern_value
@@ -21,7 +22,7 @@ from thawline.tuners.experts import ExpertsLinear, join_experts, split_experts
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class, linear_shape
 from thawline.tuners.paca.origin import OriginalColumns, difference, sketch
-from thawline.tuners.paca.quantised import dequantise_model, is_dequantisable
+from thawline.tuners.paca.quantised import check_rewritable, dequantise_model, is_dequantisable
 from thawline.tuners.paca.selection import choose_columns
 from thawline.tuners.paca.weights import find_obstacles, warn_of_twins
 from thawline.tuners.targets import is_left_out
@@ -168,6 +169,33 @@ class PacaModel(Tuner):
         join_experts(model)
         return dequantise_model(model) if merge else model
 
+    @torch.no_grad()
+    def merge_and_requantise(self, batch: Mapping[str, Any]) -> nn.Module:
+        """Merge the active adapters, quantise changed weights again as they were, and return the base model.
+
+        A changed column moves the scale of its neighbours: log, as a warning, the largest change of a logit
+        on a calibration batch that the rounding causes. `merge_and_unload` rounds nothing but to bfloat16.
+
+        Raises: ConfigError: if no layer is quantised, or one not by bitsandbytes; nothing is changed then.
+        """
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, PacaLayer) and m.is_quantised}
+        if not layers:
+            raise ConfigError("merge_and_requantise: no adapted layer is quantised. Use merge_and_unload.")
+        for layer in layers.values():
+            check_rewritable(layer.base_layer, layer.name)
+        training = self.training
+        before = first_tensor(self.eval()(**batch))
+        for layer in layers.values():
+            layer.quantise_again()
+        change = (first_tensor(self(**batch)) - before).abs().max().item()
+        logger.warning(
+            "Quantising %d merged layers again changes a logit by up to %.3g; logits are up to %.3g.",
+            len(layers), change, before.abs().max().item(),
+        )  # fmt: skip
+        for name, layer in layers.items():
+            self.model.set_submodule(name, layer.base_layer)
+        return super()._unload_and_optionally_merge(merge=True).train(training)
+
     @contextmanager
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -216,6 +244,13 @@ class PacaModel(Tuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the logits of a model's output, or its first tensor."""
+    found = getattr(output, "logits", output)
+    first: Tensor = found if isinstance(found, Tensor) else found[0]
+    return first
 
 
 def _with_names(

@@ -1,12 +1,28 @@
-"""Quantised layers whose weight can be read as floats: bitsandbytes (4 and 8 bits), torchao, HQQ."""
+"""Quantised layers whose weight can be read as floats, and merges into them.
+
+bitsandbytes (4 and 8 bits), torchao and HQQ are read; bitsandbytes alone is written.
+"""
 
 from __future__ import annotations
 
-__all__ = ["dequantise", "dequantise_model", "is_dequantisable", "plain_linear"]
+__all__ = [
+    "check_rewritable",
+    "dequantise",
+    "dequantise_model",
+    "is_dequantisable",
+    "merge_and_dequantise",
+    "plain_linear",
+    "quantise_again",
+]
+
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
+
+from thawline.errors import ConfigError
 
 BITSANDBYTES = ("Params4bit", "Int8Params")
 
@@ -38,6 +54,57 @@ def _eight_bits(layer: nn.Module) -> Tensor:
     scale = weight.SCB if state.SCB is None else state.SCB
     stored = weight.data if state.CB is None else state.CB
     return stored.float().mul_(scale.to(stored.device).unsqueeze(1) * (1 / 127))
+
+
+def check_rewritable(layer: nn.Module, name: str) -> None:
+    """Check that `quantise_again` knows a layer. Raises: ConfigError: naming it."""
+    if type(layer._parameters.get("weight")).__name__ not in BITSANDBYTES:
+        raise ConfigError(
+            f"'{name}' is a {type(layer).__name__}: only layers of bitsandbytes are quantised again. "
+            "merge_and_unload writes bfloat16 layers."
+        )
+
+
+def quantise_again(layer: Any, weight: Tensor) -> None:
+    """Make `weight`, (O, I) floats, the weight of a layer of bitsandbytes: quantised as its own was."""
+    stored = layer.weight
+    kind = type(stored).__name__
+    weight = weight.detach().to(stored.quant_state.dtype if kind == "Params4bit" else torch.float16)
+    if kind == "Params4bit":
+        how = {key: getattr(stored, key) for key in ("blocksize", "compress_statistics", "quant_type")}
+        how["quant_storage"] = stored.quant_storage
+        layer.weight = type(stored)(weight.cpu(), requires_grad=False, **how).to(stored.device)
+        layer.quant_state = layer.weight.quant_state
+    else:
+        layer.weight = type(stored)(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(
+            stored.device
+        )
+        layer.state.CB = layer.state.SCB = None
+
+
+def merge_and_dequantise(model: Any) -> nn.Module:
+    """Merge the active adapters of a `PeftModel`; return a plain model, in bfloat16 where it was quantised.
+
+    PEFT's own merge of LoRA into quantised layers quantises them again, the neighbours of what changed too.
+
+    Raises: ConfigError: for an adapter whose change of a weight is not a sum (DoRA).
+    """
+    merged = {}
+    for name, layer in model.get_base_model().named_modules():
+        is_pefts = isinstance(layer, BaseTunerLayer) and type(layer).__module__.startswith("peft.")
+        if not (is_pefts and is_dequantisable(layer.base_layer) and hasattr(layer, "get_delta_weight")):
+            continue
+        names = [adapter for adapter in layer.active_adapters if adapter in layer._get_available_adapters()]
+        if any(adapter in getattr(layer, "lora_variant", {}) for adapter in names):
+            raise ConfigError(
+                f"'{name}' is quantised, and its adapter a variant of LoRA (DoRA, …), which PEFT merges: "
+                "model.merge_and_unload() quantises again. Or export format='lora'."
+            )
+        weight = dequantise(layer.base_layer).float()
+        merged[name] = plain_linear(sum(map(layer.get_delta_weight, names), weight), layer.base_layer.bias)
+    for name, plain in merged.items():
+        model.get_base_model().set_submodule(name, plain)
+    return dequantise_model(model.merge_and_unload())
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
