@@ -45,7 +45,7 @@ def main() -> None:
         "model_8b": 2 * (LAYERS * sum(i * o for i, o in linears_8b()) + 2 * VOCAB * HIDDEN),
         "update_8b": LAYERS * sum(16 * o * 2 + 16 * 8 for _, o in linears_8b()),
     }
-    results["switch_ms_per_layer"] = time_switch()
+    results["switch_ms_per_layer"] = {mode: time_switch(mode) for mode in ("resident", "additive")}
     block = build_base(layers=1, hidden=256)
     results["drift"] = {"paca": drift(with_paca(block)), "lora": drift(with_lora(block))}
     write_results(args.out, results)
@@ -139,12 +139,12 @@ def drift(model: PeftModel) -> dict[str, float]:
     }
 
 
-def time_switch() -> dict[str, float]:
+def time_switch(mode: str) -> dict[str, float]:
     """Milliseconds to switch the adapter of one layer of the 8B, by its kind, and of a block: medians."""
     found = {}
     for name, (n_in, n_out) in zip(("q", "k", "v", "o", "gate", "up", "down"), linears_8b(), strict=True):
         layer = nn.Sequential(nn.Linear(n_in, n_out, bias=False).bfloat16())
-        model = get_peft_model(layer, PacaConfig(r=16, target_modules=["0"], init_weights=False))
+        model = get_peft_model(layer, PacaConfig(r=16, target_modules=["0"], init_weights=False, mode=mode))
         model.add_adapter("b", PacaConfig(r=16, target_modules=["0"], init_weights=False, seed=1))
         adapted = next(module for module in model.modules() if isinstance(module, PacaLayer))
         steps = {"a": lambda a=adapted: a.set_adapter("default"), "b": lambda a=adapted: a.set_adapter("b")}
@@ -159,13 +159,14 @@ def tables(results: dict[str, Any]) -> str:
     drifts = [[n, f"{d['relative']:.3f}", f"{d['changed']:.3f}"] for n, d in results["drift"].items()]
     sizes = results["bytes"]
     shares = [[n, f"{100 * sizes[f'update{n}'] / sizes[f'model{n}']:.2f} %"] for n in ("", "_8b")]
-    switch = [[n, f"{ms:.2f}"] for n, ms in results["switch_ms_per_layer"].items()]
+    switches = results["switch_ms_per_layer"]
+    switch = [[mode, *(f"{ms:.2f}" for ms in by.values())] for mode, by in switches.items()]
     return "\n\n".join(
         (
             markdown(["update", "ms", "÷ columns"], updates),
             markdown(["1,000 merges", "drift", "weights changed"], drifts),
             markdown(["model", "bytes of an update"], shares),
-            markdown(["layer", "switch, ms"], switch),
+            markdown(["switch, ms", *switches["resident"]], switch),
         )
     )
 

@@ -31,8 +31,8 @@ _NAMES = {
     "thawline.training.detection.schedule": ["derive_schedule", "published_schedule"],
     "thawline.tuners": [
         "MHRConfig", "PacaConfig", "add_tasks", "apply_columns", "from_peft_paca", "from_poly",
-        "load_routing", "pack_columns", "route_by_batch", "save_routing", "select_columns", "set_task_ids",
-        "start_adaptation", "to_lora", "to_peft_paca",
+        "hotswap", "load_routing", "pack_columns", "route_by_batch", "save_routing", "select_columns",
+        "set_task_ids", "start_adaptation", "to_lora", "to_peft_paca",
     ],
     "thawline.tuners.build": ["attach_tuner"],
     "thawline.tuners.mhr": ["parameter_groups"],

@@ -9,6 +9,7 @@ from thawline.tuners.mhr.routing_file import load_routing, save_routing
 from thawline.tuners.mhr.task_ids import route_by_batch, set_task_ids
 from thawline.tuners.paca.calibrate import select_columns
 from thawline.tuners.paca.config import PACA, PacaConfig
+from thawline.tuners.paca.hotswap import hotswap
 from thawline.tuners.paca.model import PacaModel
 from thawline.tuners.paca.peft_paca import (
     PEFT_PACA,
@@ -28,6 +29,7 @@ __all__ = [
     "apply_columns",
     "from_peft_paca",
     "from_poly",
+    "hotswap",
     "load_routing",
     "pack_columns",
     "route_by_batch",

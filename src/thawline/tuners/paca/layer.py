@@ -29,6 +29,7 @@ __all__ = [
     "PacaExpertsLinear",
     "PacaLayer",
     "PacaLinear",
+    "check_index",
     "layer_class",
 ]
 
@@ -785,20 +786,24 @@ def _put_original_weight(
 
 
 def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
-    """Check the loaded indices and write. Raises: CheckpointError: for columns the layer cannot have."""
-    n = layer.shape[1]
+    """Check the loaded indices and write. Raises: CheckpointError: as `check_index`."""
     for index in layer.thawline_paca_indices.values():
-        if index.is_meta:
-            continue
-        found = index.tolist()
-        if not all(0 <= column < n for column in found):
-            raise CheckpointError(
-                f"The adapter names column {max(found)} of '{layer.name}', which has {n} input features: it "
-                "was made for another base model."
-            )
-        if len(set(found)) < len(found):
-            raise CheckpointError(
-                f"The adapter's column indices of '{layer.name}' repeat: the file is damaged."
-            )
+        if not index.is_meta:
+            check_index(index, layer)
     layer._load_starts()
     layer.write()
+
+
+def check_index(index: Tensor, layer: PacaLayer) -> None:
+    """Check column indices of a file. Raises: CheckpointError: for columns the layer cannot have."""
+    n, found = layer.shape[1], index.tolist()
+    odd = [column for column in found if not 0 <= column < n]
+    if odd:
+        raise CheckpointError(
+            f"The adapter names column {odd[0]} of '{layer.name}', which has {n} input features: it was made "
+            "for another base model."
+        )
+    if found != sorted(set(found)):
+        raise CheckpointError(
+            f"The adapter's column indices of '{layer.name}' repeat or are not sorted: the file is damaged."
+        )

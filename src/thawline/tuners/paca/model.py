@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PacaModel", "rank_of"]
+__all__ = ["PacaModel", "rank_of", "scale_of"]
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -294,11 +294,11 @@ def add_adapter(
         original: the checkpoint that columns of a quantised layer start from. None: its own.
     """
     r = rank_of(config, name)
-    alpha = pattern_value(config.alpha_pattern, name, config.alpha)
     index = choose_columns(layer.columns(), r, name, config.selection, config.seed, indices_of(config, name))
-    scale = 1.0 if alpha is None else alpha / r
     read = None if original is None or not layer.is_quantised else partial(original.read, name)
-    layer.update_layer(adapter_name, index, scale, config.init_weights, config.inference_mode, read)
+    layer.update_layer(
+        adapter_name, index, scale_of(config, name), config.init_weights, config.inference_mode, read
+    )
     if not config.is_saved and (columns := layer.start_columns(adapter_name)) is not None:
         config.base_columns[name] = sketch(columns, name)
 
@@ -306,6 +306,12 @@ def add_adapter(
 def rank_of(config: PacaConfig, name: str) -> int:
     """Return r of the layer called `name`."""
     return pattern_value(config.rank_pattern, name, config.r)
+
+
+def scale_of(config: PacaConfig, name: str) -> float:
+    """Return the factor of the columns' change of the layer called `name`."""
+    alpha = pattern_value(config.alpha_pattern, name, config.alpha)
+    return 1.0 if alpha is None else alpha / rank_of(config, name)
 
 
 def indices_of(config: PacaConfig, name: str) -> list[int] | None:
