@@ -292,7 +292,10 @@ def export(
     Raises: BudgetError: the detections differ by more than the budget; no file is kept.
     """
     if settings.get("format") in ("merged", "lora", "gguf-ready"):
-        return _export_text(str(model), out, settings.pop("format"), task, settings)
+        foreign = {"data": data, "variant": variant, "weights": weights if weights == "random" else None}
+        return _export_text(str(model), out, settings.pop("format"), task, {**settings, **foreign})
+    if task is not None:
+        raise ConfigError("`task` is for the formats of text: merged, lora, gguf-ready.")
     if settings.get("format") == "web":
         return _export_site(model, out, settings, data=data, variant=variant, weights=weights)
     from thawline.exporters.export import export_detector, read_samples

@@ -85,3 +85,7 @@ def test_a_task_must_be_chosen_among_several(tuned, capsys: pytest.CaptureFixtur
 def test_detector_options_are_refused_for_text(tuned) -> None:
     with pytest.raises(ConfigError, match="`opset` is for detectors"):
         export(tuned("lora"), format="merged", opset=17)
+    with pytest.raises(ConfigError, match="`variant` is for detectors"):
+        export(tuned("lora"), format="merged", variant="s")
+    with pytest.raises(ConfigError, match="`task` is for the formats of text"):
+        export("atto", weights="random", task="first")

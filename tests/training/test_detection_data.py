@@ -153,6 +153,16 @@ def test_images_without_a_box_cannot_be_trained_on(tmp_path: Path) -> None:
         counts(root, train_split="val", eval_split="train")
 
 
+def test_held_out_images_without_a_box_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_yolo(tmp_path / "set")
+    counts(root)
+    assert "nothing to score" not in caplog.text
+    for file in (root / "labels/val").iterdir():
+        file.write_text("")
+    assert counts(root) == (3, 2)
+    assert "None of the 2 held-out images has a box: there is nothing to score." in caplog.text
+
+
 def test_more_boxes_than_queries_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_coco(tmp_path / "set")
     content = coco_content("train")

@@ -46,7 +46,7 @@ def evaluation_table(
 ) -> str:
     """Return the table of an evaluation (`evaluation_rows`) as text."""
     if not metrics:
-        return "No held-out rows: nothing was evaluated."
+        return "Nothing was evaluated: no held-out rows, or no box in held-out images."
     return aligned([[_cell(value) for value in row] for row in evaluation_rows(metrics, parts, start)])
 
 

@@ -92,6 +92,15 @@ def test_objects_that_could_run_code_are_refused(authors_state: StateDict, tmp_p
         DEIMv2.from_pretrained(path)
 
 
+@pytest.mark.parametrize(
+    "data", [b"<html>404 not found</html>", b"version https://git-lfs.github.com/spec/v1"]
+)
+def test_a_file_that_holds_no_weights_shows_its_beginning(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"holds no weights: it begins with b'{data[:10].decode()}"):
+        DEIMv2.from_pretrained(tmp_path / "x.pth")
+
+
 def test_shared_tensors_that_safetensors_keeps_once_are_filled(
     atto: DEIMv2, authors_state: StateDict, tmp_path: Path
 ) -> None:

@@ -52,6 +52,8 @@ def split_images(
         order = np.random.default_rng(seed).permutation(len(train))
         held_out = tuple(train[i] for i in sorted(order[:n]))
         train = tuple(train[i] for i in sorted(order[n:]))
+    if held_out and not any(map(n_learnable, held_out)):
+        logger.warning("None of the %d held-out images has a box: there is nothing to score.", len(held_out))
     return _draw(train, data.max_images, seed), _draw(held_out, data.max_eval_images, seed)
 
 

@@ -370,9 +370,16 @@ def _read_tensors(file: Path) -> StateDict:
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with file.open("rb") as opened:
+            start = opened.read(24)
+        if not start.startswith((b"PK", b"\x80")):
+            raise CheckpointError(
+                f"'{file}' holds no weights: it begins with {start!r}. Was it downloaded whole?"
+            ) from error
+        what = re.search("Unsupported .*?(?= was not|$)", str(error), re.MULTILINE)
         raise CheckpointError(
             f"'{file}' holds Python objects besides tensors, and is not opened because loading them could "
-            f"run code. Save its state dict alone. ({str(error).splitlines()[0]})"
+            f"run code. Save its state dict alone.{f' ({what[0]})' if what else ''}"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"'{file}' cannot be read: {error}. Is it complete?") from error
