@@ -93,6 +93,16 @@ def test_a_mistake_is_named_with_what_would_work(mapping: dict, message: str) ->
         RunConfig.from_mapping({**MINIMAL, **mapping})
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_recipe_may_be_in_any_encoding_of_unicode(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("name: größe\nbase: models/llama\ndata: rows.jsonl\n", encoding=encoding)
+    assert load_recipe(file).name == "größe"
+    file.write_bytes("name: größe".encode("cp1252"))
+    with pytest.raises(ConfigError, match="recipe.yaml' is not YAML: .*invalid"):
+        load_recipe(file)
+
+
 def test_files_that_are_no_recipe_say_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Cannot read recipe .*No such file"):
         load_recipe(tmp_path / "none.yaml")

@@ -369,3 +369,25 @@ def test_a_quantised_base_is_for_adapters_and_needs_its_library(tmp_path: Path, 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingExtraError, match=r"needs bitsandbytes: .*thawline\[quant\]"):
         run(quantised(recipe("adapter", "paca")))
+
+
+def test_a_resumed_run_says_that_its_rows_have_changed(tmp_path: Path, caplog) -> None:
+    base = save_llama(tmp_path / "base", byte_tokenizer())
+    rows = [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]
+    recipe = TextRecipes(base, write_rows(tmp_path / "rows.jsonl", *rows), tmp_path / "runs")
+    run(recipe("run", max_steps=1))
+    (tmp_path / "runs/run/metrics.jsonl").write_bytes(b"\xff\x00 damaged")
+    run(recipe("run", max_steps=2), resume=True)
+    assert "training rows are not those" not in caplog.text
+    write_rows(tmp_path / "rows.jsonl", rows[0], {**rows[1], "output": "e"})
+    run(recipe("run", max_steps=3), resume=True)
+    assert "training rows are not those of before (2 then, 2 now, or with other contents)" in caplog.text
+
+
+def test_a_chat_template_in_another_encoding_is_named(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", byte_tokenizer())
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = write_rows(tmp_path / "chats.jsonl", {"messages": chat})
+    (tmp_path / "chat.jinja").write_bytes("{# für #}{{ messages[0].content }}".encode("cp1252"))
+    with pytest.raises(DataError, match=r"chat.jinja:1: not UTF-8 text .* Save it as UTF-8"):
+        built(base, data, chat_template=str(tmp_path / "chat.jinja"))

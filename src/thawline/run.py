@@ -108,6 +108,8 @@ def run(
     if plan_memory and plan["trainable_parameters"]:
         _add_memory(plan, objective, trainer)
     if is_first_process:
+        if resume:
+            folder.check_rows(plan)
         folder.write("plan.json", plan)
     result = RunResult(folder=folder.path, status="planned", trainable=plan["trainable_parameters"])
     if dry_run:

@@ -150,6 +150,19 @@ class RunFolder:
             )
         return {key: values for key, values in changed.items() if key in LENGTH}
 
+    def check_rows(self, plan: Mapping[str, Any]) -> None:
+        """Warn if the training rows of a plan are not those of the plan in the folder."""
+        try:
+            before = read_json(self.path / "plan.json")
+        except CheckpointError:
+            return  # damaged, and about to be replaced
+        if before.get("rows_sha256", plan["rows_sha256"]) != plan["rows_sha256"]:
+            logger.warning(
+                "The training rows are not those of before (%s then, %s now, or with other contents): from "
+                "here on the run trains on these.",
+                before["rows"]["train"], plan["rows"]["train"],
+            )  # fmt: skip
+
     def open(self, objective: Objective, stage: Mapping[str, Any]) -> None:
         """Write what identifies the run, or a new stage of it. config.yaml comes last: it makes it a run."""
         config = objective.config

@@ -33,7 +33,7 @@ def read_recipe(recipe: RunConfig | Mapping[str, Any] | str | Path) -> tuple[str
     if isinstance(recipe, Mapping):
         return "the recipe", recipe
     try:
-        mapping = read_yaml(Path(recipe).read_text(encoding="utf-8"))
+        mapping = read_yaml(Path(recipe).read_bytes())  # YAML may be UTF-8 or UTF-16
     except OSError as error:
         raise ConfigError(f"Cannot read recipe '{recipe}': {error.strerror}.") from error
     except yaml.YAMLError as error:

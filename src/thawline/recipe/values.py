@@ -33,8 +33,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str) -> Any:
-    """Parse YAML text. Raises: yaml.YAMLError."""
+def read_yaml(text: str | bytes) -> Any:
+    """Parse YAML, as text or in the bytes of a file. Raises: yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
 
 

@@ -324,7 +324,11 @@ def _settings(folder: Path) -> Iterator[Section]:
         yield Section(title="Plan", parts=[Table(header=("", ""), rows=list(_flat(plan)))], is_folded=True)
     file = folder / "config.yaml"
     if file.is_file():
-        yield Section(title="Recipe", parts=[Text(text=file.read_text(encoding="utf-8"))], is_folded=True)
+        yield Section(
+            title="Recipe",
+            parts=[Text(text=file.read_text(encoding="utf-8", errors="replace"))],
+            is_folded=True,
+        )
     if starts := read_json(folder / "env.json"):
         note = f"Started {len(starts)} times; this is the last one." if len(starts) > 1 else ""
         table = Table(header=("", ""), rows=list(_flat(starts[-1])))

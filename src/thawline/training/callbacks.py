@@ -233,7 +233,7 @@ class MetricsFile(TrainerCallback):
         """Drop what a killed run logged after the checkpoint this one starts from."""
         self.start = time.perf_counter()
         if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= state.global_step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
@@ -317,8 +317,8 @@ def _is_speed(name: str) -> bool:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line of metrics.jsonl; infinity for a line that a kill cut off."""
+    """Return the step of a line of metrics.jsonl; infinity for one that is cut off or damaged."""
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")

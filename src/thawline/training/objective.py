@@ -12,7 +12,7 @@ __all__ = ["OBJECTIVES", "Objective", "ReadRows", "build_objective"]
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -77,6 +77,10 @@ class Objective(ABC):
     @abstractmethod
     def collate(self) -> Callable[[Sequence[Any]], Mapping[str, Any]]:
         """Build a batch for the model's forward, which returns its loss first or as "loss"."""
+
+    @abstractmethod
+    def row_facts(self) -> Iterable[bytes]:
+        """Return what each training row holds, by which a resumed run knows its rows again."""
 
     @property
     def align_every(self) -> int | None:

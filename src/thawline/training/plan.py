@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["build_plan", "n_base_parameters", "n_parameters"]
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,7 @@ def build_plan(objective: Objective, trainer: Trainer) -> dict[str, Any]:
         "device": str(trainer.args.device),
         "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
         "rows": {"train": len(objective.train_rows), "held_out": len(objective.held_out_rows)},
+        "rows_sha256": _digest(objective.row_facts()),
     }
     steps: dict[str, str] = {}
     if trainable:
@@ -39,6 +41,13 @@ def build_plan(objective: Objective, trainer: Trainer) -> dict[str, Any]:
         steps = trainer.overview(plan)
         steps["steps"] += f"; {plan['precision']} on {plan['device']}"
     return {"overview": _overview(objective.config, plan, steps, objective.preview()), **plan}
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def n_parameters(model: nn.Module) -> tuple[int, int]:

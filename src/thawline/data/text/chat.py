@@ -22,6 +22,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from thawline.data.text.files import read_text
 from thawline.data.text.rows import Example
 from thawline.errors import ConfigError, DataError
 
@@ -262,7 +263,7 @@ class ChatTemplate:
 
     @cached_property
     def _file(self) -> str:
-        return Path(str(self.chosen)).read_text(encoding="utf-8-sig")
+        return read_text(Path(str(self.chosen)))
 
     def _apply(self, example: Example, turns: Sequence[Turn], **options: Any) -> Any:
         """Apply the template as `options` say. Raises: DataError: if it does not accept the turns."""

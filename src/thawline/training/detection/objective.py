@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -165,6 +165,11 @@ class DetectionObjective(Objective):
         if self.base.weights is None:
             return "scratch"
         return "backbone" if read_checkpoint(self.base.weights).layout == "backbone" else "detector"
+
+    def row_facts(self) -> Iterator[bytes]:
+        """Return name, boxes and classes of each training image."""
+        for record in self.records:
+            yield record.path.name.encode() + record.boxes_xyxy.tobytes() + record.labels.tobytes()
 
     @cached_property
     def train_rows(self) -> TrainingImages:

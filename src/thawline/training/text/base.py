@@ -5,13 +5,14 @@ from __future__ import annotations
 __all__ = ["Row", "RowObjective", "judged_row", "on_text"]
 
 import dataclasses
+import json
 import logging
 import math
 import os
 import random
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any, ClassVar
@@ -169,6 +170,11 @@ class RowObjective(Objective):
         if trains_base and self.base.dtype == "float16":
             raise ConfigError("`base.dtype: float16` cannot be fine-tuned whole. Use float32, or an adapter.")
         return getattr(torch, self.base.dtype)
+
+    def row_facts(self) -> Iterator[bytes]:
+        """Return the tokens and labels of each training row."""
+        for row in self.train_rows:
+            yield json.dumps({key: value for key, value in row.items() if key != "example"}).encode()
 
     @property
     def align_every(self) -> int | None:
