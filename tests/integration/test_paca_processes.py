@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.utils import DeepSpeedPlugin
 
-from tests.support.paca_processes import STEPS, Stack, batch, optimizer_of, paca, report, worker
+from tests.support.paca_processes import (
+    STEPS,
+    Stack,
+    batch,
+    launch_environment,
+    llama,
+    optimizer_of,
+    paca,
+    report,
+    train_llama,
+    worker,
+)
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
@@ -62,3 +74,24 @@ def test_an_fsdp2_checkpoint_holds_the_original_weights_and_disabling_brings_the
 
 def test_switching_a_gathered_layer_is_refused(two_processes):
     assert "reshard()" in two_processes[0]["gathered"]
+
+
+@pytest.mark.parametrize("kind", ["recipe", "recipe nf4"])
+def test_the_fsdp2_recipe_shards_and_trains_what_one_process_would(two_processes, kind):
+    expected = train_llama(llama(kind.endswith("nf4")), [0, 1])
+    for result in (ranks[kind] for ranks in two_processes):
+        assert any("layers.0" in name and "delta" in name for name in result["sharded"])
+        assert any("base_layer.weight" in name for name in result["sharded"]) == (kind == "recipe")
+        for name, delta in expected["deltas"].items():
+            torch.testing.assert_close(result["deltas"][name], delta, rtol=0, atol=1e-4)
+        torch.testing.assert_close(result["output"], expected["output"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
+def test_the_deepspeed_recipes_make_accelerates_plugin(monkeypatch, name, stage):
+    for key, value in launch_environment(name).items():
+        monkeypatch.setenv(key, value)
+    config = DeepSpeedPlugin().deepspeed_config
+    assert config["zero_optimization"]["stage"] == stage
+    assert config["gradient_accumulation_steps"] == config["gradient_clipping"] == "auto"
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.support.paca import train_step, wrap
+from tests.support.models import tiny_llama
+from tests.support.paca import loss_of, tokens, train_step, wrap
 from thawline import ConfigError
+from thawline.bench.quantised import ReferenceLinear
 
 STEPS = 4
 
@@ -114,6 +123,55 @@ def switch_while_gathered() -> str:
     return ""
 
 
+def launch_environment(name: str) -> dict[str, str]:
+    """What `accelerate launch` sets for a file of recipes/distributed."""
+    file = str(Path(__file__).parents[2] / "recipes" / "distributed" / f"{name}.yaml")
+    asked = launch_command_parser().parse_args(["--config_file", file, "x.py"])
+    args, found, _ = _validate_launch_command(asked)
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(found.deepspeed_config)
+        return prepare_deepspeed_cmd_env(args)[1]
+    return prepare_multi_gpu_env(args)
+
+
+def llama(quantised: bool) -> nn.Module:
+    base = tiny_llama(hidden_size=64, intermediate_size=64)
+    return wrap(quantise_plainly(base) if quantised else base, r=4)
+
+
+def quantise_plainly(base: nn.Module) -> nn.Module:
+    for name, module in list(base.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            base.set_submodule(name, ReferenceLinear(module, "nf4"))
+    return base
+
+
+def train_llama(model: nn.Module, ranks: Sequence[int]) -> dict[str, Any]:
+    optimizer = optimizer_of(model)
+    for step in range(2):
+        for rank in ranks:
+            (loss_of(model, 10 * step + rank) / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return {"deltas": report(model), "output": model(tokens(99)).logits}
+
+
+def run_recipe(rank: int, quantised: bool) -> dict[str, Any]:
+    """Train a small Llama, sharded by accelerate with the settings of recipes/distributed/fsdp2.yaml."""
+    os.environ |= launch_environment("fsdp2") | {"ACCELERATE_MIXED_PRECISION": "no"}
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin()),
+        device=torch.device("cpu"),
+        is_main_process=rank == 0,
+        mixed_precision="no",
+    )
+    model = fsdp2_prepare_model(accelerator, llama(quantised))
+    return train_llama(model, [rank]) | {
+        "sharded": [n for n, p in model.named_parameters() if isinstance(p, DTensor)]
+    }
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
@@ -127,5 +185,6 @@ def worker(rank: int, folder: str) -> None:
         "fsdp2 mixed": run_fsdp2(rank, policy=half),
     }
     results["gathered"] = switch_while_gathered()
+    results |= {"recipe": run_recipe(rank, False), "recipe nf4": run_recipe(rank, True)}
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
