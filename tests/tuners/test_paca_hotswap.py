@@ -81,8 +81,6 @@ def damage(path, fault) -> None:
         tensors[index] = tensors[index] + 100
     elif fault == "repeated":
         tensors[index] = torch.zeros_like(tensors[index])
-    elif fault == "unsorted":
-        tensors[index] = tensors[index].flip(0).contiguous()
     save_file(tensors, path / FILE)
 
 
@@ -94,7 +92,6 @@ def damage(path, fault) -> None:
         ("shape", r"is \(10, 2\), and of adapter 'default' \(10, 4\)"),
         ("outside", "column 10. of 'first', which has 12 input features"),
         ("repeated", "indices of 'first' repeat"),
-        ("unsorted", "not sorted"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused_and_nothing_is_changed(base, folder, fault, match):

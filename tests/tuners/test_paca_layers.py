@@ -300,3 +300,26 @@ def test_a_forward_with_nothing_to_train_keeps_nothing():
     assert not model(torch.randn(B, IN)).requires_grad
     with torch.no_grad():
         assert not model(torch.randn(B, IN)).requires_grad
+
+
+@pytest.mark.parametrize("mode", ["resident", "additive"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_train_as_rows_alone(mode, attention):
+    """Rows joined to one sequence attend to themselves alone: gradients are those of the rows, summed."""
+    base = tiny_llama(attn_implementation=attention)
+    model = wrap(base, init_weights=False, mode=mode)
+    rows = [tokens(seed)[0, : 3 + seed] for seed in range(3)]
+    packed = {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+        "use_cache": False,
+    }
+    logits = model(**packed).logits
+    logits.square().sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    alone = [model(input_ids=row[None]).logits for row in rows]
+    torch.testing.assert_close(logits, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+    sum(one.square().sum() for one in alone).backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-3, atol=1e-4)

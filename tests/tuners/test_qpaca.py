@@ -219,3 +219,28 @@ def test_dora_on_a_quantised_base_is_refused():
     model.base_model.model[0].lora_variant["default"] = object()
     with pytest.raises(ConfigError, match="'0' is quantised, and its adapter a variant of LoRA"):
         merge_and_dequantise(model)
+
+
+def test_a_base_quantised_in_an_unknown_way_is_adapted_beside_the_weight_or_refused_by_name(caplog):
+    class Unknown(Hqq):
+        dequantize = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, Hqq.dequantize(self), self.bias)
+
+    torch.manual_seed(0)
+    base = nn.Sequential(Unknown(nn.Linear(IN, OUT)), nn.Tanh(), Unknown(nn.Linear(OUT, IN)))
+    x = torch.randn(4, IN)
+    expected = base(x)
+    with caplog.at_level(logging.WARNING):
+        model = adapt(copy.deepcopy(base))
+    assert "2 of 2 adapted layers add their columns beside the weight" in caplog.text
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ConfigError, match="'0' cannot be adapted with mode='resident'. It is a Unknown"):
+        adapt(copy.deepcopy(base), mode="resident")
+    plain = nn.Linear(IN, OUT)
+    plain.weight = nn.Parameter(torch.zeros(OUT, IN, dtype=torch.uint8), requires_grad=False)
+    broken = nn.Sequential(plain, nn.Tanh(), nn.Linear(OUT, IN))
+    with pytest.raises(ConfigError, match="'0' is Parameter of torch.uint8: quantised, in a Linear"):
+        adapt(broken)
+    assert type(broken[0]) is nn.Linear

@@ -803,7 +803,5 @@ def check_index(index: Tensor, layer: PacaLayer) -> None:
             f"The adapter names column {odd[0]} of '{layer.name}', which has {n} input features: it was made "
             "for another base model."
         )
-    if found != sorted(set(found)):
-        raise CheckpointError(
-            f"The adapter's column indices of '{layer.name}' repeat or are not sorted: the file is damaged."
-        )
+    if len(set(found)) < len(found):
+        raise CheckpointError(f"The adapter's column indices of '{layer.name}' repeat: the file is damaged.")

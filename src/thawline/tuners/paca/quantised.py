@@ -33,7 +33,8 @@ def is_dequantisable(layer: nn.Module) -> bool:
         return False
     weight = layer._parameters.get("weight")
     kind = type(weight)
-    return hasattr(layer, "W_q") or kind.__name__ in BITSANDBYTES or kind.__module__.startswith("torchao.")
+    is_hqq = hasattr(layer, "W_q") and callable(getattr(layer, "dequantize", None))
+    return is_hqq or kind.__name__ in BITSANDBYTES or kind.__module__.startswith("torchao.")
 
 
 def dequantise(layer: nn.Module) -> Tensor:
