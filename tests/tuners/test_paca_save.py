@@ -16,9 +16,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.support.models import tiny_llama, transformers_loads_adapters
-from tests.support.paca import IN, B, Net, bits, same, tokens, train, wrap
+from tests.support.paca import IN, OUT, B, Net, bits, same, tokens, train, wrap
 from thawline import CheckpointError, PacaConfig
 
 
@@ -195,6 +196,21 @@ def test_columns_that_only_a_foreign_or_damaged_file_names_are_refused(columns, 
     state["base_model.model.first.thawline_paca_indices"] = torch.tensor(columns)
     with pytest.raises(CheckpointError, match=message):
         set_peft_model_state_dict(model, state)
+
+
+def test_columns_of_another_base_are_refused_before_the_first_is_loaded(tmp_path):
+    class Wide(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Linear(OUT, 9, bias=False)
+
+    wrap(Net(), init_weights=False).save_pretrained(tmp_path)
+    base = Wide()
+    before = [parameter.clone() for parameter in base.parameters()]
+    with pytest.raises(CheckpointError, match=r"columns of 'second' are \(7, 4\), expected \(9, 4\)"):
+        PeftModel.from_pretrained(base, tmp_path)
+    after = [p for name, p in base.named_parameters() if "delta" not in name]
+    assert all(map(torch.equal, before, after))  # those of 'first' are not in its weight either
 
 
 def test_unsorted_columns_from_elsewhere_keep_their_order():

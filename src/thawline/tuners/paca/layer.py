@@ -35,7 +35,7 @@ __all__ = [
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -574,6 +574,22 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         elif self._next_forward_writes():
             self.evict()  # else _put_original_weight puts in a copy
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def check_columns(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Check the columns that `state_dict` has for this layer, under `prefix`.
+
+        Raises: CheckpointError: for a shape or an index that the layer cannot have.
+        """
+        for name, delta in self.thawline_paca_delta.items():
+            found = state_dict.get(f"{prefix}thawline_paca_delta.{name}", delta)
+            if found.shape != delta.shape:
+                raise CheckpointError(
+                    f"The adapter's columns of '{self.name}' are {tuple(found.shape)}, expected "
+                    f"{tuple(delta.shape)}: made for another base model, or with another r."
+                )
+            index = state_dict.get(f"{prefix}thawline_paca_indices.{name}")
+            if index is not None and not index.is_meta:
+                check_index(index, self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):

@@ -42,6 +42,7 @@ class PacaModel(Tuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_check_columns)
         self.register_load_state_dict_post_hook(_compare_bases)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -257,6 +258,13 @@ def _with_names(
     adapter_names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs | {"adapter_names": adapter_names}
+
+
+def _check_columns(model: PacaModel, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+    """Check columns that are about to be loaded, before the first is. Raises: CheckpointError."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, PacaLayer):
+            layer.check_columns(state_dict, f"{prefix}{path}.")
 
 
 def _compare_bases(model: PacaModel, incompatible_keys: Any) -> None:
