@@ -243,19 +243,45 @@ def test_a_router_is_trained_whole(base):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda model, path: thawline.to_lora(model, path), "one weight of several experts"),
         (lambda model, path: thawline.to_peft_paca(model, path), "is a ExpertsLinear"),
         (
             lambda model, path: model.eval()(tokens(), adapter_names=["default", "__base__"]),
             "adapter_names: .*experts",
         ),
     ],
-    ids=["to_lora", "to_peft_paca", "adapter_names"],
+    ids=["to_peft_paca", "adapter_names"],
 )
 def test_what_cannot_be_said_of_experts_is_refused(tmp_path, call, match):
     torch.manual_seed(0)
     with pytest.raises(ConfigError, match=match):
         call(adapt(qwen3_moe()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"target_modules": ["down_proj"]},
+        {"target_modules": "all-linear", "rank_pattern": {"experts.down_proj": 5, "q_proj": 2}},
+    ],
+)
+def test_lora_of_pefts_says_the_same(base, tmp_path, fields):
+    model = adapt(base, init_weights=False, alpha=6, **fields).eval()
+    thawline.to_lora(model, tmp_path)
+    lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert not torch.allclose(logits(lora), logits(base), atol=1e-3)
+    torch.testing.assert_close(logits(lora), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_columns_of_experts_are_sent_to_another_copy(base):
+    model, receiver = adapt(base, target_modules="all-linear", init_weights=False), copy.deepcopy(base)
+    packed = thawline.pack_columns(model)
+    thawline.apply_columns(receiver, packed)
+    assert torch.equal(logits(receiver), logits(model))
+    model.add_adapter("b", PacaConfig(r=2, target_modules="all-linear", init_weights=False, seed=1))
+    model.set_adapter("b")
+    thawline.apply_columns(receiver, thawline.pack_columns(model, since=packed))
+    assert torch.equal(logits(receiver), logits(model))
 
 
 def test_mhr_on_experts_is_refused_with_the_reason():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from thawline.errors import ConfigError, did_you_mean
 from thawline.tuners._names import PREFIX, plain_name, unwrapped
+from thawline.tuners.experts import ExpertsLinear
 
 
 def to_lora(
@@ -48,30 +49,40 @@ def to_lora(
     model = unwrapped(model)
     name = adapter_named(model, adapter_name)
     config = model.peft_config[name]
-    factors = {
-        plain_name(path): layer.low_rank_factors(name, task)
+    layers = {
+        plain_name(path): layer
         for path, layer in _layers(model).items()
         if name in layer._get_available_adapters()
     }
+    factors = {path: layer.low_rank_factors(name, task) for path, layer in layers.items()}
     if not factors:
         raise ConfigError(
             f"Adapter {name!r} is of type {config.peft_type.value}, which thawline cannot convert to "
             "LoRA. If it is a LoRA adapter already, use save_pretrained."
         )
     tensors = other_tensors(model, name)
+    parameters = [path for path, layer in layers.items() if isinstance(layer.base_layer, ExpertsLinear)]
+    ranks = {p: layers[p].r[name] if p in parameters else len(a) for p, (a, _) in factors.items()}
     for path, (a, b) in factors.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = a
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = b
+        key = _wrapper(path, parameters) if path in parameters else path
+        tensors[f"{PREFIX}{key}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{key}.lora_B.weight"] = b
 
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned: safetensors refuses two names for one storage, as of a bias in a module trained in full.
     save_file({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, folder / WEIGHTS)
-    ranks = {path: len(a) for path, (a, _) in factors.items()}
-    _lora_config(model, config, ranks).save_pretrained(str(folder))
+    _lora_config(model, config, ranks, parameters).save_pretrained(str(folder))
 
 
-def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraConfig:
+def _wrapper(path: str, parameters: list[str]) -> str:
+    """Return the name of PEFT's wrapper of a parameter: the last of a module's is the outermost."""
+    module = path.rpartition(".")[0]
+    siblings = [other for other in parameters if other.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(siblings) - 1 - siblings.index(path))
+
+
+def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int], parameters: list[str]) -> LoraConfig:
     (r, _), *_ = Counter(ranks.values()).most_common(1)
     # PEFT takes the first pattern that ends a module's name, so longer names come first: "a.fc" before "fc".
     others = {path: ranks[path] for path in sorted(ranks, key=len, reverse=True)}
@@ -86,7 +97,8 @@ def _lora_config(model: nn.Module, config: Any, ranks: dict[str, int]) -> LoraCo
         lora_alpha=r,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=sorted(ranks),
+        target_modules=sorted(ranks.keys() - set(parameters)),
+        target_parameters=parameters or None,
         # PEFT adapts every module whose name ends in a target's, also those that we did not adapt.
         exclude_modules=namesakes(model, set(ranks)) or None,
         bias="lora_only" if bias.endswith("_only") else bias,

@@ -738,11 +738,13 @@ class PacaExpertsLinear(PacaLayer):
         return y
 
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
-        """Refuse: PEFT's LoRA of fused experts is no layer of a name. Raises: ConfigError: always."""
-        raise ConfigError(
-            f"'{self.name}' is one weight of several experts, whose LoRA is stored otherwise. Use "
-            "merge_and_unload, or train without this module."
-        )
+        """Return A, which picks the columns for each expert (E·R, I), and B, their change (O, R·E).
+
+        PEFT stores the rows of A by expert, and the columns of B by rank.
+        """
+        delta, index = self._scaled_delta(adapter_name, task)
+        a = nn.functional.one_hot(index, self.in_features).to(delta.dtype)
+        return a.repeat(len(delta), 1), delta.permute(2, 1, 0).flatten(1)
 
 
 LAYERS: dict[type[nn.Module], type[PacaLayer]] = {

@@ -6,8 +6,10 @@ model sent, and the adapter unmerged, which rounds the weights each time. Column
 
 A pack is a flat dict of tensors, ready for safetensors. For a weight called W in the plain base model:
 
-    W.columns or W.rows   (R,), int64: positions on axis 1, or on axis 0 where the weight is stored (in, out)
-                          (Conv1D) or has a filter per channel (depthwise convolution)
+    W.columns             (R,), int64: positions on axis 1
+    W.rows                on axis 0, where the weight is stored (in, out) (Conv1D) or has a filter per channel
+                          (depthwise convolution)
+    W.inputs              on axis 2, of experts in one weight
     W.values              what stands there, in the weight's dtype
     W.kept                positions sent earlier, which still stand (only with `since`)
 """
@@ -28,10 +30,11 @@ from transformers.pytorch_utils import Conv1D
 from thawline.errors import ConfigError, did_you_mean
 from thawline.ops.partial_conv import ConvGeometry
 from thawline.tuners._names import plain_name, unwrapped
+from thawline.tuners.experts import ExpertsLinear
 from thawline.tuners.paca.layer import PacaLayer
 from thawline.tuners.paca.weights import FLOATS
 
-AXIS_NAMES = ("rows", "columns")
+AXIS_NAMES = ("rows", "columns", "inputs")
 FUSED = {
     "q_proj": ("qkv_proj", 0),
     "k_proj": ("qkv_proj", 2),
@@ -67,16 +70,15 @@ def pack_columns(model: nn.Module, since: Mapping[str, Tensor] | None = None) ->
         modules in full, tokens), or a `since` of another model.
     """
     model = unwrapped(model)
-    layers = {plain_name(path): m for path, m in model.named_modules() if isinstance(m, PacaLayer)}
+    layers = {_weight_name(path, m): m for path, m in model.named_modules() if isinstance(m, PacaLayer)}
     if not layers:
         raise ConfigError("The model has no PaCA layers. Pack before merge_and_unload or unload.")
     _check_columns_only(model, {name for layer in layers.values() for name in layer.wanted_adapters})
     earlier = _parts(since or {})
-    if unknown := sorted(earlier.keys() - {f"{name}.weight" for name in layers}):
+    if unknown := sorted(earlier.keys() - layers.keys()):
         raise ConfigError(f"`since` has '{unknown[0]}', which is no adapted weight of this model.")
     packed: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        key = f"{name}.weight"
+    for key, layer in layers.items():
         packed |= _pack_weight(key, layer, earlier.get(key))
     return packed
 
@@ -174,7 +176,7 @@ def _parts(packed: Mapping[str, Tensor]) -> dict[str, Part]:
     parts = {}
     for name, found in entries.items():
         kinds = found.keys() - {"kept"}
-        axis = 0 if "rows" in kinds else 1
+        axis = next((axis for axis, axis_name in enumerate(AXIS_NAMES) if axis_name in kinds), 1)
         index = found.get(AXIS_NAMES[axis], none)
         if kinds and kinds != {AXIS_NAMES[axis], "values"}:
             raise ConfigError(f"'{name}' is not from pack_columns: it has {sorted(found)}.")
@@ -182,8 +184,16 @@ def _parts(packed: Mapping[str, Tensor]) -> dict[str, Part]:
     return parts
 
 
+def _weight_name(path: str, layer: PacaLayer) -> str:
+    """Return the name of a layer's weight in the plain base model, where experts' are no layers."""
+    name = plain_name(path)
+    return name if isinstance(layer.base_layer, ExpertsLinear) else f"{name}.weight"
+
+
 def _place(base_layer: nn.Module, columns: Tensor) -> tuple[int, Tensor]:
     """Return the axis and the positions of columns in the weight as it is stored."""
+    if isinstance(base_layer, ExpertsLinear):
+        return (1 if base_layer.is_transposed else 2), columns
     if isinstance(base_layer, Conv1D):
         return 0, columns
     if isinstance(base_layer, nn.Conv2d) and ConvGeometry.of(base_layer).depthwise:
