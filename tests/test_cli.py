@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 import thawline
 from thawline.cli import VERBS, main
@@ -286,3 +288,31 @@ def test_a_plain_model_is_evaluated_on_the_rows_it_is_given(tiny_llama: Path, ro
     status, err = fails(capsys, "eval", str(tiny_llama))
     assert status == 2
     assert "Give rows: --data" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_a_full_disk_ends_any_command_in_one_line(monkeypatch, capsys, error: Exception) -> None:
+    def fail(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(VERBS, "list", fail)
+    assert main(["list"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("thawline: A file could not be written: ")
+    assert line.endswith("Make room, and try again.\n")
+
+
+def test_other_faults_of_ours_keep_their_traceback(monkeypatch) -> None:
+    def fail(words: list[str]) -> int:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(VERBS, "list", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["list"])

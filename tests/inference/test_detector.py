@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
 
 import cv2
@@ -330,6 +331,21 @@ def test_predict_opens_a_camera_once(
 def test_a_video_that_cannot_be_written_is_no_success(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Cannot write .*x\.wrong"):
         predict_files(detector, sample_video(tmp_path / "x.mp4"), tmp_path / "x.wrong")
+
+
+def test_a_video_that_is_not_written_whole_is_no_success(detector: Detector, tmp_path: Path) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / "x.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 5.0, (96, 64))
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        writer.write(rng.integers(0, 256, (64, 96, 3), np.uint8))
+    writer.release()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
+    try:
+        with pytest.raises(DataError, match=r"x\.mp4' was not written whole: is the disk full"):
+            predict_files(detector, tmp_path / "x.mp4", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_huge_image_is_read_whole_or_in_tiles(detector: Detector, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from thawline.cli.command import VERBS, first_line
 from thawline.cli.printing import show
 from thawline.cli.verbs import INTERRUPTED, OVER_BUDGET
 from thawline.errors import BudgetError, ConfigError, DataError, ThawlineError, did_you_mean
+from thawline.files import is_write_failure
 from thawline.tables import labelled
 
 
@@ -47,10 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has closed the pipe; without this the interpreter complains as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.strerror}: '{error.filename}'"
+        elif is_write_failure(error):
+            reason = f"A file could not be written: {' '.join(str(error).split())}. Make room, and try again."
+        else:
             raise
-        sys.stderr.write(f"thawline: {error.strerror}: '{error.filename}'\n")
+        sys.stderr.write(f"thawline: {reason}\n")
         return 1
 
 

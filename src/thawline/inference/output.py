@@ -135,7 +135,10 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 @contextmanager
 def _video(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], object]]:
-    """Yield a function that appends a frame to a video; the first frame determines its size."""
+    """Yield a function that appends a frame to a video; the first frame determines its size.
+
+    Raises: DataError: if the video cannot be written, or not whole, of which OpenCV says nothing.
+    """
     cv2, video, size = opencv(), None, (0, 0)
 
     def append(image: np.ndarray) -> None:
@@ -154,3 +157,20 @@ def _video(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], object]]:
     finally:
         if video is not None:
             video.release()
+    if video is not None and path.suffix.lower() in (".mp4", ".mov", ".m4v") and not _has_index(path):
+        raise DataError(f"'{path}' was not written whole: is the disk full?")
+
+
+def _has_index(path: Path) -> bool:
+    """Return whether an MP4 file ends with its index, the box `moov`, without which no frame can be read."""
+    with path.open("rb") as file:
+        while len(head := file.read(8)) == 8:
+            size, start = int.from_bytes(head[:4], "big"), file.tell() - 8
+            if size == 1:
+                size = int.from_bytes(file.read(8), "big")
+            if head[4:] == b"moov":
+                return start + size <= path.stat().st_size
+            if size < 8:
+                return False
+            file.seek(start + size)
+    return False
