@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,17 +252,23 @@ def _load_adapter(
     is_trainable = not (saved and config.is_prompt_learning)
     name, unfit = type(model).__name__, f"`tuner.start_from`: the adapter in '{folder}' does not fit "
     try:
-        tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
-        if config.is_prompt_learning:
-            return tuned
-        found_keys = tuned.load_adapter(folder, "default", is_trainable=is_trainable)  # again, for its answer
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below, as an error
+            tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, config=config)
+            if config.is_prompt_learning:
+                return tuned
+            # Again, for its answer.
+            found_keys = tuned.load_adapter(folder, "default", is_trainable=is_trainable)
     except ThawlineError:
         raise
     except DAMAGED as error:
         raise CheckpointError(f"`tuner.start_from`: the adapter in '{folder}' is damaged: {error}") from error
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{unfit}{name}: {' '.join(str(error).split())[:LONGEST_REASON]}") from error
-    lacking = found_keys.missing_keys if isinstance(config, (peft.LoraConfig, TunerConfig)) else []
+    # A layer that the model lists under several names is saved under one.
+    own = {name for name, _ in (*tuned.named_parameters(), *tuned.named_buffers())}
+    lacking = [key for key in found_keys.missing_keys if key in own]
+    lacking = lacking if isinstance(config, (peft.LoraConfig, TunerConfig)) else []
     for keys, what in ((found_keys.unexpected_keys, "has no"), (lacking, "finds in it no")):
         if keys:
             raise CheckpointError(f"{unfit}{name}, which {what} '{keys[0]}' and {len(keys) - 1} more.")

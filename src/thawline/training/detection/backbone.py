@@ -1,4 +1,4 @@
-"""Tuners on a detector's backbone, and merging the result into a plain detector.
+"""Tuners on a detector's backbone.
 
 The encoder and decoder of a detector always train, since they have to learn the classes. A recipe's tuner
 applies to the pretrained part of the backbone: the vision transformer of S to X (its convolutional adapter is
@@ -13,14 +13,13 @@ never pretrained), all of HGNetv2 in the smaller sizes.
 
 from __future__ import annotations
 
-__all__ = ["fast_parameters", "merged_detector", "tune_backbone"]
+__all__ = ["fast_parameters", "tune_backbone"]
 
-import copy
 import dataclasses
-from types import MethodType
 
 from torch import nn
 
+from thawline.domains.attach import keep_in_eval
 from thawline.errors import ConfigError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.network.sta import AdaptedViT
@@ -47,7 +46,7 @@ def tune_backbone(model: DEIMv2, settings: TunerSettings) -> DEIMv2:
     unpretrained = [p for p in backbone.parameters() if id(p) not in pretrained_ids]
     if isinstance(settings, Frozen):
         pretrained.requires_grad_(False)
-        _keep_in_eval(pretrained)
+        keep_in_eval(pretrained)
         return model
     if isinstance(settings, Adapter) and settings.target_modules == "all-linear" and pretrained is backbone:
         settings = dataclasses.replace(settings, target_modules=_convolutions(backbone, settings))
@@ -62,26 +61,6 @@ def fast_parameters(model: DEIMv2, settings: TunerSettings) -> list[str]:
     if isinstance(settings, (Full, Frozen)):
         return []
     return [f"backbone.{name}" for name, p in model.backbone.named_parameters() if p.requires_grad]
-
-
-def merged_detector(model: DEIMv2) -> DEIMv2:
-    """Return a copy on the CPU, in eval mode, with any adapter merged into the backbone."""
-    plain = copy.deepcopy(model).cpu()
-    if hasattr(plain.backbone, "merge_and_unload"):
-        plain.backbone = plain.backbone.merge_and_unload()
-    fresh = DEIMv2(model.config)
-    fresh.load_state_dict(plain.state_dict())
-    return fresh.eval()
-
-
-def _keep_in_eval(module: nn.Module) -> None:
-    """Keep a module in eval mode when `train()` is called on the model around it."""
-    module.eval()
-
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        return nn.Module.train(self, False)
-
-    module.train = MethodType(train, module)
 
 
 def _convolutions(backbone: nn.Module, settings: Adapter) -> list[str]:

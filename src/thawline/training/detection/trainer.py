@@ -36,6 +36,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from thawline.data.detection.collate import build_loader
+from thawline.domains.attach import merged_detector
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import atomic_file, atomic_folder, read_json, write_json, write_text
 from thawline.metrics.detection import STATISTICS
@@ -43,7 +44,7 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import TunerSettings
 from thawline.training.checkpoints import load_state
 from thawline.training.detection.arguments import DetectionTrainingData
-from thawline.training.detection.backbone import fast_parameters, merged_detector
+from thawline.training.detection.backbone import fast_parameters
 from thawline.training.detection.callbacks import Speed, TrainingEvents
 from thawline.training.detection.ema import EMA
 from thawline.training.detection.groups import ParameterGroup, build_groups

@@ -34,11 +34,17 @@ def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
     Raises: ConfigError: for a weight that nothing can be added to either: sharded already, of a plain layer
         that cannot run, or holding the columns of another model.
     """
+    # A module that two parents share inside one of their parts has one place, where its adapter will be.
     owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
+    places = [
+        (f"{name}.{child}", module)
+        for name, p in model.named_modules()
+        for child, module in p._modules.items()
+    ]
+    for name, module in [("", model), *places]:
+        for parameter in () if module is None else module._parameters.values():
             if parameter is not None:
-                owners[id(parameter)].append(name)
+                owners[id(parameter)].append(name.removeprefix("."))
     is_partial = not all(parameter.is_meta for parameter in model.parameters())
     holders = {layer.base_layer.weight.data_ptr(): layer for layer in watched() if layer.holds_columns}
     found = {}
