@@ -12,6 +12,7 @@ FLOOR = {
     "errors": -3, "coco": -3, "files": -2, "tables": -1, "measure": -1, "sessions": -1,  # used on every floor
     "recipe": 0, "ops": 0,
     "tuners": 1, "models": 1, "data": 1, "metrics": 1,
+    "domains": 2,
     "training": 3, "analysis": 3, "exporters": 3, "inference": 3, "report": 3,
     "run_folder": 4, "planning": 4, "runtime": 4, "service": 4, "web": 4,
     "run": 5, "bench": 5,

@@ -19,6 +19,7 @@ _NAMES = {
         "ThawlineError",
     ],
     "thawline.inference.detector": ["Detector"],
+    "thawline.inference.shared": ["SharedDetector"],
     "thawline.jobs": [
         "align", "check_data", "convert", "evaluate", "export", "plan", "predict", "serve", "train",
     ],

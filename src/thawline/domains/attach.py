@@ -90,7 +90,7 @@ def _adaptable(model: nn.Module, settings: Adapter) -> list[str]:
         and (not isinstance(settings, Paca) or _n_columns(layer) >= settings.r)
     ]
     if not names:
-        raise ConfigError(f"`tuner.r={settings.r}`: no layer has that many input features. Lower `tuner.r`.")
+        raise ConfigError("`tuner.r`: no layer has that many input features. Lower it.")
     return names
 
 

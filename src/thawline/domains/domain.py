@@ -118,8 +118,8 @@ def load_domain(base: DEIMv2, folder: str | Path, digest: str | None = None) -> 
         )
     if about.image_size != base.config.image_size:
         raise CheckpointError(
-            f"The domain in '{folder}' was trained at {about.image_size[0]} × {about.image_size[1]}, the base "
-            f"takes {base.config.image_size[0]} × {base.config.image_size[1]}. Train it at the base's size."
+            f"The domain in '{folder}' was trained at (height, width) {about.image_size}, the base takes "
+            f"{base.config.image_size}. Train it at the base's size."
         )
     config = dataclasses.replace(
         base.config, num_classes=len(about.class_names), class_names=about.class_names

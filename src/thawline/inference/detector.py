@@ -6,7 +6,7 @@ is either a `TorchNetwork`, imported where one is given, or an `ExportedNetwork`
 
 from __future__ import annotations
 
-__all__ = ["Detector", "Prediction"]
+__all__ = ["Detector", "Prediction", "empty_detections", "load_frame", "with_reason"]
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Detector:
 
     Args:
         model: a `DEIMv2`, which is put into eval mode and fused; or an exported file (.onnx, .xml), or a
-            folder that holds one, itself or in `exports/`, which runs on the CPU without torch.
+            folder that holds one, itself or in `exports/`, which runs on the CPU without torch; or a network.
         device: of a `DEIMv2`. None: a GPU if there is one.
         threshold: minimum score of a detection; a call may override it.
     Raises: CheckpointError: no exported file, or not one of thawline's.
@@ -63,7 +63,7 @@ class Detector:
 
     def __init__(
         self,
-        model: DEIMv2 | str | Path,
+        model: DEIMv2 | str | Path | Network,
         *,
         device: str | torch.device | None = None,
         threshold: float = THRESHOLD,
@@ -74,10 +74,12 @@ class Detector:
             if device not in (None, "cpu"):
                 raise ConfigError(f"`device={device}`: exported files run on the CPU.")
             self.network = ExportedNetwork(model)
+        elif not hasattr(model, "postprocess"):
+            self.network = cast("Network", model)
         else:
             from thawline.inference.torch_network import TorchNetwork
 
-            self.network = TorchNetwork(model, device)
+            self.network = TorchNetwork(cast("DEIMv2", model), device)
         self.threshold = _score(threshold)
         self.class_names = self.network.class_names
 
@@ -129,13 +131,13 @@ class Detector:
         """
         predictions = self.stream(source, **options)
         if is_video(source):
-            return map(self._with_reason, predictions)
+            return map(with_reason, predictions)
         if is_single(source):
             (prediction,) = predictions
             if prediction.error:
                 raise DataError(prediction.error)
             return prediction.detections
-        return [self._with_reason(prediction) for prediction in predictions]
+        return [with_reason(prediction) for prediction in predictions]
 
     def stream(
         self,
@@ -178,7 +180,7 @@ class Detector:
         max_detections: int | None,
         tile: int | tuple[int, int] | None,
     ) -> Iterator[Prediction]:
-        images, errors = zip(*map(_load, frames), strict=True)
+        images, errors = zip(*map(load_frame, frames), strict=True)
         readable = [image for image in images if image is not None]
         if tile is None:
             found = iter(self._detect(readable, threshold) if readable else [])
@@ -186,7 +188,7 @@ class Detector:
             found = (self._detect_tiles(image, threshold, tile) for image in readable)
         for frame, image, error in zip(frames, images, errors, strict=True):
             if image is None:
-                yield Prediction(frame.name, None, _supervision().Detections.empty(), error)
+                yield Prediction(frame.name, None, empty_detections(), error)
                 continue
             detections = next(found)
             if classes is not None:
@@ -224,11 +226,13 @@ class Detector:
             data={"class_name": np.array([self.class_names[label] for label in labels], dtype=str)},
         )
 
-    def _with_reason(self, prediction: Prediction) -> supervision.Detections:
-        if prediction.error:
-            logger.warning("%s: %s", prediction.name, prediction.error)
-            prediction.detections.metadata["error"] = prediction.error
-        return prediction.detections
+
+def with_reason(prediction: Prediction) -> supervision.Detections:
+    """Return the detections of a prediction; those of an unreadable image, which is logged, say why."""
+    if prediction.error:
+        logger.warning("%s: %s", prediction.name, prediction.error)
+        prediction.detections.metadata["error"] = prediction.error
+    return prediction.detections
 
 
 def _score(threshold: float) -> float:
@@ -238,7 +242,13 @@ def _score(threshold: float) -> float:
     return threshold
 
 
-def _load(frame: Frame) -> tuple[np.ndarray | None, str]:
+def empty_detections() -> supervision.Detections:
+    """Return no detections, as of an image that could not be read."""
+    return _supervision().Detections.empty()
+
+
+def load_frame(frame: Frame) -> tuple[np.ndarray | None, str]:
+    """Decode an image; return it, or None and the reason why it cannot be read."""
     try:
         return frame.load(), ""
     except DataError as error:

@@ -23,6 +23,7 @@ from thawline.inference.exported import check_number_of_classes
 from thawline.inference.frames import Found
 from thawline.models.deimv2 import VARIANTS, DEIMv2
 from thawline.models.deimv2.checkpoints.read import read_checkpoint
+from thawline.models.deimv2.outputs import DetectionOutput
 
 
 class TorchNetwork:
@@ -45,8 +46,15 @@ class TorchNetwork:
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray]) -> list[Found]:
         """Detect in images, each (H, W, 3) uint8, RGB."""
+        return self.answer(self.model(self.prepare(images)), images)
+
+    def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Return images as the model takes them, (B, 3, H, W)."""
         pixels = torch.stack([_resize(image, self.config.image_size) for image in images]).to(self.device)
-        output = self.model((pixels / 255 - self._mean) / self._std)
+        return (pixels / 255 - self._mean) / self._std
+
+    def answer(self, output: DetectionOutput, images: Sequence[np.ndarray]) -> list[Found]:
+        """Return the model's output as detections in pixels of the images."""
         found = self.model.postprocess(output, [image.shape[:2] for image in images])
         return [cast(Found, {key: value.cpu().numpy() for key, value in one.items()}) for one in found]
 

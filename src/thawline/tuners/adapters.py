@@ -42,7 +42,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     Args:
         model: plain module into which `attach_tuner` has put one adapter.
     """
-    ((name, config),) = model.peft_config.items()  # type: ignore[union-attr, operator]
+    ((name, config),) = model.peft_config.items()
     Path(folder).mkdir(parents=True, exist_ok=True)
     state = peft.get_peft_model_state_dict(model, adapter_name=name)
     tensors = {f"{PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in state.items()}

@@ -1,0 +1,148 @@
+"""A shared folder: one base, and the domains that were trained on it.
+
+shared/
+  base/             the detector that all domains share
+  domains/<name>/   what each of them adds
+"""
+
+from __future__ import annotations
+
+__all__ = ["SharedFolder", "find_domain", "is_shared"]
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from thawline.domains.domain import Domain, base_digest, load_domain, read_domain
+from thawline.errors import CheckpointError, ConfigError, did_you_mean
+from thawline.files import atomic_folder, write_json
+from thawline.models.deimv2.model import DEIMv2
+
+BASE, DOMAINS = "base", "domains"
+
+
+def is_shared(path: str | Path) -> bool:
+    """Return True for a folder of a base and domains."""
+    return (Path(path) / BASE / "config.json").is_file()
+
+
+def find_domain(path: str | Path, name: str | None = None) -> Path:
+    """Return the folder of a domain: the path itself, or the one of a run or shared folder.
+
+    Raises: CheckpointError: there is none, or several of which `name` says none.
+    """
+    if (Path(path) / "domain.json").is_file():
+        return Path(path)
+    found = {folder.name: folder for folder in _subfolders(Path(path) / DOMAINS)}
+    if name in found:
+        return found[name]
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if not found:
+        raise CheckpointError(f"'{path}' holds no domain. Train one: thawline train … --domain NAME.")
+    raise CheckpointError(f"'{path}' holds several domains ({', '.join(found)}). Name the folder of one.")
+
+
+class SharedFolder:
+    """A folder of a base and domains.
+
+    Raises: CheckpointError: it has no base.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        if not is_shared(path):
+            raise CheckpointError(
+                f"'{path}' is no shared folder: it has no {BASE}/ with a detector. `thawline domains add "
+                "FOLDER RUN` makes one."
+            )
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, base: DEIMv2) -> SharedFolder:
+        """Make a shared folder around a base.
+
+        Raises: ConfigError: the folder holds something else.
+        """
+        if Path(path).exists() and any(Path(path).iterdir()):
+            raise ConfigError(f"'{path}' holds other files. Give a new folder, or one with {BASE}/.")
+        with atomic_folder(Path(path) / BASE) as temporary:
+            base.save_pretrained(temporary)
+        return cls(path)
+
+    def base(self) -> DEIMv2:
+        """Load the base."""
+        return DEIMv2.from_pretrained(self.path / BASE)
+
+    def domains(self) -> Iterator[tuple[str, Domain | str]]:
+        """Yield the name of each domain and what it says of itself, or why it cannot be read."""
+        for folder in _subfolders(self.path / DOMAINS):
+            try:
+                yield folder.name, read_domain(folder)
+            except CheckpointError as error:
+                yield folder.name, str(error)
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of a domain. Raises: ConfigError: there is none of this name."""
+        folder = self.path / DOMAINS / name
+        if name in ("", ".", "..") or Path(name).name != name or not folder.is_dir():
+            names = [one.name for one in _subfolders(self.path / DOMAINS)]
+            raise ConfigError(f"'{self.path}' has no domain '{name}'. {did_you_mean(name, names)}")
+        return folder
+
+    def add(self, source: str | Path, name: str | None = None) -> str:
+        """Copy a domain into the folder, once it is known to fit the base, and return its name.
+
+        Args:
+            source: folder of a domain, or of a run that trained one.
+            name: None: the one it was trained under.
+        Raises: ConfigError: the name is taken or cannot be one. CheckpointError: as `load_domain`.
+        """
+        folder = find_domain(source)
+        name = _checked(name or read_domain(folder).name)
+        if (self.path / DOMAINS / name).exists():
+            raise ConfigError(
+                f"'{self.path}' already has a domain '{name}'. Remove or rename it, or give --name."
+            )
+        load_domain(self.base(), folder)
+        self._copy(folder, name)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Delete a domain. Raises: ConfigError: there is none of this name."""
+        folder = self.folder(name)
+        gone = folder.with_name(f".{name}.removed")
+        os.replace(folder, gone)  # at once: nobody reads half a domain
+        shutil.rmtree(gone)
+
+    def rename(self, name: str, new: str) -> None:
+        """Rename a domain. Raises: ConfigError: no such domain, or the new name is taken."""
+        folder, new = self.folder(name), _checked(new)
+        if (self.path / DOMAINS / new).exists():
+            raise ConfigError(f"'{self.path}' already has a domain '{new}'.")
+        self._copy(folder, new)
+        self.remove(name)
+
+    def digest(self) -> str:
+        """Return the digest of the base."""
+        return base_digest(self.base())
+
+    def _copy(self, folder: Path, name: str) -> None:
+        with atomic_folder(self.path / DOMAINS / name) as temporary:
+            shutil.copytree(folder, temporary, dirs_exist_ok=True)
+            about = replace(read_domain(folder), name=name)
+            write_json(temporary / "domain.json", vars(about))
+
+
+def _subfolders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    return sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith("."))
+
+
+def _checked(name: str) -> str:
+    """Return a name that can be a folder and a domain. Raises: ConfigError."""
+    if not name or Path(name).name != name or name.startswith(".") or name == "all":
+        raise ConfigError(f"'{name}' cannot name a domain: use a plain folder name, other than 'all'.")
+    return name

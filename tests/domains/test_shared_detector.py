@@ -1,0 +1,213 @@
+"""Several domains on one base: each answers as it would alone, to the last bit, whatever the others do."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import supervision
+import torch
+
+from tests.support.domains import NAMES, TUNERS, make_base, make_domain
+from thawline import SharedDetector
+from thawline.domains.domain import load_domain
+from thawline.domains.folder import SharedFolder
+from thawline.errors import CheckpointError, ConfigError
+from thawline.inference import Detector
+from thawline.models.deimv2 import DEIMv2
+
+
+@pytest.fixture(scope="module")
+def base() -> DEIMv2:
+    return make_base()
+
+
+@pytest.fixture(scope="module")
+def folder(base: DEIMv2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shop") / "shared"
+    shared = SharedFolder.create(path, base)
+    for name, tuner in zip(NAMES, TUNERS.values(), strict=True):
+        shared.add(make_domain(base, path.parent / name, name, tuner))
+    return path
+
+
+@pytest.fixture
+def shared(folder: Path) -> SharedDetector:
+    return SharedDetector.from_pretrained(folder, device="cpu")
+
+
+def images(n: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(n)
+    return [rng.integers(0, 256, (40 + 8 * i, 70, 3), dtype=np.uint8) for i in range(n)]
+
+
+def bits(found: supervision.Detections) -> bytes:
+    return found.xyxy.tobytes() + found.confidence.tobytes() + found.class_id.tobytes()
+
+
+def close(a: supervision.Detections, b: supervision.Detections) -> None:
+    np.testing.assert_allclose(a.confidence, b.confidence, atol=1e-5)
+    np.testing.assert_array_equal(a.class_id, b.class_id)
+    np.testing.assert_allclose(a.xyxy, b.xyxy, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_domain_answers_as_its_own_merged_detector(
+    shared: SharedDetector, folder: Path, base: DEIMv2, name: str
+) -> None:
+    alone = load_domain(base, folder / "domains" / name)
+    (image,) = images(1)
+    for other in NAMES:  # whatever was inside before
+        shared(image, domain=other)
+        found = shared(image, domain=name)
+        assert bits(found) == bits(Detector(alone, device="cpu", threshold=0.0)(image))
+    assert set(found.data["domain"]) == {name}
+    assert set(found.data["class_name"]) <= set(NAMES[name])
+
+
+@pytest.mark.parametrize("variant", ["pico", "n", "s"])
+def test_the_columns_of_every_family_survive_fusing(variant: str, tmp_path: Path) -> None:
+    base = make_base(variant)
+    domain = load_domain(base, make_domain(base, tmp_path / "cards", "cards"))
+    SharedFolder.create(tmp_path / "shared", base).add(tmp_path / "cards")
+    shared = SharedDetector(tmp_path / "shared", "cpu")
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, plain = domain(x), base.fuse()(x)
+        member = shared._member("cards")
+        shared._network.switch(member.changes)
+        found = shared._network.model(x)
+        shared._network.switch(None)
+        restored = shared._network.model(x)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, atol=1e-5, rtol=0)
+    assert torch.equal(restored.logits, plain.logits)
+    weights = sum(p.nbytes for p in base.parameters())
+    assert shared.nbytes("cards") < 0.05 * weights
+
+
+def test_a_batch_of_several_domains_equals_single_calls(shared: SharedDetector) -> None:
+    batch, names = images(5), ["pcb", "cards", "pcb", "plates", "cards"]
+    found = shared(batch, domain=names)
+    for image, name, one in zip(batch, names, found, strict=True):
+        close(one, shared(image, domain=name))
+        assert set(one.data["domain"]) == {name}
+
+
+def test_all_domains_see_every_image(shared: SharedDetector) -> None:
+    (image,) = images(1)
+    found = shared(image, domain="all")
+    for name in NAMES:
+        mine = found[found.data["domain"] == name]
+        close(mine[np.argsort(-mine.confidence, kind="stable")], shared(image, domain=name))
+    only = shared(image, domain="all", classes=["short", "plate"])
+    assert set(only.data["class_name"]) <= {"short", "plate"}
+    with pytest.raises(ConfigError, match="dwarf"):
+        shared(image, domain="all", classes="dwarf")
+
+
+def test_parts_that_no_domain_changes_run_once(shared: SharedDetector, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    backbone = shared._network.model.backbone
+    backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    shared.remove("cards")
+    shared.remove("plates")
+    shared.add("again", shared.folder.path / "domains" / "pcb")  # class heads alone
+    shared(images(3), domain=["pcb", "again", "pcb"])
+    assert calls == [3]
+
+
+def test_an_earlier_domain_is_the_same_after_others_came_and_went(base: DEIMv2, tmp_path: Path) -> None:
+    SharedFolder.create(tmp_path / "shared", base).add(make_domain(base, tmp_path / "cards", "cards"))
+    shared = SharedDetector(tmp_path / "shared", "cpu")
+    (image,) = images(1)
+    first = bits(shared(image))
+    for name in ("plates", "pcb"):
+        make_domain(base, tmp_path / name, name)
+        shared.add(name, tmp_path / name)
+        shared(image, domain=name)
+        assert bits(shared(image, domain="cards")) == first
+        SharedFolder(tmp_path / "shared").add(tmp_path / name)
+    shared.remove("pcb")
+    assert bits(shared(image, domain="cards")) == first
+    script = (
+        "import hashlib, numpy as np, torch; torch.set_num_threads(1)\n"
+        "from thawline import SharedDetector\n"
+        f"shared = SharedDetector.from_pretrained({str(tmp_path / 'shared')!r}, device='cpu')\n"
+        "image = np.random.default_rng(1).integers(0, 256, (40, 70, 3), dtype=np.uint8)\n"
+        "shared(image, domain='pcb'); found = shared(image, domain='cards')\n"
+        "bits = found.xyxy.tobytes() + found.confidence.tobytes() + found.class_id.tobytes()\n"
+        "print(hashlib.sha256(bits).hexdigest())"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert printed.stdout.split()[-1] == hashlib.sha256(first).hexdigest()
+
+
+def test_threads_get_whole_domains(shared: SharedDetector, folder: Path) -> None:
+    (image,) = images(1)
+    expected = {name: bits(shared(image, domain=name)) for name in NAMES}
+    wrong: list[str] = []
+
+    def ask(name: str) -> None:
+        wrong.extend(name for _ in range(6) if bits(shared(image, domain=name)) != expected[name])
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in NAMES]
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        shared.add("plates", folder / "domains" / "plates")  # replaced while others ask
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_removed_domain_finishes_what_it_was_asked(shared: SharedDetector) -> None:
+    answers = shared.stream(images(3), domain="plates", batch_size=1)
+    next(answers)
+    shared.remove("plates")
+    assert len(list(answers)) == 2
+    with pytest.raises(ConfigError, match="No domain 'plates'"):
+        shared(images(1)[0], domain="plates")
+
+
+def test_what_cannot_be_asked(shared: SharedDetector) -> None:
+    (image,) = images(1)
+    with pytest.raises(ConfigError, match="No domain 'card'.*cards"):
+        shared(image, domain="card")
+    with pytest.raises(ConfigError, match="Which domain"):
+        shared(image)
+    with pytest.raises(ConfigError, match="2 domains for 1 images"):
+        shared([image], domain=["cards", "pcb"])
+    with pytest.raises(ConfigError, match="no list of images"):
+        shared(image, domain=["cards"])
+
+
+def test_one_broken_domain_does_not_take_the_others_down(base: DEIMv2, tmp_path: Path) -> None:
+    folder = SharedFolder.create(tmp_path / "shared", base)
+    for name in NAMES:
+        folder.add(make_domain(base, tmp_path / name, name))
+    heads = folder.folder("pcb") / "heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:-40])
+    (folder.folder("plates") / "adapter_model.safetensors").unlink()
+    shared = SharedDetector(tmp_path / "shared", "cpu")
+    assert shared.domains == ("cards",)
+    assert set(shared.broken) == {"pcb", "plates"}
+    (image,) = images(1)
+    assert len(shared(image)) > 0
+    with pytest.raises(CheckpointError, match="'pcb' cannot be used.*heads.safetensors"):
+        shared(image, domain="pcb")
+    shared.add("pcb", tmp_path / "pcb")
+    assert len(shared(image, domain="pcb")) > 0
+
+
+def test_an_unreadable_image_of_a_mixed_list_says_so(shared: SharedDetector, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    first, second = shared([str(broken), str(broken)], domain=["cards", "pcb"])
+    assert "broken.jpg" in first.metadata["error"]
+    assert len(second) == 0
