@@ -6,16 +6,21 @@ Frameworks are imported inside the functions, so that a command loads only what 
 from __future__ import annotations
 
 __all__ = [
+    "add_domain",
     "align",
     "check_data",
     "convert",
     "detect",
+    "domains",
     "evaluate",
+    "evaluate_domains",
     "evaluation_recipe",
     "export",
     "is_main_process",
     "plan",
     "predict",
+    "remove_domain",
+    "rename_domain",
     "serve",
     "train",
 ]
@@ -26,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from thawline.errors import ConfigError, DataError, MissingExtraError, requires_extra
+from thawline.errors import CheckpointError, ConfigError, DataError, MissingExtraError, requires_extra
 from thawline.files import write_json, write_jsonl
 from thawline.recipe import RunConfig, build_config, dotted_values, load_recipe
 from thawline.recipe.checks import at_least, height_width
@@ -34,6 +39,7 @@ from thawline.recipe.checks import at_least, height_width
 if TYPE_CHECKING:
     from thawline.data.detection.check import DataCheck
     from thawline.data.detection.records import ImageRecord
+    from thawline.domains.domain import Domain
     from thawline.exporters.export import ExportReport
     from thawline.inference.detector import Prediction
     from thawline.inference.files import Summary
@@ -197,22 +203,105 @@ def detect(
     variant: str | None = None,
     weights: Literal["pretrained", "random"] = "pretrained",
     device: str | None = None,
-    threshold: float = 0.4,
+    threshold: float | None = None,
+    domain: str | None = None,
     on_prediction: Callable[[Prediction], object] | None = None,
     **options: Any,
 ) -> Summary:
     """Detect objects in images and videos, and draw them where `out` is given.
 
     Args:
-        model, variant, weights, device, threshold: as in `Detector.from_pretrained`.
+        model, variant, weights, device, threshold: as in `Detector.from_pretrained`; or `model` is a shared
+            folder of several domains, each with its own threshold where None is given.
+        domain: of a shared folder: the name of one, or "all". None: its only one.
         source, out, on_prediction: as in `thawline.inference.files.predict_files`.
         options: of `Detector.stream` (`classes`, `max_detections`, `tile`, `batch_size`), and `save_results`.
     """
     from thawline.inference import Detector
     from thawline.inference.files import predict_files
 
-    detector = Detector.from_pretrained(model, variant, weights=weights, device=device, threshold=threshold)
+    detector: Any
+    if (Path(model) / "base").is_dir():
+        from thawline.inference.shared import SharedDetector
+
+        detector = SharedDetector.from_pretrained(model, device=device)
+        options |= {"domain": domain, "threshold": threshold}
+    elif domain is not None:
+        raise ConfigError(f"`domain={domain!r}`: '{model}' is no folder of base/ and domains/.")
+    else:
+        lowest: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
+        detector = Detector.from_pretrained(model, variant, weights=weights, device=device, **lowest)
     return predict_files(detector, source, None if out is None else Path(out), on_prediction, **options)
+
+
+def evaluate_domains(
+    folder: str | Path, domain: str | None = None, **overrides: Any
+) -> dict[str, Evaluation | str]:
+    """Evaluate the domains of a shared folder, each on the held-out images of its own data.
+
+    Args:
+        domain: name of one. None: all of them.
+        overrides: values over those of the recipe that trained it: `data="other/"`, for one domain.
+    Returns: by name the evaluation, or why there is none.
+    Raises: ConfigError: no such domain, or other data for several.
+    """
+    from thawline.domains.folder import SharedFolder
+    from thawline.run import evaluate_domain
+
+    shared = SharedFolder(folder)
+    if overrides and domain is None:
+        raise ConfigError(f"`{next(iter(overrides))}` is for one domain: give `domain` as well.")
+    base = shared.base()
+    found: dict[str, Evaluation | str] = {}
+    for name, about in shared.domains() if domain is None else [(domain, "")]:
+        try:
+            found[name] = evaluate_domain(base, shared.folder(name), overrides)
+        except (CheckpointError, DataError) as error:
+            if domain is not None:
+                raise
+            found[name] = about if isinstance(about, str) else str(error)
+    return found
+
+
+def domains(folder: str | Path) -> dict[str, Domain | str]:
+    """Return the domains of a shared folder by name: what each says of itself, or why it cannot be read."""
+    from thawline.domains.folder import SharedFolder
+
+    return dict(SharedFolder(folder).domains())
+
+
+def add_domain(
+    folder: str | Path, source: str | Path, name: str | None = None, base: str | Path | None = None
+) -> str:
+    """Copy a trained domain into a shared folder, which is made if it does not exist; return its name.
+
+    Args:
+        folder: shared folder (`base/` and `domains/<name>/`).
+        source: run that trained the domain, or the domain's own folder.
+        name: None: the one it was trained under.
+        base: detector that it was trained on, for a new folder. None: the one that the run names.
+    Raises: ConfigError: the name is taken. CheckpointError: the domain is damaged, or of another base.
+    """
+    from thawline.domains.folder import SharedFolder, find_domain, is_shared, load_base
+
+    if is_shared(folder):
+        return SharedFolder(folder).add(source, name)
+    domain = find_domain(source)
+    return SharedFolder.create(folder, load_base(domain, base)).add(domain, name)
+
+
+def remove_domain(folder: str | Path, name: str) -> None:
+    """Delete a domain of a shared folder. Raises: ConfigError: there is none of this name."""
+    from thawline.domains.folder import SharedFolder
+
+    SharedFolder(folder).remove(name)
+
+
+def rename_domain(folder: str | Path, name: str, new: str) -> None:
+    """Rename a domain of a shared folder. Raises: ConfigError: no such domain, or the new name is taken."""
+    from thawline.domains.folder import SharedFolder
+
+    SharedFolder(folder).rename(name, new)
 
 
 def check_data(

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "RunResult",
     "evaluate",
+    "evaluate_domain",
     "load_tuned",
     "measure_alignment",
     "predict",
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -30,12 +31,14 @@ from transformers import set_seed
 
 from thawline.analysis.gradients import check_alignable, plain_batch
 from thawline.analysis.recorder import ALIGNMENT, AlignmentRecorder
+from thawline.domains.domain import load_domain, read_domain
 from thawline.errors import CheckpointError, ConfigError
 from thawline.files import is_write_failure, write_jsonl
+from thawline.models.deimv2 import DEIMv2
 from thawline.planning.devices import available_bytes
 from thawline.planning.plan import Planner
 from thawline.planning.tables import short_plan
-from thawline.recipe import RunConfig
+from thawline.recipe import RunConfig, build_config
 from thawline.run_folder import NO_DATA, RunFolder, RunResult
 from thawline.tables import labelled
 from thawline.training.callbacks import Patience, StopOnSignal
@@ -163,6 +166,25 @@ def evaluate(model: str | Path, *, config: RunConfig | None = None) -> Evaluatio
         )
     batch_size = config.training.eval_batch_size or config.training.batch_size or USUAL_BATCH
     return objective.evaluate(_load_tuned(objective, folder.weights()), batch_size)
+
+
+def evaluate_domain(base: nn.Module, folder: str | Path, overrides: Mapping[str, Any]) -> Evaluation:
+    """Evaluate a domain on the held-out images of the data that it was trained on, or of other data.
+
+    Args:
+        base: the detector that it was trained on.
+        folder: the domain's.
+        overrides: values over those of its recipe.
+    Raises: CheckpointError: the domain is damaged. ConfigError, DataError: there is nothing to evaluate on.
+    """
+    about = read_domain(folder)
+    if not about.recipe:
+        raise CheckpointError(f"'{folder}' does not say on which data it was trained.")
+    config = build_config([(str(folder), about.recipe), ("the overrides", overrides)])
+    described = {"class_names": about.class_names, "image_size": about.image_size}
+    objective = build_objective(config, read="held-out", described=described)
+    batch_size = config.training.eval_batch_size or config.training.batch_size or USUAL_BATCH
+    return objective.evaluate(load_domain(cast(DEIMv2, base), folder), batch_size)
 
 
 def predict(

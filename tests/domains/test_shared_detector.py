@@ -111,7 +111,9 @@ def test_all_domains_see_every_image(shared: SharedDetector) -> None:
         shared(image, domain="all", classes="dwarf")
 
 
-def test_parts_that_no_domain_changes_run_once(shared: SharedDetector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_no_domain_changes_run_once(
+    shared: SharedDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     backbone = shared._network.model.backbone
     backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))

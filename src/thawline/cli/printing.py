@@ -50,6 +50,33 @@ def evaluation_table(
     return aligned([[_cell(value) for value in row] for row in evaluation_rows(metrics, parts, start)])
 
 
+def domain_table(domains: Mapping[str, Any]) -> str:
+    """Return the table of a shared folder's domains; one that cannot be read says why.
+
+    Args:
+        domains: by name: a `Domain`, or why it cannot be read.
+    """
+    rows = [["domain", "classes", "tuner", "kB", "threshold", "AP when trained"]]
+    for name, one in domains.items():
+        if isinstance(one, str):
+            rows.append([name, one])
+        else:
+            size, score = f"{4 * one.parameters / 1000:,.0f}", _cell(one.metrics.get("AP"))
+            rows.append([name, str(len(one.class_names)), one.tuner, size, f"{one.threshold:g}", score])
+    return aligned(rows)
+
+
+def domain_scores(found: Mapping[str, Any]) -> str:
+    """Return the table of an evaluation of domains: metrics by name, or why a domain has none."""
+    names = ("AP", "AP50", "AP75", "AR100")
+    rows = [["domain", "images", *names]]
+    for name, one in found.items():
+        is_broken = isinstance(one, str)
+        values = [one] if is_broken else [str(len(one.rows)), *(_cell(one.metrics.get(key)) for key in names)]
+        rows.append([name, *values])
+    return aligned(rows)
+
+
 def _cell(value: object) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 

@@ -22,7 +22,16 @@ from typing import Any
 from thawline import jobs
 from thawline.cli.command import VERBS, verb
 from thawline.cli.options import Argument, argument
-from thawline.cli.printing import choice_lines, evaluation_table, recipe_yaml, show, show_json, show_yaml
+from thawline.cli.printing import (
+    choice_lines,
+    domain_scores,
+    domain_table,
+    evaluation_table,
+    recipe_yaml,
+    show,
+    show_json,
+    show_yaml,
+)
 from thawline.demo import PARTS, run_demo
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import read_json, to_json, write_text
@@ -140,6 +149,8 @@ def _plan(options: Namespace) -> int:
 )
 def _evaluate(options: Namespace) -> int:
     """Evaluate a run, an adapter or a model on held-out rows or images."""
+    if (Path(options.model) / "base").is_dir():
+        return _evaluate_domains(options)
     config = jobs.evaluation_recipe(options.model, "", options.fields, options.known)
     if options.print_config:
         return show_yaml(config)
@@ -147,6 +158,18 @@ def _evaluate(options: Namespace) -> int:
     if options.json:
         return show_json({"metrics": found.metrics, "parts": found.parts})
     return show(evaluation_table(found.metrics, found.parts))
+
+
+def _evaluate_domains(options: Namespace) -> int:
+    if options.out is not None or options.print_config:
+        raise ConfigError("`--out` and `--print_config` are for a run: evaluate the domain's own run.")
+    name = options.fields.pop("domain", None)
+    found = jobs.evaluate_domains(options.model, name, **options.fields)
+    if options.json:
+        rows = {name: one if isinstance(one, str) else one.metrics for name, one in found.items()}
+        return show_json(rows)
+    show(domain_scores(found))
+    return 1 if any(isinstance(one, str) for one in found.values()) else 0
 
 
 def _names(text: str) -> list[str]:
@@ -179,7 +202,8 @@ DETECTION_OPTIONS = [
     argument("--out", help="Folder, or file, for images or a video with boxes; never the source."),
     argument("--variant", help="Size of the detector, where the weights do not say."),
     argument("--weights", choices=["pretrained", "random"], help="Default: pretrained."),
-    argument("--threshold", type=float, help="Lowest score shown. Default: 0.4."),
+    argument("--threshold", type=float, help="Lowest score shown. Default: 0.4, or that of a domain."),
+    argument("--domain", help="Of a shared folder: a domain, or all. Default: its only one."),
     argument(
         "--classes",
         action="append",
@@ -263,6 +287,43 @@ def _given(options: Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:
         name: getattr(options, name) for name in (names[0].removeprefix("--") for names, _ in arguments)
     }
     return {name: value for name, value in values.items() if value not in (None, [])}
+
+
+DOMAIN_ACTIONS = {"list": "FOLDER", "add": "FOLDER RUN", "remove": "FOLDER NAME", "rename": "FOLDER NAME NEW"}
+"""What `thawline domains` does → what it takes."""
+
+
+@verb(
+    "domains",
+    argument("words", nargs="+", metavar="WORD", help="FOLDER, or an action with what it takes; see above."),
+    argument("--name", help="Of add: name in the shared folder. Default: the one it was trained under."),
+    argument("--base", help="Of add, for a new folder: weights of the base. Default: as the run names them."),
+    JSON,
+)
+def _domains(options: Namespace) -> int:
+    """Domains of a shared detector: FOLDER, add FOLDER RUN, remove FOLDER NAME, rename FOLDER NAME NEW."""
+    words = options.words if options.words[0] in DOMAIN_ACTIONS else ["list", *options.words]
+    action, *rest = words
+    if len(rest) != len(DOMAIN_ACTIONS[action].split()):
+        usage = f"{action} {DOMAIN_ACTIONS[action]}".removeprefix("list ")
+        raise ConfigError(f"Usage: thawline domains {usage}")
+    given: dict[str, str | None] = {"name": options.name, "base": options.base}
+    if action != "add" and (foreign := [name for name, value in given.items() if value is not None]):
+        raise ConfigError(f"`--{foreign[0]}` is for `thawline domains add`.")
+    folder = rest[0]
+    if action == "add":
+        return show(f"{folder}: '{jobs.add_domain(folder, rest[1], options.name, options.base)}' added")
+    if action == "remove":
+        jobs.remove_domain(folder, rest[1])
+        return show(f"{folder}: '{rest[1]}' removed")
+    if action == "rename":
+        jobs.rename_domain(folder, rest[1], rest[2])
+        return show(f"{folder}: '{rest[1]}' is '{rest[2]}' now")
+    found = jobs.domains(folder)
+    if options.json:
+        return show_json({name: one if isinstance(one, str) else asdict(one) for name, one in found.items()})
+    show(domain_table(found))
+    return 1 if any(isinstance(one, str) for one in found.values()) else 0
 
 
 @verb("report", argument("run", help="Folder of a run, finished or not."))

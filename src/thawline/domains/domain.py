@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from thawline.domains.attach import is_class_layer, merged_detector
+from thawline.domains.attach import is_class_layer
 from thawline.errors import CheckpointError
 from thawline.files import DAMAGED, atomic_folder, read_json, write_json
 from thawline.models.deimv2.model import DEIMv2
-from thawline.tuners.adapters import load_adapter, save_adapter
+from thawline.tuners.adapters import load_adapter, merge_adapters, save_adapter
 
 ABOUT, HEADS, ADAPTER = "domain.json", "heads.safetensors", "adapter_config.json"
 
@@ -128,10 +128,7 @@ def load_domain(base: DEIMv2, folder: str | Path, digest: str | None = None) -> 
     heads = _read_heads(Path(folder), model)
     shared = {name: tensor for name, tensor in base.state_dict().items() if not is_class_layer(name)}
     model.load_state_dict(shared | heads)
-    if about.tuner == "frozen":
-        return model
-    load_adapter(model, folder)
-    return merged_detector(model)
+    return model if about.tuner == "frozen" else merge_adapters(load_adapter(model, folder))
 
 
 def _read_heads(folder: Path, model: DEIMv2) -> dict[str, Tensor]:

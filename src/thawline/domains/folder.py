@@ -7,7 +7,7 @@ shared/
 
 from __future__ import annotations
 
-__all__ = ["SharedFolder", "find_domain", "is_shared"]
+__all__ = ["SharedFolder", "find_domain", "is_shared", "load_base"]
 
 import os
 import shutil
@@ -43,6 +43,26 @@ def find_domain(path: str | Path, name: str | None = None) -> Path:
     if not found:
         raise CheckpointError(f"'{path}' holds no domain. Train one: thawline train … --domain NAME.")
     raise CheckpointError(f"'{path}' holds several domains ({', '.join(found)}). Name the folder of one.")
+
+
+def load_base(domain: str | Path, base: str | Path | None = None) -> DEIMv2:
+    """Load the detector that a domain was trained on.
+
+    Args:
+        domain: the domain's folder.
+        base: its weights. None: those that the domain's recipe names.
+    Raises: CheckpointError: they are not there.
+    """
+    recipe = read_domain(domain).recipe.get("base", {})
+    weights = base or recipe.get("weights")
+    if weights is None:
+        raise CheckpointError(f"'{domain}' does not say what it was trained on. Give --base.")
+    try:
+        return DEIMv2.from_pretrained(weights, recipe.get("variant"))
+    except CheckpointError as error:
+        if base is not None:
+            raise
+        raise CheckpointError(f"The base of '{domain}' cannot be read; give --base. {error}") from error
 
 
 class SharedFolder:

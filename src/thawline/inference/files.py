@@ -75,6 +75,7 @@ def predict_files(
     # COCO's files are named by their ids; if any name is not a number, ids are positions in the source.
     stems = [] if opened.rate is not None else [Path(frame.name).stem for frame in opened.frames]
     is_numbered = all(stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems) > 0
+    is_coco = getattr(detector, "class_names", None) == COCO_NAMES
     predictions = detector.stream(opened, **options)
     try:
         with (
@@ -89,7 +90,7 @@ def predict_files(
                 summary.images += 1
                 summary.detections += len(prediction.detections)
                 image_id = int(stems[index]) if is_numbered else index
-                summary.results += coco_results(prediction, detector.class_names, image_id)
+                summary.results += coco_results(prediction, is_coco, image_id)
                 if write is not None:
                     write(index, draw(prediction.image, prediction.detections))
                 if on_prediction is not None:
@@ -104,21 +105,30 @@ def predict_files(
     return summary
 
 
-def coco_results(prediction: Prediction, class_names: tuple[str, ...], image_id: int) -> list[dict[str, Any]]:
+def coco_results(prediction: Prediction, is_coco: bool, image_id: int) -> list[dict[str, Any]]:
     """Return one entry per detection; category ids are COCO's for COCO's classes, else 0, 1, …."""
     found = prediction.detections
-    category_ids = COCO_IDS if class_names == COCO_NAMES else range(len(class_names))
-    rows = zip(found.xyxy.tolist(), found.confidence.tolist(), found.class_id.tolist(), strict=True)
+    if len(found) == 0:
+        return []
+    rows = zip(
+        found.xyxy.tolist(),
+        found.confidence.tolist(),
+        found.class_id.tolist(),
+        found.data["class_name"].tolist(),
+        found.data.get("domain", [None] * len(found)),
+        strict=True,
+    )
     return [
         {
             "image_id": image_id,
-            "category_id": category_ids[label],
+            "category_id": COCO_IDS[label] if is_coco else label,
             "bbox": [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)],
             "score": round(score, 5),
             "file_name": prediction.name,
-            "category_name": class_names[label],
+            "category_name": name,
+            **({} if domain is None else {"domain": str(domain)}),
         }
-        for (x1, y1, x2, y2), score, label in rows
+        for (x1, y1, x2, y2), score, label, name, domain in rows
     ]
 
 
@@ -143,4 +153,7 @@ def draw(image: np.ndarray, detections: supervision.Detections) -> np.ndarray:
 
 def _labels(detections: supervision.Detections) -> list[str]:
     names = detections.data.get("class_name", [])
+    domains = detections.data.get("domain", [])
+    if len(set(domains)) > 1:
+        names = [f"{domain}: {name}" for domain, name in zip(domains, names, strict=True)]
     return [f"{name} {score:.2f}" for name, score in zip(names, detections.confidence, strict=False)]

@@ -53,6 +53,9 @@ class RunConfig:
     """Folder that holds the run folders."""
     seed: int = 0
     """Seed of the adapter's initialisation, the order of the data, and dropout."""
+    domain: str | None = None
+    """Name of the domain that a detection run adds to the frozen detector of `base.weights`: an adapter and
+    class heads, saved apart from it (docs/domains.md). None: the run trains a detector of its own."""
     lean: bool = False
     """Swap norms and gated MLPs for versions that keep less for backward (`thawline.apply_lean`), and compute
     a language model's training loss without holding all logits."""
@@ -64,9 +67,27 @@ class RunConfig:
                 raise ConfigError(f"`{section}` must be a {wanted.__name__} in this recipe, got a {got}.")
         if isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
             raise ConfigError(f"`seed` must be a whole number from 0 to 2^32 - 1, got {self.seed!r}.")
+        if self.domain is not None:
+            self._check_domain()
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(
                 f"`name` must be a plain folder name, got {self.name!r}. `folder` is the place for a path."
+            )
+
+    def _check_domain(self) -> None:
+        name = self.domain
+        if not isinstance(self.base, DetectionBase):
+            raise ConfigError(
+                "`domain` is for detectors. A text run's adapter is saved apart from its base anyway."
+            )
+        if not name or Path(name).name != name or name.startswith(".") or name == "all":
+            raise ConfigError(f"`domain` must be a plain folder name other than 'all', got {name!r}.")
+        if self.base.weights is None:
+            raise ConfigError("`domain` adds to a trained detector: give it as `base.weights`.")
+        if isinstance(self.tuner, Full):
+            raise ConfigError(
+                "`domain` leaves the base as it is, and `tuner: none` would train it. Use paca, lora, dora, "
+                "or frozen for class heads alone."
             )
 
     @classmethod
@@ -89,7 +110,7 @@ class RunConfig:
         paths = [self.data.path] if isinstance(self.data.path, str) else self.data.path
         adapt = getattr(self.tuner, "adapt", "none")
         tuner = self.tuner.method if adapt == "none" else f"{self.tuner.method}-{adapt}"
-        parts = [Path(self.base.label).name, tuner, Path(paths[0]).stem]
+        parts = [Path(self.base.label).name, tuner, self.domain or Path(paths[0]).stem]
         return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
 
     @property
@@ -167,8 +188,9 @@ def dotted_values(layer: Mapping[str, Any], source: str = "the recipe") -> dict[
 
 def _section_types_of(values: Mapping[str, Any]) -> dict[str, type]:
     objective = values.get("objective.kind", TextSettings.kind)
-    # A detector's backbone trains with the rest where no tuner is named.
-    usual = Full.method if objective == DetectionSettings.kind else Paca.method
+    # A detector's backbone trains with the rest where no tuner is named; a domain is always an adapter.
+    is_whole = objective == DetectionSettings.kind and values.get("domain") is None
+    usual = Full.method if is_whole else Paca.method
     return section_types(objective, values.get("tuner.method", usual))
 
 

@@ -75,7 +75,7 @@ def _overview(
         "run": str(config.run_folder),
         "base": f"{config.base.label}: {plan['model']}, {plan['base_parameters']:,} parameters",
         "tuner": f"{config.tuner.method}: {trainable:,} trainable ({trainable / plan['parameters']:.2%})",
-        "objective": config.objective.kind,
+        "objective": config.objective.kind + _domain(config, trainable),
         "data": f"{config.data.path}: {rows['train']:,} for training, {rows['held_out']:,} held out",
         **steps,
         "evaluation": _every(training.eval_every) if rows["held_out"] else "none: nothing is held out",
@@ -89,6 +89,11 @@ def _overview(
             sample = f"{sample[:SAMPLE_ENDS]} … {sample[-SAMPLE_ENDS:]}"
         overview["sample"] = f"{sample}  (⟦learned⟧)"
     return overview
+
+
+def _domain(config: RunConfig, trainable: int) -> str:
+    """Return what a domain will add to its base, in float32."""
+    return "" if config.domain is None else f"; domain '{config.domain}', {4 * trainable / 1000:,.0f} kB"
 
 
 def _every(every: int | str) -> str:

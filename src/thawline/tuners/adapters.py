@@ -6,6 +6,7 @@ __all__ = ["load_adapter", "merge_adapters", "save_adapter"]
 
 import copy
 from pathlib import Path
+from typing import TypeVar
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,11 +19,12 @@ from thawline.recipe import TUNERS
 from thawline.tuners.build import SAVED_TYPES, WEIGHTS, attach_tuner
 from thawline.tuners.targets import modules_of
 
+M = TypeVar("M", bound=nn.Module)
 PREFIX = "base_model.model."
 """What PEFT writes before the name of a module in an adapter's file."""
 
 
-def merge_adapters(model: nn.Module) -> nn.Module:
+def merge_adapters(model: M) -> M:
     """Merge every adapter in a module and put plain layers in the place of adapted ones; return the module.
 
     Raises: ConfigError: a weight that cannot be written.
@@ -52,7 +54,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     config.save_pretrained(str(folder))
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_adapter(model: M, folder: str | Path) -> M:
     """Put the adapter that `save_adapter` wrote into `model`; return the module itself.
 
     Raises: CheckpointError: no adapter, damaged, or one that does not fit.

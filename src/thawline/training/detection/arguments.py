@@ -16,6 +16,7 @@ from thawline.errors import ConfigError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import DetectionBase, DetectionSettings, DetectionTraining, RunConfig, Training
 from thawline.training.arguments import training_arguments
+from thawline.training.detection.domain import DomainRun
 from thawline.training.detection.schedule import DetectionSchedule
 from thawline.training.evaluation import TrainingData
 
@@ -33,6 +34,7 @@ class DetectionTrainingData(TrainingData, Protocol):
     base: DetectionBase
     training: DetectionTraining
     class_names: tuple[str, ...]
+    domain: DomainRun | None
 
     @property
     def schedule(self) -> DetectionSchedule:

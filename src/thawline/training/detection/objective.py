@@ -57,6 +57,7 @@ from thawline.recipe import (
 from thawline.recipe.checks import height_width
 from thawline.training.detection.arguments import detection_arguments
 from thawline.training.detection.backbone import tune_backbone
+from thawline.training.detection.domain import DomainRun
 from thawline.training.detection.evaluation import measure_detector, n_devices, to_evaluation
 from thawline.training.detection.schedule import (
     DetectionSchedule,
@@ -100,9 +101,16 @@ class DetectionObjective(Objective):
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
         data = self.data
-        published = get_variant(self.base.variant).config.image_size
-        self.size = height_width("base.size", self.base.size or published)
+        self.domain = None if config.domain is None or read != "all" else DomainRun(config)
+        usual: Any = described.get("image_size", get_variant(self.base.variant).config.image_size)
+        usual = usual if self.domain is None else self.domain.image_size
+        self.size = height_width("base.size", self.base.size or usual)
         """Height and width of the input, pixels."""
+        if self.domain is not None and self.size != self.domain.image_size:
+            raise ConfigError(
+                f"`base.size={self.base.size}`: the domains of a base share its size, which is "
+                f"{list(self.domain.image_size)}. Leave it out."
+            )
         self.records: Sequence[ImageRecord] = ()
         self.class_names = tuple(described.get("class_names", ()))
         if read == "none":
@@ -223,13 +231,15 @@ class DetectionObjective(Objective):
         return model
 
     def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
-        """Apply the tuner to the backbone; the rest trains.
+        """Apply the tuner to the backbone; the rest trains. A domain is an adapter on all of the detector.
 
         Raises: ConfigError: for a tuner that routes tasks, or that would keep random weights frozen; for
             `lean`, where the detector has nothing for it.
         """
         if self.config.lean and not is_lean(model):
             raise ConfigError(f"`lean`: '{self.base.variant}' has nothing that can be lean. Leave it out.")
+        if self.domain is not None and isinstance(model, DEIMv2):
+            return self.domain.attach(model)
         if isinstance(tuner, Mhr):
             raise ConfigError(
                 f"`tuner: {tuner.method}` routes tasks, and a detector has one. Use lora or paca."
@@ -274,8 +284,9 @@ class DetectionObjective(Objective):
         save_image(folder / "training.png", panel_grid(panels, self.class_names))
 
     def describe(self) -> dict[str, Any]:
-        """Return the class names."""
-        return {"class_names": list(self.class_names)}
+        """Return the class names; of a domain also its size, which is that of its base."""
+        size = {} if self.domain is None else {"image_size": list(self.size)}
+        return {"class_names": list(self.class_names), **size}
 
     def measure(self, model: nn.Module, batch_size: int) -> tuple[DetectionMetrics, DetectionEvaluator]:
         """Compute every metric on the held-out images; return it with the detections behind it."""

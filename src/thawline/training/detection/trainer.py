@@ -37,6 +37,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from thawline.data.detection.collate import build_loader
 from thawline.domains.attach import merged_detector
+from thawline.domains.domain import save_domain
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import atomic_file, atomic_folder, read_json, write_json, write_text
 from thawline.metrics.detection import STATISTICS
@@ -63,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, AVERAGE, SCORES = "pytorch_model.bin", "average.pt", "scores.json"
 """Files of a checkpoint: the weights in training, their average, the results of evaluations."""
+DOMAIN = "domain"
+"""Folder of the domain beside the detector that it makes of its base."""
 STAGE_1 = "stage_1.pt"
 """Weights, average and optimiser of the published run's best epoch of stage 1."""
 
@@ -96,7 +99,7 @@ class DetectionTrainer(Trainer):
             raise ConfigError(f"Unknown `training.best_metric: {metric}`. {did_you_mean(metric, STATISTICS)}")
         self.schedule = objective.schedule
         settings = self.schedule.settings
-        if args.world_size > 1 and args.device.type == "cuda":
+        if args.world_size > 1 and args.device.type == "cuda" and objective.domain is None:
             # As published: the few images of one device make poor statistics. There is no CPU version.
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.groups: list[ParameterGroup] = build_groups(model, settings, fast=fast_parameters(model, tuner))
@@ -256,9 +259,11 @@ class DetectionTrainer(Trainer):
                 torch.save(self.average.state_dict(), folder / AVERAGE)
             return
         with self._averaged():
-            _save_detector(self.model.detector, self.folder / "last")
-        kept = "best" if (self.folder / "best").is_dir() else "last"
-        _copy_folder(self.folder / kept, folder)
+            self._save_last()
+        kept = self.folder / ("best" if (self.folder / "best").is_dir() else "last")
+        _copy_folder(kept, folder)
+        if self.objective.domain is not None:
+            _copy_folder(kept / DOMAIN, self.folder / "domains" / self.objective.domain.name)
 
     def begin_epoch(self) -> None:
         """Set the sampler's epoch; restart from the best of stage 1 where the published run does."""
@@ -355,10 +360,18 @@ class DetectionTrainer(Trainer):
         is_stage_2 = self.schedule.windows["stage_2"].covers(epoch)
         is_best = self.scores.note(score, step=self.state.global_step, is_stage_2=is_stage_2)
         if self.args.should_save:
-            _save_detector(self.model.detector, self.folder / "last")
+            self._save_last()
             if is_best:
                 _copy_folder(self.folder / "last", self.folder / "best")
         return is_best and not is_stage_2
+
+    def _save_last(self) -> None:
+        """Save the weights in the model as last/: a plain detector, and inside it the domain, if any."""
+        with atomic_folder(self.folder / "last") as temporary:
+            merged_detector(self.model.detector).save_pretrained(temporary)
+            if (domain := self.objective.domain) is not None:
+                about = domain.about(self.model.detector, self.objective.class_names, self.last_evaluation)
+                save_domain(self.model.detector, about, temporary / DOMAIN)
 
     def _score(self) -> float:
         """Return the latest value of the metric that chooses the best detector; 0 where there is none."""
@@ -386,11 +399,6 @@ class DetectionTrainer(Trainer):
             self.average.load_state_dict(state["average"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-
-
-def _save_detector(model: DEIMv2, folder: Path) -> None:
-    with atomic_folder(folder) as temporary:
-        merged_detector(model).save_pretrained(temporary)
 
 
 def _copy_folder(source: Path, folder: Path) -> None:
