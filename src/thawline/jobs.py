@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from thawline.domains import is_shared
 from thawline.errors import CheckpointError, ConfigError, DataError, MissingExtraError, requires_extra
 from thawline.files import write_json, write_jsonl
 from thawline.recipe import RunConfig, build_config, dotted_values, load_recipe
@@ -221,7 +222,7 @@ def detect(
     from thawline.inference.files import predict_files
 
     detector: Any
-    if (Path(model) / "base").is_dir():
+    if is_shared(model):
         from thawline.inference.shared import SharedDetector
 
         detector = SharedDetector.from_pretrained(model, device=device)
@@ -282,7 +283,7 @@ def add_domain(
         base: detector that it was trained on, for a new folder. None: the one that the run names.
     Raises: ConfigError: the name is taken. CheckpointError: the domain is damaged, or of another base.
     """
-    from thawline.domains.folder import SharedFolder, find_domain, is_shared, load_base
+    from thawline.domains.folder import SharedFolder, find_domain, load_base
 
     if is_shared(folder):
         return SharedFolder(folder).add(source, name)
@@ -493,7 +494,7 @@ def serve(
     variant: str | None = None,
     weights: Literal["pretrained", "random"] = "pretrained",
     device: str | None = None,
-    threshold: float = 0.4,
+    threshold: float | None = None,
     workers: int = 1,
     batch_size: int = 1,
     batch_wait: float = 0.005,
@@ -508,7 +509,8 @@ def serve(
             name, which makes their paths /predict/NAME.
         host, port: address to listen at; port 0: any free one.
         token: bearer token that requests must send. None: the environment's THAWLINE_TOKEN, or none.
-        variant, weights, device, threshold: as in `Detector.from_pretrained`.
+        variant, weights, device, threshold: as in `Detector.from_pretrained`; of these a shared folder of
+            domains takes device and threshold.
         workers: processes per model.
         batch_size, batch_wait: largest number of images in a forward pass, and seconds to wait for others;
             batches are for GPUs, on a CPU they save no time.
@@ -524,7 +526,8 @@ def serve(
     at_least("workers", workers, 1)
     at_least("batch_size", batch_size, 1)
     at_least("batch_wait", batch_wait, 0)
-    options = {"variant": variant, "weights": weights, "device": device, "threshold": threshold}
+    options: dict[str, Any] = {"variant": variant, "weights": weights, "device": device}
+    options |= {} if threshold is None else {"threshold": threshold}
     serve_models(
         models, Limits(**limits), options, host=host, port=port, workers=workers, batch_size=batch_size,
         batch_wait=batch_wait, token=token or os.environ.get("THAWLINE_TOKEN") or None,

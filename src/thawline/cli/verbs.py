@@ -33,6 +33,7 @@ from thawline.cli.printing import (
     show_yaml,
 )
 from thawline.demo import PARTS, run_demo
+from thawline.domains import is_shared
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import read_json, to_json, write_text
 from thawline.recipe import CHOICES, build_config, list_choices, read_recipe
@@ -149,7 +150,7 @@ def _plan(options: Namespace) -> int:
 )
 def _evaluate(options: Namespace) -> int:
     """Evaluate a run, an adapter or a model on held-out rows or images."""
-    if (Path(options.model) / "base").is_dir():
+    if is_shared(options.model):
         return _evaluate_domains(options)
     config = jobs.evaluation_recipe(options.model, "", options.fields, options.known)
     if options.print_config:

@@ -1,13 +1,8 @@
-"""A shared folder: one base, and the domains that were trained on it.
-
-shared/
-  base/             the detector that all domains share
-  domains/<name>/   what each of them adds
-"""
+"""A shared folder: one base, and the domains that were trained on it (`thawline.domains`)."""
 
 from __future__ import annotations
 
-__all__ = ["SharedFolder", "find_domain", "is_shared", "load_base"]
+__all__ = ["SharedFolder", "find_domain", "load_base"]
 
 import os
 import shutil
@@ -15,17 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from thawline.domains import BASE, DOMAINS, is_shared
 from thawline.domains.domain import Domain, base_digest, load_domain, read_domain
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.files import atomic_folder, write_json
 from thawline.models.deimv2.model import DEIMv2
-
-BASE, DOMAINS = "base", "domains"
-
-
-def is_shared(path: str | Path) -> bool:
-    """Return True for a folder of a base and domains."""
-    return (Path(path) / BASE / "config.json").is_file()
 
 
 def find_domain(path: str | Path, name: str | None = None) -> Path:

@@ -28,8 +28,7 @@ from starlette.responses import PlainTextResponse, Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from thawline.errors import ConfigError
-from thawline.inference.detector import Detector
-from thawline.service.api import DetectionAPI
+from thawline.service.api import DetectionAPI, load_detector
 from thawline.service.gate import Gate
 from thawline.service.limits import Limits
 from thawline.service.metrics import Metrics
@@ -63,7 +62,7 @@ def serve_models(
     """
     endpoints = _endpoints(models)
     for model in endpoints.values():
-        Detector.from_pretrained(model, **options)  # what cannot be loaded ends here, in one line
+        load_detector(model, options)  # what cannot be loaded ends here, in one line
     try:
         listening = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=CONNECTIONS

@@ -27,6 +27,8 @@ class Upload:
     """Answer with a labelled PNG."""
     threshold: float | None = None
     """Lowest score. None: the service's."""
+    domain: str | None = None
+    """Domain of a shared detector."""
 
 
 async def read_upload(request: Request) -> Upload:
@@ -35,19 +37,20 @@ async def read_upload(request: Request) -> Upload:
     Raises: HTTPException: 400, 408, 413 or 415, with the reason, for what is no image within the limits.
     """
     limits: Limits = request.app.state.limits
-    draw, threshold = _options(request)
+    draw, threshold, domain = _options(request)
     body = await _body(request, limits)
     kind = request.headers.get("content-type", "")
     data = _file(body, kind) if kind.lower().startswith("multipart/") else body
     await asyncio.to_thread(_check, data, limits)
-    return Upload(data, draw, threshold)
+    return Upload(data, draw, threshold, domain)
 
 
-def _options(request: Request) -> tuple[bool, float | None]:
+def _options(request: Request) -> tuple[bool, float | None, str | None]:
     given = dict(request.query_params)
     draw, threshold = given.pop("draw", "0"), given.pop("threshold", None)
+    domain = given.pop("domain", None)
     if given:
-        raise HTTPException(400, f"Unknown parameter '{next(iter(given))}'. Known: draw, threshold.")
+        raise HTTPException(400, f"Unknown parameter '{next(iter(given))}'. Known: draw, threshold, domain.")
     if draw not in ("0", "1"):
         raise HTTPException(400, f"draw={draw}: expected 0 or 1.")
     try:
@@ -56,7 +59,7 @@ def _options(request: Request) -> tuple[bool, float | None]:
         score = -1.0
     if score is not None and not 0 <= score <= 1:
         raise HTTPException(400, f"threshold={threshold}: expected a number in 0-1.")
-    return draw == "1", score
+    return draw == "1", score, domain
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
