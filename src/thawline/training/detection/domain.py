@@ -16,6 +16,8 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import RunConfig
 from thawline.training.evaluation import Evaluation
 
+ONLY_IN_TRAINING = {"num_denoising", "label_noise", "box_noise"}
+"""Settings of a network that its detections do not depend on."""
 THRESHOLD = 0.4
 """Threshold of a domain that was trained without held-out images."""
 
@@ -25,12 +27,17 @@ class DomainRun:
 
     Args:
         config: the recipe, with `domain` and `base.weights`.
-    Raises: ConfigError: `base.weights` is no detector, or `base.size` is not its size.
+    Raises: ConfigError: `base.weights` is no detector, or `base.overrides` would change its shape.
     """
 
     def __init__(self, config: RunConfig) -> None:
         base: Any = config.base  # a DetectionBase with weights, as RunConfig has checked
         self.name, self._config, self._weights = str(config.domain), config, str(base.weights)
+        if shaping := sorted(base.overrides.keys() - ONLY_IN_TRAINING):
+            raise ConfigError(
+                f"`base.overrides` has '{shaping[0]}': a domain takes its base as it is. Only "
+                f"{', '.join(sorted(ONLY_IN_TRAINING))} may differ."
+            )
         checkpoint = read_checkpoint(self._weights)
         if checkpoint.layout == "backbone":
             raise ConfigError(

@@ -313,7 +313,11 @@ class DetectionObjective(Objective):
     def _position_order(self) -> dict[str, Any]:
         """Return what a rectangle asks of the encoder: the rows and columns that published weights know."""
         config = get_variant(self.base.variant).config
-        if self.size[0] == self.size[1] or not isinstance(config.encoder, HybridEncoderConfig):
+        if (
+            self.domain is not None
+            or self.size[0] == self.size[1]
+            or not isinstance(config.encoder, HybridEncoderConfig)
+        ):
             return {}
         encoder: Any = with_overrides(config, {"position_order": "row_column", **self.base.overrides}).encoder
         return {"position_order": encoder.position_order}
