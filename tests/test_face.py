@@ -36,7 +36,13 @@ def test_importing_thawline_imports_no_framework() -> None:
 def test_commands_of_the_command_line_are_functions() -> None:
     from thawline.cli import VERBS
 
-    renamed = {"eval": "evaluate", "data": "check_data", "list": "list_choices", "report": "build_report"}
+    renamed = {
+        "eval": "evaluate",
+        "data": "check_data",
+        "list": "list_choices",
+        "report": "build_report",
+        "domains": "list_domains",
+    }
     for verb in VERBS.keys() - {"bench", "demo"}:
         assert callable(getattr(thawline, renamed.get(verb, verb))), verb
 

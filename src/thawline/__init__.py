@@ -21,7 +21,8 @@ _NAMES = {
     "thawline.inference.detector": ["Detector"],
     "thawline.inference.shared": ["SharedDetector"],
     "thawline.jobs": [
-        "align", "check_data", "convert", "evaluate", "export", "plan", "predict", "serve", "train",
+        "add_domain", "align", "check_data", "convert", "evaluate", "evaluate_domains", "export",
+        "list_domains", "plan", "predict", "remove_domain", "rename_domain", "serve", "train",
     ],
     "thawline.planning.plan": ["Plan"],
     "thawline.metrics.detection": ["DetectionEvaluator"],

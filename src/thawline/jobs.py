@@ -11,12 +11,12 @@ __all__ = [
     "check_data",
     "convert",
     "detect",
-    "domains",
     "evaluate",
     "evaluate_domains",
     "evaluation_recipe",
     "export",
     "is_main_process",
+    "list_domains",
     "plan",
     "predict",
     "remove_domain",
@@ -264,7 +264,7 @@ def evaluate_domains(
     return found
 
 
-def domains(folder: str | Path) -> dict[str, Domain | str]:
+def list_domains(folder: str | Path) -> dict[str, Domain | str]:
     """Return the domains of a shared folder by name: what each says of itself, or why it cannot be read."""
     from thawline.domains.folder import SharedFolder
 

@@ -320,7 +320,7 @@ def _domains(options: Namespace) -> int:
     if action == "rename":
         jobs.rename_domain(folder, rest[1], rest[2])
         return show(f"{folder}: '{rest[1]}' is '{rest[2]}' now")
-    found = jobs.domains(folder)
+    found = jobs.list_domains(folder)
     if options.json:
         return show_json({name: one if isinstance(one, str) else asdict(one) for name, one in found.items()})
     show(domain_table(found))
