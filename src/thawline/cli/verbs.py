@@ -479,6 +479,7 @@ BENCHES = {
     "tuners": "step time, bytes kept, operations of full fine-tuning, LoRA, PaCA, Poly, MHR, a frozen floor",
     "loader": "images a second and core through the detection augmentation",
     "detector": "latency and throughput of the detector's sizes, beside transformers' port",
+    "domains": "several domains on one detector: memory, switching, batches of several domains",
     "train-step": "a detector's training step beside transformers' port, and how often it waits for the GPU",
 }
 """Module of thawline.bench → what it measures."""
