@@ -13,6 +13,7 @@ model/            the trained model: an adapter or a whole model, and its tokeni
 result.json       metrics of the last evaluation, over all held-out rows and by part
 predictions.jsonl predictions of the last evaluation
 pictures/         detection: training images as the model sees them, the worst images
+domains/<name>/   detection: the domain that the run added to its base (`domain`), apart from it
 best/, last/      detection: ready-to-use detectors of the best and of the latest evaluation
 align/            routes and alignment as JSON and charts, by `thawline align`
 eval-<data>/      detection: results of `thawline eval`, with a report.html
