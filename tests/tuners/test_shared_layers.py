@@ -33,7 +33,7 @@ class Heads(nn.Module):
 def adapted(seed: int = 0) -> Heads:
     torch.manual_seed(seed)
     model = Heads()
-    attach_tuner(model, Paca(r=2, target_modules=["0", "2"], mode="resident"))
+    attach_tuner(model, Paca(r=2, target_modules=["0.0", "0.2"], mode="resident"))
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, PacaLayer):
