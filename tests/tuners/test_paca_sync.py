@@ -181,8 +181,8 @@ def receive(pipe: Any) -> None:
 
 
 def test_another_process_stays_equal_over_a_thousand_updates():
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=receive, args=(there,), daemon=True)
+    here, there = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=receive, args=(there,), daemon=True)
     process.start()
     base = Net().bfloat16()
     here.send_bytes(save(base.state_dict()))
