@@ -35,7 +35,6 @@ class ExpertsLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.is_transposed = is_transposed
-        self.in_features, self.out_features = self.inputs_first(weight).shape[1:]
 
     def inputs_first(self, weight: Tensor) -> Tensor:
         """Return a view of such a weight as (E, I, O)."""

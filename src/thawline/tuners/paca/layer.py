@@ -87,7 +87,6 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         name: its name in the model, for messages.
         additive: why columns are applied beside the weight. None: they are written into it.
     Attributes:
-        in_features, out_features: sizes of the base layer; of a convolution, its channels.
         shape: of the weight with its input features on axis 1, (O, I, ...), however it is stored.
         is_quantised: whether columns are written into a dequantised copy of the weight, for each product.
     """
@@ -103,15 +102,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.additive = additive
         self.is_quantised = is_dequantisable(base_layer)
         self.columns_of = column_view(base_layer)
-        if isinstance(base_layer, nn.Conv2d):
-            self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
-            self.shape = self.columns_of(base_layer.weight).shape
-        elif isinstance(base_layer, ExpertsLinear):
-            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-            self.shape = self.columns_of(base_layer.weight).shape
-        else:
-            self.shape = linear_shape(base_layer)
-            self.out_features, self.in_features = self.shape
+        self.shape = shape_of(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
@@ -743,7 +734,7 @@ class PacaExpertsLinear(PacaLayer):
         PEFT stores the rows of A by expert, and the columns of B by rank.
         """
         delta, index = self._scaled_delta(adapter_name, task)
-        a = nn.functional.one_hot(index, self.in_features).to(delta.dtype)
+        a = nn.functional.one_hot(index, self.shape[1]).to(delta.dtype)
         return a.repeat(len(delta), 1), delta.permute(2, 1, 0).flatten(1)
 
 
@@ -762,10 +753,10 @@ def layer_class(module: nn.Module) -> type[PacaLayer] | None:
     return found or (PacaLinear if all(isinstance(size, int) for size in sizes) else None)
 
 
-def linear_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Return (O, I) of a linear layer, however its weight is stored: packed, partitioned or offloaded."""
-    if isinstance(layer, Conv1D):
-        return tuple(layer.weight.T.shape)
+def shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """Return (O, I, ...) of a layer's weight, however it is stored: packed, partitioned or offloaded."""
+    if isinstance(layer, nn.Conv2d | Conv1D | ExpertsLinear):
+        return tuple(column_view(layer)(layer.weight).shape)
     return layer.out_features, layer.in_features
 
 

@@ -20,7 +20,7 @@ from thawline.tuners._config import pattern_value
 from thawline.tuners._tuner import Tuner
 from thawline.tuners.experts import ExpertsLinear, join_experts, split_experts
 from thawline.tuners.paca.config import PACA, PacaConfig
-from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class, linear_shape
+from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class, shape_of
 from thawline.tuners.paca.origin import OriginalColumns, difference, sketch
 from thawline.tuners.paca.quantised import check_rewritable, dequantise_model, is_dequantisable
 from thawline.tuners.paca.selection import choose_columns
@@ -125,7 +125,7 @@ class PacaModel(Tuner):
         config.columns_from = str(Path(config.columns_from).resolve())
         original = OriginalColumns(config.columns_from)
         for name, module in quantised.items():
-            original.check(name, module.shape if isinstance(module, PacaLayer) else linear_shape(module))
+            original.check(name, module.shape if isinstance(module, PacaLayer) else shape_of(module))
         return original
 
     def _create_and_replace(
