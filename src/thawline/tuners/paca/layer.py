@@ -409,7 +409,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         """Return whether the layer's weight is its own to write: then no other model may hold it."""
         if self.additive is not None or self.is_quantised or self._state.released:
             return False
-        return not self.base_layer.weight.is_meta
+        weight = self.base_layer.weight
+        return not (weight.is_meta or is_fake(weight))  # without data there is none to share
 
     @property
     def wanted_adapters(self) -> tuple[str, ...]:
