@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,11 @@ import yaml
 from torch import nn
 
 import thawline
+from tests.support.plans import CONFIGS, LENGTH, ROWS, base, recipe
 from tests.support.text import save_tiny_bert
 from thawline.cli import main
 from thawline.errors import ConfigError
 from thawline.measure import saved_bytes
-from thawline.models.deimv2.model import DEIMv2
 from thawline.planning import search
 from thawline.planning.blueprint import draw_blueprint
 from thawline.planning.depth import find_stacks
@@ -28,69 +27,15 @@ from thawline.planning.plan import Planner, read_bytes
 from thawline.planning.search import largest, plan_within, read_seconds
 from thawline.planning.simulate import simulate_step
 from thawline.recipe import RunConfig
-from thawline.training.detection.backbone import tune_backbone
-from thawline.training.detection.learner import HostTargets, Learner
 from thawline.training.trainer import smoothed_loss
 from thawline.tuners.build import attach_tuner
 
-ROWS, LENGTH = 2, 12
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-HEADS = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
-CONFIGS = {
-    "LlamaForCausalLM": partial(transformers.LlamaConfig, **HEADS),
-    "Qwen2ForCausalLM": partial(transformers.Qwen2Config, **SIZES, num_key_value_heads=2),
-    "Qwen3ForCausalLM": partial(transformers.Qwen3Config, **HEADS),
-    "Gemma2ForCausalLM": partial(transformers.Gemma2Config, **HEADS, sliding_window=6),
-    "Gemma3ForCausalLM": partial(transformers.Gemma3TextConfig, **HEADS, sliding_window=6),
-    "GPT2LMHeadModel": partial(transformers.GPT2Config, vocab_size=97, n_embd=32, n_head=4),
-    "BertForSequenceClassification": partial(transformers.BertConfig, **SIZES),
-    "RobertaForSequenceClassification": partial(transformers.RobertaConfig, **SIZES),
-    "T5ForConditionalGeneration": partial(
-        transformers.T5Config,
-        vocab_size=97,
-        d_model=32,
-        d_ff=48,
-        d_kv=8,
-        num_heads=4,
-        decoder_start_token_id=0,
-    ),
-    "MixtralForCausalLM": partial(transformers.MixtralConfig, **HEADS, num_local_experts=4),
-}
 METHODS = {
     "full": {"tuner": {"method": "none"}},
     "lora": {"tuner": {"method": "lora", "r": 4}},
     "paca": {"tuner": {"method": "paca", "r": 8}},
     "paca_lean": {"tuner": {"method": "paca", "r": 8}, "lean": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates that need no measuring."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rates = {"flops": {"float32": 1e10, "bfloat16": 1e10}, "bandwidth": 1e9, "per_op": 1e-6, "date": "2026"}
-    (tmp_path / "thawline").mkdir()
-    name = f"cpu, {torch.get_num_threads()} threads"
-    (tmp_path / "thawline" / "rates.json").write_text(json.dumps({name: rates}))
-
-
-def base(tmp_path: Path, architecture: str = "LlamaForCausalLM", n_blocks: int = 2, **fields: object) -> str:
-    """A folder with config.json alone."""
-    if architecture.startswith("T5"):
-        fields["num_decoder_layers"] = n_blocks
-    config = CONFIGS[architecture](num_hidden_layers=n_blocks, **fields)
-    config.architectures = [architecture]
-    config.save_pretrained(tmp_path / f"{architecture}-{n_blocks}")
-    return str(tmp_path / f"{architecture}-{n_blocks}")
-
-
-def recipe(model: str, **sections: object) -> dict:
-    return {
-        "base": {"model": model, "dtype": "float32"},
-        "data": {"path": "elsewhere.jsonl", "max_length": LENGTH},
-        "training": {"batch_size": ROWS},
-        **sections,
-    }
 
 
 def real_model(values: dict) -> nn.Module:
@@ -170,30 +115,6 @@ def test_a_deep_model_costs_what_a_few_of_its_blocks_say(
     exact = ("saved", "flops", "moved", "n_ops")
     assert {key: getattr(few, key) for key in exact} == {key: getattr(whole, key) for key in exact}
     assert few.peak == pytest.approx(whole.peak, rel=1e-3)
-
-
-@pytest.mark.parametrize(("variant", "method"), [("atto", "paca"), ("n", "lora"), ("s", "none")])
-def test_saved_bytes_of_a_detector(variant: str, method: str) -> None:
-    size = 64
-    values = {
-        "objective": "detection", "base": {"variant": variant, "size": size}, "tuner": {"method": method},
-        "data": "elsewhere", "training": {"batch_size": 2},
-    }  # fmt: skip
-    plan = thawline.plan(values)
-    config = RunConfig.from_mapping(values)
-    torch.manual_seed(0)
-    detector = tune_backbone(DEIMv2.from_variant(variant, image_size=(size, size)), config.tuner)
-    learner = Learner(detector).train()
-    targets = [{"labels": torch.arange(5), "boxes": torch.rand(5, 4) * 0.3 + 0.3} for _ in range(2)]
-    pixels = torch.randint(255, (2, 3, size, size), dtype=torch.uint8)
-
-    def forward() -> torch.Tensor:
-        return torch.stack(list(learner(pixels, HostTargets(targets), epoch=0).values())).sum()
-
-    saved = saved_bytes(forward, [*learner.parameters(), *learner.buffers()])
-    assert plan.bytes["saved"] == pytest.approx(saved, rel=0.05)
-    assert plan.parameters == sum(p.numel() for p in learner.parameters())
-    assert plan.trained == sum(p.numel() for p in learner.parameters() if p.requires_grad)
 
 
 def test_mixed_precision_checkpointing_and_accumulation_count(tmp_path: Path) -> None:

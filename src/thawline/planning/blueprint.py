@@ -20,7 +20,7 @@ from thawline.errors import ConfigError
 from thawline.models.deimv2.loss.matcher import Matches
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.variants import get_variant
-from thawline.ops.lean import apply_lean
+from thawline.ops.lean import apply_lean, is_lean
 from thawline.ops.lean_head import LeanHeadModel
 from thawline.recipe import Mhr, Paca, RunConfig, Training
 from thawline.recipe.checks import height_width
@@ -190,8 +190,8 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
         epochs = objective.schedule.epochs
     with torch.device("meta"):
         detector = DEIMv2.from_variant(base.variant, **fields, class_loss=settings.class_loss)
-    if config.lean:
-        apply_lean(detector)
+    if config.lean and not is_lean(apply_lean(detector)):
+        raise ConfigError(f"`lean`: '{base.variant}' has nothing that can be lean. Leave it out.")
     learner = Learner(tune_backbone(detector, config.tuner)).train()
     learner.criterion.match = _spread_matches
 

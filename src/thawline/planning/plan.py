@@ -104,7 +104,7 @@ class Planner:
             training = dataclasses.replace(config.training, precision=self.device.precision)
             config = dataclasses.replace(config, training=training)
         self.blueprint = draw_blueprint(config, objective)
-        if not any(p.requires_grad for p in self.blueprint.model.parameters()):
+        if not any(p.requires_grad and p.numel() for p in self.blueprint.model.parameters()):
             raise ConfigError(f"`tuner: {config.tuner.method}` trains nothing: there is no step to plan.")
         if half_adapter:
             cast_trained(self.blueprint.model)
@@ -181,9 +181,12 @@ class Planner:
         sizes, n = dict(self._sizes), self.devices
         stored = FOUR_BITS if quantised else self._stored
         if stored:
-            linears = [m.weight for m in self.blueprint.model.modules() if _is_quantised(m)]
+            modules = list(self.blueprint.model.modules())
+            linears = [m.weight for m in modules if _is_quantised(m)]
             sizes["weights"] -= sum(weight.nbytes for weight in linears)
             sizes["quantised"] = int(stored * sum(weight.numel() for weight in linears))
+            # Columns are written into a dequantised copy: no original is kept.
+            sizes["tuner"] -= sum(_original_bytes(m) for m in modules if _is_quantised_paca(m))
         divided = SHARDINGS[self.sharding] if n > 1 else ()
         parts = {name: size // n if name in divided else size for name, size in sizes.items()}
         # DDP and ZeRO reduce gradients in buckets; sharded weights are gathered two blocks at a time.
@@ -226,18 +229,13 @@ def _sizes(blueprint: Blueprint) -> dict[str, int]:
     trained = [p for p in parameters if p.requires_grad]
     layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
     indices = [index for layer in layers for index in layer.thawline_paca_indices.values()]
-    originals = sum(
-        delta.numel() * layer.base_layer.weight.element_size()
-        for layer in layers
-        for delta in layer.thawline_paca_delta.values()
-    )
     averaged = [*trained, *(b for b in buffers if b.is_floating_point())] if blueprint.averaged else []
     return {
         "weights": sum(p.nbytes for p in parameters),
         "quantised": 0,
         "buffers": sum(b.nbytes for b in buffers) - sum(i.nbytes for i in indices),
         # A layer keeps the indices twice: a new set can be loaded over the one in use.
-        "tuner": originals + 2 * sum(i.nbytes for i in indices),
+        "tuner": sum(map(_original_bytes, layers)) + 2 * sum(i.nbytes for i in indices),
         "gradients": sum(p.nbytes for p in trained),
         "optimizer": _optimizer_bytes(blueprint, trained),
         "average": sum(t.nbytes for t in averaged),
@@ -271,6 +269,15 @@ def cast_trained(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and kept is not None:
             parameter.data = parameter.data.to(kept)
+
+
+def _original_bytes(layer: PacaLayer) -> int:
+    size: int = layer.base_layer.weight.element_size()
+    return size * sum(delta.numel() for delta in layer.thawline_paca_delta.values())
+
+
+def _is_quantised_paca(module: nn.Module) -> TypeGuard[PacaLayer]:
+    return isinstance(module, PacaLayer) and _is_quantised(module.base_layer)
 
 
 def _is_quantised(module: nn.Module) -> TypeGuard[nn.Linear]:

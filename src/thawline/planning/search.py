@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[dict[str, Any], frozenset[str]]] = {
 }
 """Name → tuner, and what else differs. LoRA has PEFT's defaults, float32 adapters among them; the ranks train
 about as many parameters. QLoRA and QPaCA have bfloat16 arithmetic over weights of four bits."""
-NOT_OF_DETECTORS = ("MHR", "QLoRA", "QPaCA", "LoRA bf16")
+NOT_OF_DETECTORS = ("MHR", "QLoRA", "QPaCA", "LoRA bf16", "PaCA + lean")
 LENGTH_STEP = 64
 """Granularity of the longest sequence, tokens."""
 LARGEST = 1 << 26

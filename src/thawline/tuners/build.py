@@ -7,7 +7,6 @@ __all__ = ["attach_tuner", "routed_tasks"]
 import copy
 import dataclasses
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -132,13 +131,26 @@ def _new_adapter(
         tuned = peft.get_peft_model(model, config)
     except ConfigError:
         raise
-    except (ValueError, TypeError, KeyError, re.error) as error:
+    except Exception as error:  # every method of PEFT has errors of its own for a model that it does not suit
         raise ConfigError(
-            f"PEFT cannot attach '{settings.method}' to {type(model).__name__}: {error}"
+            f"PEFT cannot attach '{settings.method}' to {type(model).__name__}: {_reason(error, config)}"
         ) from error
     if isinstance(tuned.base_model, BaseTuner) and not isinstance(tuned.base_model, Tuner):
         check_attached(tuned.base_model, asked, config)
     return tuned
+
+
+def _reason(error: Exception, config: peft.PeftConfig) -> str:
+    """Return why an adapter cannot be attached, with what to do where PEFT stumbles over a None."""
+    reason = " ".join(str(error).split())
+    if isinstance(config, peft.PromptLearningConfig) and config.task_type is None:
+        return "it puts learned tokens before the input of a language model or classifier."
+    if "meta tensor" in reason:
+        return "it computes with the weights, which are not loaded."
+    if "NoneType" not in reason:
+        return reason
+    example = ", such as num_virtual_tokens" if hasattr(config, "num_virtual_tokens") else ""
+    return f"{reason}. Set the fields of {type(config).__name__} that it needs in `tuner.args`{example}."
 
 
 def _trained_in_full(model: nn.Module) -> list[str]:
@@ -185,7 +197,7 @@ def _peft_config(
         return config_class(**fields, **args)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{config_class.__name__}: {error}") from error
 
 

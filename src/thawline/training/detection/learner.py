@@ -41,6 +41,9 @@ class Learner(nn.Module):
         super().__init__()
         # Channels last is the fastest layout for convolutions; the other layers do not depend on it.
         self.detector = detector.to(memory_format=torch.channels_last)
+        for name, parameter in detector.named_parameters():
+            if ".lora_" in name:  # PEFT's DoRA takes views of them that only this layout has
+                parameter.data = parameter.data.contiguous()
         self.criterion = Criterion(detector.config)
 
     def forward(self, pixel_values: Tensor, targets: HostTargets, *, epoch: int) -> dict[str, Tensor]:
