@@ -102,8 +102,9 @@ def test_tuners_of_detectors() -> None:
 def test_recipes_of_the_repository(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parents[2])
     is_detection = file.parent.name == "deimv2"
+    others = {"data": "elsewhere", "base.variant": "atto"} if is_detection else {}
     try:
-        plan = thawline.plan(file, **({"data": "elsewhere"} if is_detection else {}))
+        plan = thawline.plan(file, **others)
     except ThawlineError as error:
         found = str(error)
     else:

@@ -267,16 +267,18 @@ def test_search_finds_the_largest_multiple() -> None:
 
 def test_fit_gives_paca_longer_sequences_than_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "METHODS", {name: search.METHODS[name] for name in ("LoRA", "PaCA", "QPaCA")})
-    config = RunConfig.from_mapping(recipe(base(tmp_path)))
-    sizes = search.fit(config, 460 << 20)
+    config = RunConfig.from_mapping(recipe(base(tmp_path, n_blocks=1)))
+    sizes = search.fit(config, 454 << 20)
     assert sizes["QPaCA"]["length"] >= sizes["PaCA"]["length"] > sizes["LoRA"]["length"] > 0
-    planner = Planner(RunConfig.from_mapping(recipe(base(tmp_path), tuner={"method": "paca", "r": 16})))
+    planner = Planner(
+        RunConfig.from_mapping(recipe(base(tmp_path, n_blocks=1), tuner={"method": "paca", "r": 16}))
+    )
     for part, size, step in (
         ("length", (1, sizes["PaCA"]["length"]), (0, 64)),
         ("batch", (sizes["PaCA"]["batch"], LENGTH), (1, 0)),
     ):
-        assert planner.bytes(*size)["total"] <= 460 << 20, part
-        assert planner.bytes(size[0] + step[0], size[1] + step[1])["total"] > 460 << 20, part
+        assert planner.bytes(*size)["total"] <= 454 << 20, part
+        assert planner.bytes(size[0] + step[0], size[1] + step[1])["total"] > 454 << 20, part
 
 
 def test_within_keeps_the_rows_of_a_step(tmp_path: Path) -> None:
@@ -315,7 +317,9 @@ def test_command_prints_the_keys_of_the_plan(tmp_path: Path, capsys: pytest.Capt
     assert {"parameters", "trained", "bytes", "seconds_per_step"} <= found.keys()
     parts = {"weights", "gradients", "optimizer", "tuner", "saved", "loss", "total"}
     assert parts <= found["bytes"].keys()
-    assert main(["plan", "--config", str(file), "--compare"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # planned models that live side by side are of no concern
+        assert main(["plan", "--config", str(file), "--compare"]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in ("full", "LoRA bf16", "PaCA + lean", "QPaCA", "MHR"))
     out = tmp_path / "chosen.yaml"
