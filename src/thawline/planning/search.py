@@ -69,7 +69,7 @@ def fit(config: RunConfig, n_bytes: int | str, **options: Any) -> dict[str, dict
 def _planners(config: RunConfig, options: Mapping[str, Any]) -> Iterator[tuple[str, Planner, bool]]:
     """Yield the name of each method, its planner, and whether its layers are quantised."""
     known: dict[str, Planner] = {}
-    for name, one, differing in variants(config):
+    for name, one, differing in variants(config, METHODS):
         plain = name.removeprefix("Q")  # takes the same step, over larger weights
         if plain not in known:
             known[plain] = Planner(one, half_adapter="half_adapter" in differing, **options)
