@@ -499,3 +499,26 @@ def test_a_file_named_after_a_split_takes_its_folders_name_as_task(
     )
     (example,) = load_examples(name)
     assert example.task == file.absolute().parent.name
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_keys_that_a_table_fills_in_are_not_learned(tmp_path: Path, kind: str) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def call(name: str, **arguments: object) -> dict:
+        return {"function": {"name": name, "arguments": arguments}}
+
+    def tool(name: str, **properties: object) -> dict:
+        return {"function": {"name": name, "parameters": {"properties": properties}}}
+
+    calls = [call("weather", city="Rome"), call("add", a=1, b=[{"c": 2}, {"d": 3}])]
+    tools = [tool("weather", city={"type": "string"}), tool("add", a={"minimum": 0})]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    table = datasets.Dataset.from_list([{"messages": turns, "tools": tools, "system": None}])
+    path = tmp_path / ("rows.parquet" if kind == "parquet" else "rows")
+    table.to_parquet(str(path)) if kind == "parquet" else table.save_to_disk(str(path))
+    [example] = load_examples(path)
+    assert [one["function"] for one in example.messages[1]["tool_calls"]] == [
+        one["function"] for one in calls
+    ]
+    assert list(example.tools) == tools

@@ -67,7 +67,15 @@ def _rows(rows: Any, where: str, answers: Collection[str]) -> Iterator[tuple[str
         named = {
             key: None if row[key] in (None, UNLABELLED) else names[row[key]] for key, names in classes.items()
         }
-        yield f"{where}:{i}", {**choices, **row, **named}
+        plain = {key: _without_nulls(value) for key, value in row.items()}
+        yield f"{where}:{i}", {**choices, **plain, **named}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without keys that are null: a table's objects have the keys of all its rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _load(path: str) -> Any:
