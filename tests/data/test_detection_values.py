@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -571,3 +572,14 @@ def test_images_of_two_splits_are_remarked_by_loader_and_check_alike(tmp_path: P
     for problems in (load_detection(root).problems, check_detection(root).problems):
         leaks = [str(problem) for problem in problems if problem.kind == "leak"]
         assert leaks == [f"train: images/val/{name}.png: val: images/val/{name}.png" for name in "de"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zip"])
+def test_a_compressed_annotation_file_is_no_missing_split(tmp_path: Path, suffix: str) -> None:
+    root = write_coco(tmp_path / "set")
+    file = root / "annotations" / "instances_train2017.json"
+    file.rename(file.with_name(file.name + suffix))
+    with pytest.raises(DataError, match=f"instances_train2017.json{suffix}' is compressed. Unpack it"):
+        load_detection(root)
+    shutil.copy(file.with_name(file.name + suffix), file)
+    assert load_detection(root).records("train")

@@ -61,6 +61,10 @@ def look(path: Path) -> list[Found]:
         is_missing = split not in splits if split else not splits
         if n_keys[file] < len(KEYS) and is_missing and (is_named or n_keys[file] > 1 or (split and by_split)):
             fault = fault or _fault(file)
+    for file in [] if path.is_file() else _packed(path):
+        split = _split_named(file, path)
+        if not fault and (split not in splits if split else not splits):
+            fault = f"'{file}' is compressed. Unpack it."
     if not splits and not fault:
         return []
     return [
@@ -105,6 +109,12 @@ def read(found: Found, images: Path | None = None) -> RawSet:
         if len(raw.classes[split]) < len(table):
             raw.add_problem("class-list", found.splits[split][0].name, "two categories share an id", split)
     return raw
+
+
+def _packed(path: Path) -> list[Path]:
+    """Return compressed JSON files where `look` looks for JSON."""
+    files = [file for folder in (path, *subfolders(path)) for file in files_in(folder, ".gz", ".zip")]
+    return [file for file in files if file.stem.lower().endswith(".json")]
 
 
 def _count_keys(file: Path) -> int:
