@@ -271,6 +271,8 @@ def _load_adapter(
                 return tuned
             # Again, for its answer.
             found_keys = tuned.load_adapter(folder, "default", is_trainable=is_trainable)
+    except CheckpointError as error:
+        raise CheckpointError(f"{unfit}{name}: {error}") from error
     except ThawlineError:
         raise
     except DAMAGED as error:

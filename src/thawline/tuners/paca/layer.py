@@ -87,6 +87,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         name: its name in the model, for messages.
         additive: why columns are applied beside the weight. None: they are written into it.
     Attributes:
+        in_features, out_features: sizes of the base layer; of a convolution, its channels.
         shape: of the weight with its input features on axis 1, (O, I, ...), however it is stored.
         is_quantised: whether columns are written into a dequantised copy of the weight, for each product.
     """
@@ -103,6 +104,11 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         self.is_quantised = is_dequantisable(base_layer)
         self.columns_of = column_view(base_layer)
         self.shape = shape_of(base_layer)
+        if isinstance(base_layer, nn.Conv2d):
+            self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
+        else:
+            self.in_features = self.shape[1]
+            self.out_features = self.shape[2 if isinstance(base_layer, ExpertsLinear) else 0]
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
