@@ -37,8 +37,8 @@ SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.4, 0.7
 """Assumed shares of the data sheet that training reaches."""
 LAUNCH = 6e-6
 """Seconds per operation that a GPU's process needs at least."""
-CPU_OVERHEAD, CUDA_OVERHEAD = 450 << 20, 600 << 20
-"""Python with torch, transformers and PEFT loaded; a CUDA context with its libraries' workspaces."""
+CPU_OVERHEAD, CUDA_OVERHEAD = 500 << 20, 600 << 20
+"""Python with torch, transformers and PEFT loaded (a small run: 530 MiB); a CUDA context with workspaces."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def plan_lines(plan: Plan) -> list[str]:
         "batch": plan.shape,
         "parameters": f"{plan.parameters:,}, of which {plan.trained:,} train",
         **parts,
-        "time": f"{plan.seconds_per_step:.3g} s a step{steps}",
+        "time": f"{duration(plan.seconds_per_step)} a step{steps}",
     }
     return [*labelled(rows.items()).splitlines(), *(f"assumed: {text}" for text in plan.assumptions)]
 
