@@ -160,6 +160,30 @@ def test_nothing_of_the_inputs_is_kept_but_the_columns():
     assert kept <= floor + columns + 64, (kept, floor)
 
 
+def test_compiled_experts_equal_eager_ones():
+    torch.manual_seed(0)
+    experts = adapt(qwen3_moe(), init_weights=False).base_model.model.model.layers[0].mlp.experts
+    inputs = torch.randn(9, 24), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+    found = []
+    for run in (experts, torch.compile(experts, backend="eager")):
+        y = run(*inputs)
+        y.float().square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in experts.parameters() if p.requires_grad)])
+        experts.zero_grad()
+    torch.testing.assert_close(*found)
+
+
+def test_checkpointing_changes_no_gradient(base):
+    model = adapt(base, init_weights=False).train()
+    gradients = []
+    for _ in range(2):
+        loss(model).backward()
+        gradients.append([p.grad.clone() for p in trainable(model)])
+        model.zero_grad()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert all(map(torch.equal, *gradients))
+
+
 def test_training_saves_loads_and_merges(base, tmp_path):
     model = adapt(base, target_modules="all-linear")
     before = loss(model).item()
