@@ -145,13 +145,17 @@ def evaluation_recipe(
     from thawline.run import saved_config
 
     saved, given = dotted_values(saved_config(model).to_mapping()), dotted_values(overrides)
+    trained: tuple[str, ...] = ()
     if saved["objective.kind"] == "detection":
         trained = ("base.variant", "base.weights", "base.overrides", "tuner.")
-        if unread := [key for key in given if key.startswith(trained) and saved.get(key) != given[key]]:
-            raise ConfigError(
-                f"`{unread[0]}`: the detector of '{model}' is evaluated as it was trained. Train another, or "
-                "give the path of other weights in its place."
-            )
+    elif (Path(model) / "config.yaml").is_file():
+        trained = ("tuner.",)
+    changed = [key for key in given if key.startswith(trained) and saved.get(key) != given[key]]
+    if unread := [key for key in changed if key not in ("tuner.adapt", "tuner.new_rows")] if trained else []:
+        raise ConfigError(
+            f"`{unread[0]}`: the model of '{model}' is evaluated as it was trained. Train another, or "
+            "give the path of other weights in its place."
+        )
     path = given.get("data.path")
     if path is not None and "data.eval_path" in saved:
         saved["data.eval_path"] = None

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.text import write_tasks
 from thawline.cli import main
 from thawline.errors import ConfigError
-from thawline.jobs import export
+from thawline.jobs import evaluate, export
 from thawline.recipe import RunConfig
 from thawline.run import load_tuned, run
 from thawline.tuners.mhr import set_task_ids
@@ -89,3 +89,19 @@ def test_detector_options_are_refused_for_text(tuned) -> None:
         export(tuned("lora"), format="merged", variant="s")
     with pytest.raises(ConfigError, match="`task` is for the formats of text"):
         export("atto", weights="random", task="first")
+
+
+def test_an_export_replaces_nothing_but_an_earlier_one(tuned, tiny_llama: Path, tmp_path: Path) -> None:
+    before = (tiny_llama / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="is in use. Give a new or empty folder"):
+        export(tuned("lora"), tiny_llama, format="merged")
+    assert (tiny_llama / "model.safetensors").read_bytes() == before
+    for _ in range(2):
+        export(tuned("lora"), tmp_path / "out", format="lora")
+    with pytest.raises(ConfigError, match="out' is in use"):
+        export(tuned("lora"), tmp_path / "out", format="merged")
+
+
+def test_an_evaluation_of_a_text_run_refuses_another_tuner(tuned) -> None:
+    with pytest.raises(ConfigError, match=r"`tuner.r`: the model of .* is evaluated as it was trained"):
+        evaluate(tuned("lora"), **{"tuner.r": 7})

@@ -22,6 +22,8 @@ from thawline.tuners.paca.quantised import merge_and_dequantise
 from thawline.tuners.to_lora import to_lora
 
 TEXT_FORMATS = ("merged", "lora", "gguf-ready")
+RECORD = ".thawline-export"
+"""File in the folder of an export, with its format: the folder may be written again."""
 ALL = "all"
 """In place of a task's name: every task, a folder each."""
 
@@ -37,7 +39,7 @@ def export_text(
         format: merged, lora or gguf-ready.
         task: name of a task of the adapter, or `all`. None: the only one.
     Returns: the folders.
-    Raises: ConfigError: no such task, or several and none is chosen.
+    Raises: ConfigError: no such task, or several and none is chosen; a folder that holds other files.
     """
     model, tokenizer = load()
     tasks = list(getattr(_adapter(model), "task_names", None) or [])
@@ -47,12 +49,27 @@ def export_text(
         found = f"No task '{task}'." if task else "The adapter serves several tasks: give `task`."
         raise ConfigError(f"{found} {did_you_mean(str(task), [*tasks, ALL])}")
     folders = {name: out / name for name in tasks} if task == ALL and tasks else {task: out}
+    for folder in folders.values():
+        _check_target(folder, format)
     for index, (name, folder) in enumerate(folders.items()):
         if index:
             model, tokenizer = load()
         with atomic_folder(folder) as temporary:
             _write(model, tokenizer, temporary, format, name if tasks else None)
+            (temporary / RECORD).write_text(format)
     return list(folders.values())
+
+
+def _check_target(folder: Path, format: str) -> None:
+    """Check that a folder is new, empty, or an earlier export.
+
+    Raises: ConfigError: if files could be lost, such as the base's own.
+    """
+    record = folder / RECORD
+    if record.is_file() and record.read_text() == format:
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"`out`: '{folder}' is in use. Give a new or empty folder, or an earlier {format}.")
 
 
 def _write(model: Any, tokenizer: Any, folder: Path, format: str, task: str | None) -> None:
