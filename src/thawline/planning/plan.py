@@ -181,12 +181,12 @@ class Planner:
         sizes, n = dict(self._sizes), self.devices
         stored = FOUR_BITS if quantised else self._stored
         if stored:
-            modules = list(self.blueprint.model.modules())
-            linears = [m.weight for m in modules if _is_quantised(m)]
-            sizes["weights"] -= sum(weight.nbytes for weight in linears)
-            sizes["quantised"] = int(stored * sum(weight.numel() for weight in linears))
+            linears = {m for m in self.blueprint.model.modules() if _is_quantised(m)}
+            sizes["weights"] -= sum(m.weight.nbytes for m in linears)
+            sizes["quantised"] = int(stored * sum(m.weight.numel() for m in linears))
             # Columns are written into a dequantised copy: no original is kept.
-            sizes["tuner"] -= sum(_original_bytes(m) for m in modules if _is_quantised_paca(m))
+            layers = _paca_layers(self.blueprint.model)
+            sizes["tuner"] -= sum(_original_bytes(one) for one in layers if one.base_layer in linears)
         divided = SHARDINGS[self.sharding] if n > 1 else ()
         parts = {name: size // n if name in divided else size for name, size in sizes.items()}
         # DDP and ZeRO reduce gradients in buckets; sharded weights are gathered two blocks at a time.
@@ -227,7 +227,7 @@ def _sizes(blueprint: Blueprint) -> dict[str, int]:
     model = blueprint.model
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
-    layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
+    layers = _paca_layers(model)
     indices = [index for layer in layers for index in layer.thawline_paca_indices.values()]
     averaged = [*trained, *(b for b in buffers if b.is_floating_point())] if blueprint.averaged else []
     return {
@@ -271,13 +271,13 @@ def cast_trained(model: nn.Module) -> None:
             parameter.data = parameter.data.to(kept)
 
 
+def _paca_layers(model: nn.Module) -> list[PacaLayer]:
+    return [module for module in model.modules() if isinstance(module, PacaLayer)]
+
+
 def _original_bytes(layer: PacaLayer) -> int:
     size: int = layer.base_layer.weight.element_size()
     return size * sum(delta.numel() for delta in layer.thawline_paca_delta.values())
-
-
-def _is_quantised_paca(module: nn.Module) -> TypeGuard[PacaLayer]:
-    return isinstance(module, PacaLayer) and _is_quantised(module.base_layer)
 
 
 def _is_quantised(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["StepCost", "simulate_step"]
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,18 +120,23 @@ def simulate_step(
         at_two: int = getattr(two, name)
         return at_two + sum(n * (at_two - getattr(one, name)) for _, one, n in further)
 
+    work = {name: in_full(name) for name in ("saved", "loss", "flops", "moved", "n_ops")}
+    # Gradients are added to earlier ones at once, unless MHR's layers, mixed together, get theirs together.
+    adds_at_once = keep_gradients and next(find_layers(model), None) is None
+    return StepCost(**work, peak=_peak_in_full(two, further, adds_at_once))
+
+
+def _peak_in_full(two: _Tracker, further: list[tuple[Stack, _Tracker, int]], adds_at_once: bool) -> int:
+    """Return the peak of all blocks: before the backward of a stack they keep more, after it there are more
+    gradients."""
     peaks = list(two.peaks)
     for stack, one, n in further:
-        # Before the backward of a stack its blocks add what they keep, after it their gradients: those are
-        # added to earlier ones at once, unless the layers of MHR, mixed together, get theirs together.
-        adds_at_once = keep_gradients and next(find_layers(model), None) is None
         kept, gradients = two.held - one.held, 0 if adds_at_once else stack.gradients
         begins = two.passed.index(stack.blocks) if stack.blocks in two.passed else len(peaks)
         for i in range(len(peaks)):
             before, after = i <= begins + 1, i > begins
             peaks[i] += n * max(before * kept, after * gradients)
-    work = {name: in_full(name) for name in ("saved", "loss", "flops", "moved", "n_ops")}
-    return StepCost(**work, peak=max(peaks))
+    return max(peaks)
 
 
 class _Tracker(TorchDispatchMode):
@@ -240,13 +246,9 @@ class _OnGPU(TorchFunctionMode):
             kwargs["dropout_p"] = 0.0
             args = args[:4]
         elif func is F.dropout:
-            x, p, training = _dropout_arguments(*args, **kwargs)
+            x, p, training, _ = inspect.getcallargs(F.dropout, *args, **kwargs).values()
             return torch.native_dropout(x, p, True)[0] if training and p else x
         return func(*args, **kwargs)
-
-
-def _dropout_arguments(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    return input, p, training
 
 
 def _grouped_product(func: Any, args: Any, kwargs: Any) -> Tensor | None:
