@@ -86,6 +86,13 @@ def test_dates_and_numpy_scalars_beside_the_weights_are_harmless(
     assert_same(DEIMv2.from_pretrained(path), atto)
 
 
+def test_a_text_run_is_no_detector(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter of another model, and no detector"):
+        DEIMv2.from_pretrained(tmp_path)
+
+
 def test_objects_that_could_run_code_are_refused(authors_state: StateDict, tmp_path: Path) -> None:
     path = saved({"model": authors_state, "args": Path("/")}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="could run code"):

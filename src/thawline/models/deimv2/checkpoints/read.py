@@ -341,6 +341,8 @@ def _weight_file(folder: Path) -> tuple[Path, Path]:
         for name in WEIGHT_FILES:
             if (place / name).is_file():
                 return place, place / name
+    if any((place / "adapter_config.json").is_file() for place in (folder, folder / "model")):
+        raise CheckpointError(f"'{folder}' holds an adapter of another model, and no detector.")
     raise CheckpointError(
         f"No weights in '{folder}': expected {' or '.join(WEIGHT_FILES)}, or a run folder with "
         f"{', '.join(f'{part}/' for part in RUN_PARTS)}."
