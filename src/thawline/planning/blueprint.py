@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from thawline.domains.attach import attach_domain
 from thawline.errors import ConfigError
 from thawline.models.deimv2.loss.matcher import Matches
 from thawline.models.deimv2.model import DEIMv2
@@ -185,21 +186,23 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
     if objective is None and Path(config.data.path).exists():  # type: ignore[arg-type]
         objective = build_objective(config)
     if objective is not None:  # else the data are elsewhere, and the detector has COCO's classes
-        fields["class_names"] = objective.class_names
+        fields |= {"class_names": objective.class_names, "image_size": objective.size}
         rows, n_rows = objective.device_batch_size, len(objective.records)
         epochs = objective.schedule.epochs
     with torch.device("meta"):
         detector = DEIMv2.from_variant(base.variant, **fields, class_loss=settings.class_loss)
     if config.lean and not is_lean(apply_lean(detector)):
         raise ConfigError(f"`lean`: '{base.variant}' has nothing that can be lean. Leave it out.")
-    learner = Learner(tune_backbone(detector, config.tuner)).train()
+    attach = tune_backbone if config.domain is None else attach_domain
+    learner = Learner(attach(detector, config.tuner)).train()
     learner.criterion.match = _spread_matches
 
     def make_batch(rows: int, length: int | None) -> tuple[Any, str]:
         labels = torch.zeros(BOXES, dtype=torch.long, device="meta")  # on the processor they would be checked
         targets = [{"labels": labels, "boxes": torch.zeros(BOXES, 4, device="meta")} for _ in range(rows)]
-        pixels = torch.zeros(rows, 3, *size, dtype=torch.uint8, device="meta")
-        return (pixels, HostTargets(targets)), f"{rows} images of {size[0]} × {size[1]}"  # type: ignore[arg-type]
+        height, width = detector.config.image_size
+        pixels = torch.zeros(rows, 3, height, width, dtype=torch.uint8, device="meta")
+        return (pixels, HostTargets(targets)), f"{rows} images of {height} × {width}"  # type: ignore[arg-type]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return torch.stack(list(model(*batch, epoch=0).values())).sum()

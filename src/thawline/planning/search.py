@@ -43,6 +43,8 @@ def variants(
             continue
         fields = tuner if tuner["method"] == "none" else {**tuner, "target_modules": targets}
         mapping = config.to_mapping() | {"tuner": fields, "lean": config.lean or "lean" in differing}
+        if tuner["method"] == "none":
+            mapping["domain"] = None  # which leaves the base as it is
         yield name, RunConfig.from_mapping(mapping), differing
 
 
