@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from thawline.domains.attach import is_class_layer
 from thawline.errors import CheckpointError
@@ -57,12 +57,14 @@ class Domain:
         object.__setattr__(self, "image_size", tuple(self.image_size))
 
 
-def base_digest(model: nn.Module) -> str:
-    """Return a SHA-256 of every weight and statistic of a detector but its class layers.
+def base_digest(model: DEIMv2) -> str:
+    """Return a SHA-256 of a detector's shape, and of every weight and statistic outside the class layers.
 
-    Two detectors have the same digest exactly if a domain changes both into the same detector.
+    Detectors of one digest become the same detector by a domain.
     """
-    digest = hashlib.sha256()
+    config = model.config
+    shape = (config.backbone, config.encoder, config.decoder, config.image_mean, config.image_std)
+    digest = hashlib.sha256(repr(shape).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if is_class_layer(name) or name.endswith("num_batches_tracked"):
             continue

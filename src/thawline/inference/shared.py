@@ -10,7 +10,7 @@ __all__ = ["ALL", "SharedDetector"]
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,7 @@ class SharedDetector:
         return (Prediction(one.name, one.image, tag(one.detections), one.error) for one in predictions)
 
     def _load(self, base: Any, folder: Path, name: str) -> _Member:
-        about = read_domain(folder)
+        about = replace(read_domain(folder), name=name)
         changes = self._network.changes_of(load_domain(base, folder, self._digest))
         network = _DomainNetwork(self._network, changes, about.class_names)
         return _Member(about, changes, Detector(network, threshold=about.threshold))
@@ -167,7 +167,7 @@ class SharedDetector:
                 raise ConfigError(f"'{self.folder.path}' has no domain to ask.")
             return self._several(dict(self._members), None, options)
         member = self._member(domain)
-        name = domain or member.about.name
+        name = member.about.name
 
         def tag(found: supervision.Detections) -> supervision.Detections:
             found.data["domain"] = np.full(len(found), name)
