@@ -56,6 +56,13 @@ def test_adapters_by_row_are_refused_unless_all_rows_use_the_active_one(make, na
     assert model.generate(input_ids=IDS, adapter_names=["a", "a"], max_new_tokens=1).shape == (2, 7)
 
 
+@pytest.mark.parametrize("names", [[None, "a"], ["a", None], "ab", ["c", "a"]])
+def test_names_that_are_no_adapters_are_refused(make, names) -> None:
+    model = get_peft_model(tiny_llama(), make(), "a").eval()
+    with pytest.raises(ConfigError, match="adapter_names"):
+        model(input_ids=IDS, adapter_names=names)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_tokens_are_merged_saved_and_exported(make, tied, tmp_path) -> None:
     def base():

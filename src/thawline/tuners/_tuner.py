@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BROKEN", "OFFLOADED", "Tuner", "check_in_memory"]
+__all__ = ["BROKEN", "OFFLOADED", "Tuner", "check_in_memory", "row_names"]
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -117,7 +117,7 @@ class Tuner(BaseTuner):
 
         Raises: ConfigError: for other adapters, which would be ignored.
         """
-        wanted = set(adapter_names or self.active_adapters)
+        wanted = set(row_names(adapter_names) or self.active_adapters)
         if wanted != set(self.active_adapters) or (adapter_names and len(wanted) > 1):
             raise ConfigError(
                 f"adapter_names={sorted(wanted)}, but the model runs one set of adapters for all rows of a "
@@ -125,6 +125,16 @@ class Tuner(BaseTuner):
                 "set_adapter(name), and for '__base__' inside `with model.disable_adapter():`."
             )
         yield
+
+
+def row_names(adapter_names: Any) -> list[str]:
+    """Return PEFT's `adapter_names`, one for each row, as texts; none for None.
+
+    Raises: ConfigError: a single name, which would be read letter by letter.
+    """
+    if isinstance(adapter_names, str):
+        raise ConfigError(f"adapter_names={adapter_names!r}: expected a list with a name for each row.")
+    return [str(name) for name in adapter_names or ()]
 
 
 def check_in_memory(model: nn.Module, layers: dict[str, nn.Module]) -> None:

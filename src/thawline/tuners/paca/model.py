@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from thawline.errors import ConfigError, did_you_mean
 from thawline.tuners._config import pattern_value
-from thawline.tuners._tuner import Tuner
+from thawline.tuners._tuner import Tuner, row_names
 from thawline.tuners.experts import ExpertsLinear, join_experts, split_experts
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class, shape_of
@@ -206,6 +206,7 @@ class PacaModel(Tuner):
         Raises: ConfigError: for an unknown name, in training, with merged adapters, or biases, which are not
             kept per row.
         """
+        adapter_names = row_names(adapter_names)
         if not adapter_names or {*adapter_names} == {*self.active_adapters} == {adapter_names[0]}:
             yield
             return
