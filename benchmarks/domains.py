@@ -7,7 +7,8 @@ as `scratch`, from random weights; --images training images, one thread, fp32, t
 
     paca, lora    a domain: an adapter on every layer, and class heads        heads    class heads alone
     full          the whole detector, fine-tuned from the base                scratch  from random weights
-    pacaR         r = R instead of 2                 @F    after any arm: F times the derived learning rate
+    pacaR         r = R instead of 2                 plain  before an arm: no strong augmentation
+    @F            after an arm: F times the derived learning rate
 
 With --forget, the `paca` domains are added one after the other to a shared folder, and every domain is
 evaluated again after each; beside it one detector is fine-tuned on the same sets in turn, with all classes.
@@ -91,14 +92,14 @@ def prepare(name: str, shared: Path, folder: Path) -> Path:
 def recipe(
     job: Job, base: str | None, path: Path, folder: Path, name: str, domain: str | None
 ) -> dict[str, Any]:
-    arm, _, factor = job.arm.partition("@")
+    arm, _, factor = job.arm.removeprefix("plain-").partition("@")
     kind, r = re.fullmatch(r"([a-z]+)(\d*)", arm).groups()  # type: ignore[union-attr]
     tuners: dict[str, Any] = {
         "paca": {"method": "paca", "r": int(r or 2)}, "lora": {"method": "lora", "r": int(r or 2)},
         "heads": "frozen", "full": "none", "scratch": "none",
     }  # fmt: skip
     return {
-        "objective": {"kind": "detection"},
+        "objective": {"kind": "detection", "strong_augmentation": False if "plain-" in job.arm else None},
         "base": {"variant": "atto", "size": SIZE, "weights": base},
         "tuner": tuners[kind],
         "domain": domain,
@@ -120,8 +121,9 @@ def train_one(job: Job, base: Path, keep: Path, sets: dict[str, Path]) -> dict[s
     transformers.logging.set_verbosity_error()
     name = f"{job.data}-{job.arm}-{job.epochs}-{job.seed}"
     shutil.rmtree(keep / "runs" / name, ignore_errors=True)
-    is_domain = not job.arm.startswith(("full", "scratch"))
-    weights = None if job.arm.startswith("scratch") else str(base)
+    kind = job.arm.removeprefix("plain-")
+    is_domain = not kind.startswith(("full", "scratch"))
+    weights = None if kind.startswith("scratch") else str(base)
     start = time.process_time()
     mapping = recipe(job, weights, sets[job.data], keep / "runs", name, job.data if is_domain else None)
     result = train(mapping)

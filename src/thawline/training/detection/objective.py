@@ -343,7 +343,7 @@ class DetectionObjective(Objective):
             n_images=len(self.records),
             batch_size=self.training.batch_size or self._resumed_batch_size(),
             size=self.size,
-            start=self.start,
+            start=self.start if self.domain is None else "domain",
             box_sides=shorter_sides(self.records, self.size),
             strong_augmentation=asks_for_augmentation(self.settings),
         )

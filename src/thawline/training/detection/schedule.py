@@ -210,7 +210,7 @@ def derive_schedule(
     n_images: int,
     batch_size: int | None = None,
     size: int | tuple[int, int] | None = None,
-    start: Literal["scratch", "backbone", "detector"] = "scratch",
+    start: Literal["scratch", "backbone", "detector", "domain"] = "scratch",
     box_sides: np.ndarray | None = None,
     strong_augmentation: bool = False,
 ) -> DetectionSchedule:
@@ -225,6 +225,8 @@ def derive_schedule(
     - **Small data**: what is pretrained moves less, by √(n_images / 5000), a quarter at least. `start` says
       what that is: nothing, the backbone, or the whole detector. A backbone with random weights trains at
       the full rate, not at the low one for pretrained weights.
+    - **Domains**, an adapter and class heads on a frozen detector, train at the published rate whatever the
+      batch (docs/results/domains.md).
     - **Short runs** from random weights: a run of at most 30 epochs that sees at most 8,000 images, epochs ×
       `n_images`, has four times the rate, at most the published one, no strong augmentation, and matching by
       score and overlap never replaces the first form of matching, since boxes overlap too little. From 60
@@ -242,7 +244,7 @@ def derive_schedule(
         batch_size: images per optimiser step over all devices; `None` derives it.
         size: side of the square input or (height, width), pixels, multiples of 32; `None` is the published
             one.
-        start: source of the initial weights.
+        start: source of the initial weights; "domain": an adapter on a frozen detector.
         box_sides: (N,), the shorter side of every training box in an input whose longer side is 1; `None`
             leaves the published limit of small boxes.
         strong_augmentation: `True` leaves it its share of a short run, too.
@@ -270,7 +272,7 @@ def derive_schedule(
     pretrained = min(1.0, max(_LOWEST_PRETRAINED_SHARE, math.sqrt(n_images / _MANY_IMAGES)))
     per_batch = math.sqrt(batch / published.batch_size)
     boost = max(1.0, min(_SHORT_RUN_RATE**shortness, 1 / per_batch))
-    lr = published.lr * per_batch * boost
+    lr = published.lr if start == "domain" else published.lr * per_batch * boost
     # 1 / (1 - decay) is how many steps the average reaches back.
     ema_steps = (1 / (1 - published.ema_decay)) * published.batch_size / batch
     ema_steps = max(1.0, min(ema_steps, _MAX_EMA_SHARE * n_steps))
@@ -298,7 +300,7 @@ def derive_schedule(
         matcher_change_epoch=change + round(shortness * (epochs - change)),
         warmup_steps=min(published.warmup_steps, math.ceil(_MAX_WARMUP_SHARE * n_steps)),
         lr=lr * pretrained if start == "detector" else lr,
-        backbone_lr=lr if start == "scratch" else published.backbone_lr * per_batch * pretrained,
+        backbone_lr=lr if start in ("scratch", "domain") else published.backbone_lr * per_batch * pretrained,
         ema_decay=1 - 1 / ema_steps,
         ema_warmup_steps=max(1, round(ema_steps / 10)),
     )
@@ -311,10 +313,13 @@ def derive_schedule(
             f"published {published.batch_size}, less for {_MIN_BATCHES_PER_EPOCH} steps an epoch and "
             f"{_MIN_STEPS:,} a run"
         )
-    if shortness:
+    if start == "domain":
+        reasons["rates"] = f"published {published.lr:g}, whatever the batch: an adapter"
+    elif shortness:
         reasons["rates"] += f" × {boost:.2g}: a short run, of {epochs * n_images:,} images"
-        reasons["epochs"] += f"; {left_out:.0%} of the strong ones left out: a short run" if left_out else ""
-    if start != "scratch" and pretrained < 1:
+    if left_out:
+        reasons["epochs"] += f"; {left_out:.0%} of the strong ones left out: a short run"
+    if start in ("backbone", "detector") and pretrained < 1:
         reasons["rates"] += f"; what is pretrained × {pretrained:.2g}: {n_images:,} images"
     if min_box_size < published.min_box_size:
         reasons["boxes"] = f"published {published.min_box_size}, less to keep 95 % of the boxes"
