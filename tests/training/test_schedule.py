@@ -182,6 +182,22 @@ def test_derived_rates_follow_the_root_of_the_batch_and_spare_what_is_pretrained
     assert rates("scratch", 8, 32) == (lr, lr)
 
 
+@pytest.mark.parametrize("variant", ["atto", "n", "s"])
+def test_a_domain_trains_at_the_published_rate_whatever_the_batch(variant: str) -> None:
+    published = published_schedule(variant, 1).settings.lr
+    for batch_size, n_images in ((None, 96), (4, 96), (64, 5000)):
+        derived = derive_schedule(
+            8, variant=variant, n_images=n_images, batch_size=batch_size, start="domain"
+        )
+        assert derived.settings.lr == derived.settings.backbone_lr == published
+        assert "an adapter" in derived.reasons["rates"]
+    scratch = derive_schedule(8, variant=variant, n_images=96).settings
+    assert (
+        derive_schedule(8, variant=variant, n_images=96, start="domain").settings.strong_epochs
+        == scratch.strong_epochs
+    )
+
+
 def test_derived_warm_up_and_average_are_at_most_a_twentieth_of_a_short_run() -> None:
     schedule = derive_schedule(50, variant="pico", n_images=205)
     assert (schedule.settings.batch_size, schedule.n_steps) == (8, 1250)
