@@ -91,4 +91,6 @@ def _load(path: str) -> Any:
         return datasets.load_dataset("parquet", data_files=path, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ or error  # the library's own message about a broken file gives no reason
+        if "BatchSize" in str(reason):  # what the library makes of a table without rows
+            raise DataError(f"{path}: no rows.") from error
         raise DataError(f"Cannot load '{path}': {str(reason).strip().splitlines()[0]}") from error
