@@ -429,7 +429,9 @@ def test_csv_files_have_tasks_by_column_and_an_empty_one_is_named(tmp_path: Path
     file.write_text("sentence,label,source\nfine,good,0\n")
     [example] = load_examples(file, columns=COLUMNS)
     assert example.task == "0"
-    datasets.Dataset.from_dict({"input": [], "output": []}).to_parquet(tmp_path / "empty.parquet")
+    pytest.importorskip("datasets").Dataset.from_dict({"input": [], "output": []}).to_parquet(
+        tmp_path / "empty.parquet"
+    )
     with pytest.raises(DataError, match=r"empty.parquet: no rows"):
         load_examples(str(tmp_path / "empty.parquet"))
     broken = tmp_path / "broken.parquet"

@@ -23,6 +23,7 @@ from tests.support.detection_runs import (
 )
 from tests.support.text_runs import strict_json
 from thawline.cli import main
+from thawline.domains.attach import merged_detector
 from thawline.errors import ConfigError, DataError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
@@ -30,7 +31,6 @@ from thawline.recipe import RunConfig
 from thawline.recipe.resolved import TrainingSettings, Window
 from thawline.run import evaluate, run, saved_config
 from thawline.training.detection import schedule as schedules
-from thawline.training.detection.backbone import merged_detector
 from thawline.training.detection.trainer import DetectionTrainer
 from thawline.training.objective import build_objective
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["Row", "RowObjective", "judged_row", "on_text"]
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ from thawline.data.text.encode import OverlongError, TextEncoder, collate_tokens
 from thawline.data.text.multitask import TaskSampler
 from thawline.data.text.rows import Example, prompt_example
 from thawline.errors import ConfigError, DataError, RoutingError, all_of, did_you_mean
+from thawline.files import to_json
 from thawline.recipe import Adapter, Full, Mhr, RunConfig, TextBase, TextData, Training, TunerSettings
 from thawline.tables import AT_START, ZERO_SHOT
 from thawline.training.arguments import choose_precision, training_arguments
@@ -174,7 +174,7 @@ class RowObjective(Objective):
     def row_facts(self) -> Iterator[bytes]:
         """Return the tokens and labels of each training row."""
         for row in self.train_rows:
-            yield json.dumps({key: value for key, value in row.items() if key != "example"}).encode()
+            yield to_json({key: value for key, value in row.items() if key != "example"}).encode()
 
     @property
     def align_every(self) -> int | None:
