@@ -157,15 +157,31 @@ def test_a_longer_run_goes_over_to_the_published_recipe_step_by_step() -> None:
     assert (strong[0], late[0]) == (0, 0)
     assert (strong[-1], late[-1]) == (94, 12)  # of 119: 0.79 and 0.1 of the run
     assert {s.windows["strong"].stop for s in schedules if s.epochs <= 30} == {0}
-    # A long run, by its epochs or by what it sees, or one that starts from a detector, is none of it.
+    # A long run, by its epochs or by what it sees, is none of it.
     lr = PUBLISHED["atto"].lr
     for long in (schedules[-1], derive_schedule(60, variant="atto", n_images=20),
                  derive_schedule(16, variant="atto", n_images=1000)):  # fmt: skip
         assert long.settings.lr == lr * math.sqrt(long.settings.batch_size / 128)
+
+
+def test_a_short_run_from_a_detector_is_as_free_as_one_from_random_weights() -> None:
+    published = PUBLISHED["atto"]
     short = derive_schedule(10, variant="atto", n_images=160, start="detector")
-    assert short.settings.lr == lr * math.sqrt(4 / 128) / 4
-    assert short.windows["strong"] == (0, 8)
-    assert "what is pretrained × 0.25" in short.reasons["rates"]
+    assert short.settings.lr == derive_schedule(10, variant="atto", n_images=160).settings.lr
+    assert short.settings.backbone_lr == pytest.approx(
+        short.settings.lr * published.backbone_lr / published.lr
+    )
+    assert short.windows["strong"] == (0, 0)
+    assert "a short run" in short.reasons["rates"]
+    assert "pretrained" not in short.reasons["rates"]
+    long = derive_schedule(60, variant="atto", n_images=160, start="detector")
+    share = math.sqrt(long.settings.batch_size / 128) / 4
+    assert (long.settings.lr, long.settings.backbone_lr) == (
+        published.lr * share,
+        published.backbone_lr * share,
+    )
+    assert long.windows["strong"][1] > 0
+    assert "what is pretrained × 0.25" in long.reasons["rates"]
 
 
 def test_derived_rates_follow_the_root_of_the_batch_and_spare_what_is_pretrained() -> None:

@@ -17,6 +17,8 @@ HUB = "hf://"
 
 UNLABELLED = -1
 """Class id of a row without a label, as in the test splits of GLUE."""
+WITHOUT_ROWS = ("BatchSize must be greater than 0", "corresponds to no data")
+"""What the library says of a table without rows."""
 
 
 def is_dataset(path: str | Path) -> bool:
@@ -91,6 +93,6 @@ def _load(path: str) -> Any:
         return datasets.load_dataset("parquet", data_files=path, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ or error  # the library's own message about a broken file gives no reason
-        if "BatchSize" in str(reason):  # what the library makes of a table without rows
+        if any(part in str(reason) for part in WITHOUT_ROWS):
             raise DataError(f"{path}: no rows.") from error
         raise DataError(f"Cannot load '{path}': {str(reason).strip().splitlines()[0]}") from error

@@ -223,14 +223,14 @@ def derive_schedule(
       below 4.
     - **Rates** follow the square root of the batch, the rule for Adam (Malladi et al., NeurIPS 2022).
     - **Small data**: what is pretrained moves less, by √(n_images / 5000), a quarter at least. `start` says
-      what that is: nothing, the backbone, or the whole detector. A backbone with random weights trains at
-      the full rate, not at the low one for pretrained weights.
+      what that is: nothing, the backbone, or, in a run that is not short, the whole detector. A backbone with
+      random weights trains at the full rate, not at the low one for pretrained weights.
     - **Domains**, an adapter and class heads on a frozen detector, train at the published rate whatever the
       batch (docs/results/domains.md).
-    - **Short runs** from random weights: a run of at most 30 epochs that sees at most 8,000 images, epochs ×
-      `n_images`, has four times the rate, at most the published one, no strong augmentation, and matching by
-      score and overlap never replaces the first form of matching, since boxes overlap too little. From 60
-      epochs or 16,000 images on all of it is as published; between, it changes with their logarithm.
+    - **Short runs**: a run of at most 30 epochs that sees at most 8,000 images, epochs × `n_images`, has four
+      times the rate, at most the published one, no strong augmentation, and matching by score and overlap
+      never replaces the first form of matching, since boxes overlap too little. From 60 epochs or 16,000
+      images on all of it is as published; between, it changes with their logarithm.
     - **Warm-up**: the published steps, at most a twentieth of the run.
     - **EMA** averages over the published number of images, at most a twentieth of the run; its warm-up is a
       tenth of that, as published.
@@ -259,7 +259,7 @@ def derive_schedule(
     steps_per_epoch = max(1, n_images // batch)
     n_steps = epochs * steps_per_epoch
     # 1 for a run that is too short for the published recipe, 0 for one that is long enough.
-    shortness = 0.0 if start == "detector" else _shortness(epochs * n_images, epochs)
+    shortness = _shortness(epochs * n_images, epochs)
 
     def scaled(epoch: float) -> int:
         return min(round(epoch * epochs / published.epochs), max(1, epochs - 1))
@@ -270,9 +270,12 @@ def derive_schedule(
         return Window(scaled(window.start), scaled(window.stop - left_out * (window.stop - window.start)))
 
     pretrained = min(1.0, max(_LOWEST_PRETRAINED_SHARE, math.sqrt(n_images / _MANY_IMAGES)))
+    if start == "detector":
+        pretrained **= 1 - shortness
     per_batch = math.sqrt(batch / published.batch_size)
     boost = max(1.0, min(_SHORT_RUN_RATE**shortness, 1 / per_batch))
     lr = published.lr if start == "domain" else published.lr * per_batch * boost
+    backbone_lr = published.backbone_lr * per_batch * pretrained * (boost if start == "detector" else 1.0)
     # 1 / (1 - decay) is how many steps the average reaches back.
     ema_steps = (1 / (1 - published.ema_decay)) * published.batch_size / batch
     ema_steps = max(1.0, min(ema_steps, _MAX_EMA_SHARE * n_steps))
@@ -300,7 +303,7 @@ def derive_schedule(
         matcher_change_epoch=change + round(shortness * (epochs - change)),
         warmup_steps=min(published.warmup_steps, math.ceil(_MAX_WARMUP_SHARE * n_steps)),
         lr=lr * pretrained if start == "detector" else lr,
-        backbone_lr=lr if start in ("scratch", "domain") else published.backbone_lr * per_batch * pretrained,
+        backbone_lr=lr if start in ("scratch", "domain") else backbone_lr,
         ema_decay=1 - 1 / ema_steps,
         ema_warmup_steps=max(1, round(ema_steps / 10)),
     )
