@@ -199,13 +199,13 @@ def test_derived_rates_follow_the_root_of_the_batch_and_spare_what_is_pretrained
 
 
 @pytest.mark.parametrize("variant", ["atto", "n", "s"])
-def test_a_domain_trains_at_the_published_rate_whatever_the_batch(variant: str) -> None:
+def test_a_domain_trains_at_four_times_the_published_rate_whatever_the_batch(variant: str) -> None:
     published = published_schedule(variant, 1).settings.lr
     for batch_size, n_images in ((None, 96), (4, 96), (64, 5000)):
         derived = derive_schedule(
             8, variant=variant, n_images=n_images, batch_size=batch_size, start="domain"
         )
-        assert derived.settings.lr == derived.settings.backbone_lr == published
+        assert derived.settings.lr == derived.settings.backbone_lr == 4 * published
         assert "an adapter" in derived.reasons["rates"]
     scratch = derive_schedule(8, variant=variant, n_images=96).settings
     assert (

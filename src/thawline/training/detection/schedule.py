@@ -47,6 +47,7 @@ _MIN_STEPS = 1000
 _MIN_BATCH_SIZE = 4
 _SHORT_RUN, _LONG_RUN = (8_000, 30), (16_000, 60)  # images seen, epochs
 _SHORT_RUN_RATE = 4.0
+_DOMAIN_RATE = 4.0
 _MAX_WARMUP_SHARE = 0.05
 _MAX_EMA_SHARE = 0.05
 _MANY_IMAGES = 5000
@@ -225,8 +226,8 @@ def derive_schedule(
     - **Small data**: what is pretrained moves less, by √(n_images / 5000), a quarter at least. `start` says
       what that is: nothing, the backbone, or, in a run that is not short, the whole detector. A backbone with
       random weights trains at the full rate, not at the low one for pretrained weights.
-    - **Domains**, an adapter and class heads on a frozen detector, train at the published rate whatever the
-      batch (docs/results/domains.md).
+    - **Domains**, an adapter and class heads on a frozen detector, train at four times the published rate,
+      whatever the batch: few weights have to move further.
     - **Short runs**: a run of at most 30 epochs that sees at most 8,000 images, epochs × `n_images`, has four
       times the rate, at most the published one, no strong augmentation, and matching by score and overlap
       never replaces the first form of matching, since boxes overlap too little. From 60 epochs or 16,000
@@ -274,7 +275,7 @@ def derive_schedule(
         pretrained **= 1 - shortness
     per_batch = math.sqrt(batch / published.batch_size)
     boost = max(1.0, min(_SHORT_RUN_RATE**shortness, 1 / per_batch))
-    lr = published.lr if start == "domain" else published.lr * per_batch * boost
+    lr = published.lr * (_DOMAIN_RATE if start == "domain" else per_batch * boost)
     backbone_lr = published.backbone_lr * per_batch * pretrained * (boost if start == "detector" else 1.0)
     # 1 / (1 - decay) is how many steps the average reaches back.
     ema_steps = (1 / (1 - published.ema_decay)) * published.batch_size / batch
@@ -317,7 +318,7 @@ def derive_schedule(
             f"{_MIN_STEPS:,} a run"
         )
     if start == "domain":
-        reasons["rates"] = f"published {published.lr:g}, whatever the batch: an adapter"
+        reasons["rates"] = f"published {published.lr:g} × {_DOMAIN_RATE:g}, whatever the batch: an adapter"
     elif shortness:
         reasons["rates"] += f" × {boost:.2g}: a short run, of {epochs * n_images:,} images"
     if left_out:
