@@ -7,7 +7,7 @@ as `scratch`, from random weights; --images training images, one thread, fp32, t
 
     paca, lora    a domain: an adapter on every layer, and class heads        heads    class heads alone
     full          the whole detector, fine-tuned from the base                scratch  from random weights
-    pacaR         r = R instead of 2                 plain  before an arm: no strong augmentation
+    pacaR         r = R instead of 3                 plain  before an arm: no strong augmentation
     @F            after an arm: F times the derived learning rate
 
 With --forget, the `paca` domains are added one after the other to a shared folder, and every domain is
@@ -95,7 +95,7 @@ def recipe(
     arm, _, factor = job.arm.removeprefix("plain-").partition("@")
     kind, r = re.fullmatch(r"([a-z]+)(\d*)", arm).groups()  # type: ignore[union-attr]
     tuners: dict[str, Any] = {
-        "paca": {"method": "paca", "r": int(r or 2)}, "lora": {"method": "lora", "r": int(r or 2)},
+        "paca": {"method": "paca", "r": int(r or 3)}, "lora": {"method": "lora", "r": int(r or 3)},
         "heads": "frozen", "full": "none", "scratch": "none",
     }  # fmt: skip
     return {

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = bench_parser("domains", __doc__.partition("\n")[0], rounds=20)
     parser.add_argument("--size", nargs="+", choices=list(VARIANTS), default=["atto"], help="Default: atto.")
     parser.add_argument("--domains", type=int, default=10, help="Number of domains. Default: 10.")
-    parser.add_argument("--r", type=int, default=2, help="Columns of each layer. Default: 2.")
+    parser.add_argument("--r", type=int, default=3, help="Columns of each layer. Default: 3.")
     parser.add_argument("--rss", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = use_device(args)
