@@ -164,8 +164,7 @@ def evaluate(model: str | Path, *, config: RunConfig | None = None) -> Evaluatio
         raise ConfigError(
             f"'{config.data.path}' holds no held-out rows. Give `data.eval_path` or `data.eval_fraction`."
         )
-    batch_size = config.training.eval_batch_size or config.training.batch_size or USUAL_BATCH
-    return objective.evaluate(_load_tuned(objective, folder.weights()), batch_size)
+    return objective.evaluate(_load_tuned(objective, folder.weights()), _evaluation_batch(config))
 
 
 def evaluate_domain(base: nn.Module, folder: str | Path, overrides: Mapping[str, Any]) -> Evaluation:
@@ -183,8 +182,7 @@ def evaluate_domain(base: nn.Module, folder: str | Path, overrides: Mapping[str,
     config = build_config([(str(folder), about.recipe), ("the overrides", overrides)])
     described = {"class_names": about.class_names, "image_size": about.image_size}
     objective = build_objective(config, read="held-out", described=described)
-    batch_size = config.training.eval_batch_size or config.training.batch_size or USUAL_BATCH
-    return objective.evaluate(load_domain(cast(DEIMv2, base), folder), batch_size)
+    return objective.evaluate(load_domain(cast(DEIMv2, base), folder), _evaluation_batch(config))
 
 
 def predict(
@@ -264,6 +262,11 @@ def saved_config(model: str | Path) -> RunConfig:
 def save_evaluation(folder: str | Path, evaluation: Evaluation) -> None:
     """Write predictions and, for a detector, detection_metrics.json and pictures/worst.png into `folder`."""
     RunFolder(Path(folder)).save_evaluation(evaluation)
+
+
+def _evaluation_batch(config: RunConfig) -> int:
+    """Return the number of rows that are evaluated at a time."""
+    return config.training.eval_batch_size or config.training.batch_size or USUAL_BATCH
 
 
 def _already(finished: RunResult) -> RunResult:

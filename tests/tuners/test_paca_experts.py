@@ -11,40 +11,23 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    GptOssConfig,
     GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
 import thawline
-from tests.support.models import VOCAB
+from tests.support.models import SIZES, gpt_oss, mixtral
 from tests.support.paca import tokens, trainable
 from thawline import ConfigError, MHRConfig, PacaConfig
 from thawline.measure import saved_bytes
 from thawline.ops.grouped import add_grouped_columns, grouped_product, tap_grouped_columns
 from thawline.tuners.experts import join_experts, split_experts
 
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
-def mixtral() -> nn.Module:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3))
-
 
 def qwen3_moe() -> nn.Module:
     sizes = {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 6}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sizes))
-
-
-def gpt_oss() -> nn.Module:
-    return GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=3, head_dim=6, num_experts_per_tok=2))
 
 
 BUILDERS = [mixtral, qwen3_moe, gpt_oss]

@@ -13,35 +13,21 @@ from torch import Tensor, nn
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
 
-from tests.support.models import VOCAB, tiny_gpt2, tiny_llama
+from tests.support.models import SIZES, VOCAB, gpt_oss, mixtral, tiny_gpt2, tiny_llama
 from thawline.errors import ConfigError
 from thawline.recipe import Lora, Mhr, Paca, PeftMethod
 from thawline.tuners import MHRConfig, PacaConfig
 from thawline.tuners.build import attach_tuner
-
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
-def mixtral() -> nn.Module:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3))
 
 
 def qwen_moe() -> nn.Module:
@@ -57,10 +43,6 @@ def deepseek() -> nn.Module:
         qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=6,
     )  # fmt: skip
     return DeepseekV3ForCausalLM(config)
-
-
-def gpt_oss() -> nn.Module:
-    return GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=3, head_dim=6, num_experts_per_tok=2))
 
 
 def mamba() -> nn.Module:

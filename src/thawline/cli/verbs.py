@@ -291,7 +291,7 @@ def _given(options: Namespace, arguments: Sequence[Argument]) -> dict[str, Any]:
 
 
 DOMAIN_ACTIONS = {"list": "FOLDER", "add": "FOLDER RUN", "remove": "FOLDER NAME", "rename": "FOLDER NAME NEW"}
-"""What `thawline domains` does → what it takes."""
+"""Action of `thawline domains` → its arguments."""
 
 
 @verb(

@@ -84,14 +84,17 @@ def _adaptable(model: nn.Module, settings: Adapter) -> list[str]:
     names = [
         name
         for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d))
-        and not is_class_layer(name)
-        and (isinstance(settings, Paca) or getattr(layer, "groups", 1) == 1)
-        and (not isinstance(settings, Paca) or _n_columns(layer) >= settings.r)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_class_layer(name) and _suits(layer, settings)
     ]
     if not names:
         raise ConfigError("`tuner.r`: no layer has that many input features. Lower it.")
     return names
+
+
+def _suits(layer: nn.Linear | nn.Conv2d, settings: Adapter) -> bool:
+    if isinstance(settings, Paca):
+        return _n_columns(layer) >= settings.r
+    return getattr(layer, "groups", 1) == 1
 
 
 def _n_columns(layer: nn.Linear | nn.Conv2d) -> int:

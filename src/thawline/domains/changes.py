@@ -1,4 +1,4 @@
-"""What a domain changes in the fused network of its base, and the exchange that puts it there.
+"""Changes that a domain makes in the fused network of its base, and the exchange that makes them.
 
 Fusing folds norms and scales into weights row by row, so changed columns are still columns there: the fused
 network of a domain differs from that of its base in the class heads and in a few columns of other weights.

@@ -32,7 +32,7 @@ ABOUT, HEADS, ADAPTER = "domain.json", "heads.safetensors", "adapter_config.json
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """What domain.json says."""
+    """Contents of domain.json."""
 
     name: str
     class_names: tuple[str, ...]

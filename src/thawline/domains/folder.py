@@ -11,27 +11,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from thawline.domains import BASE, DOMAINS, is_shared
-from thawline.domains.domain import Domain, base_digest, load_domain, read_domain
+from thawline.domains.domain import Domain, load_domain, read_domain
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.files import atomic_folder, write_json
 from thawline.models.deimv2.model import DEIMv2
+from thawline.recipe.checks import domain_name
 
 
-def find_domain(path: str | Path, name: str | None = None) -> Path:
+def find_domain(path: str | Path) -> Path:
     """Return the folder of a domain: the path itself, or the one of a run or shared folder.
 
-    Raises: CheckpointError: there is none, or several of which `name` says none.
+    Raises: CheckpointError: there is none, or there are several.
     """
     if (Path(path) / "domain.json").is_file():
         return Path(path)
-    found = {folder.name: folder for folder in _subfolders(Path(path) / DOMAINS)}
-    if name in found:
-        return found[name]
+    found = _subfolders(Path(path) / DOMAINS)
     if len(found) == 1:
-        return next(iter(found.values()))
+        return found[0]
     if not found:
         raise CheckpointError(f"'{path}' holds no domain. Train one: thawline train … --domain NAME.")
-    raise CheckpointError(f"'{path}' holds several domains ({', '.join(found)}). Name the folder of one.")
+    raise CheckpointError(
+        f"'{path}' holds several domains ({', '.join(one.name for one in found)}). Name the folder of one."
+    )
 
 
 def load_base(domain: str | Path, base: str | Path | None = None) -> DEIMv2:
@@ -109,7 +110,7 @@ class SharedFolder:
         Raises: ConfigError: the name is taken or cannot be one. CheckpointError: as `load_domain`.
         """
         folder = find_domain(source)
-        name = _checked(name or read_domain(folder).name)
+        name = domain_name(name or read_domain(folder).name)
         if (self.path / DOMAINS / name).exists():
             raise ConfigError(
                 f"'{self.path}' already has a domain '{name}'. Remove or rename it, or give --name."
@@ -127,15 +128,11 @@ class SharedFolder:
 
     def rename(self, name: str, new: str) -> None:
         """Rename a domain. Raises: ConfigError: no such domain, or the new name is taken."""
-        folder, new = self.folder(name), _checked(new)
+        folder, new = self.folder(name), domain_name(new)
         if (self.path / DOMAINS / new).exists():
             raise ConfigError(f"'{self.path}' already has a domain '{new}'.")
         self._copy(folder, new)
         self.remove(name)
-
-    def digest(self) -> str:
-        """Return the digest of the base."""
-        return base_digest(self.base())
 
     def _copy(self, folder: Path, name: str) -> None:
         with atomic_folder(self.path / DOMAINS / name) as temporary:
@@ -148,10 +145,3 @@ def _subfolders(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     return sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith("."))
-
-
-def _checked(name: str) -> str:
-    """Return a name that can be a folder and a domain. Raises: ConfigError."""
-    if not name or Path(name).name != name or name.startswith(".") or name == "all":
-        raise ConfigError(f"'{name}' cannot name a domain: use a plain folder name, other than 'all'.")
-    return name

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 __all__ = [
-    "all_at_least", "at_least", "check_args", "check_patience", "fraction", "height_width", "one_of",
-    "require",
+    "all_at_least", "at_least", "check_args", "check_patience", "domain_name", "fraction", "height_width",
+    "one_of", "require",
 ]  # fmt: skip
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from thawline.errors import ConfigError, did_you_mean
@@ -71,6 +72,13 @@ def fraction(name: str, value: float, *, may_be_one: bool = False) -> None:
     """Check that a value is a number from 0 to below 1, or to 1. Raises: ConfigError."""
     if not isinstance(value, (int, float)) or not (0 <= value < 1 or (may_be_one and value == 1)):
         raise ConfigError(f"`{name}` must be in [0, 1{']' if may_be_one else ')'}, got {value!r}.")
+
+
+def domain_name(name: str) -> str:
+    """Return a name that can be a folder's and a domain's. Raises: ConfigError: it cannot."""
+    if not name or Path(name).name != name or name.startswith(".") or name == "all":
+        raise ConfigError(f"`domain` must be a plain folder name other than 'all', got {name!r}.")
+    return name
 
 
 def check_patience(training: Any) -> None:

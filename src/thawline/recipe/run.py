@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from thawline.errors import ConfigError, did_you_mean
+from thawline.recipe.checks import domain_name
 from thawline.recipe.detection import DetectionBase, DetectionData, DetectionSettings, DetectionTraining
 from thawline.recipe.text import MatchSettings, TextBase, TextData, TextSettings
 from thawline.recipe.training import TRAINING_ARGUMENTS, Training
@@ -68,20 +69,18 @@ class RunConfig:
         if isinstance(self.seed, bool) or not 0 <= self.seed < 2**32:
             raise ConfigError(f"`seed` must be a whole number from 0 to 2^32 - 1, got {self.seed!r}.")
         if self.domain is not None:
-            self._check_domain()
+            self._check_domain(self.domain)
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(
                 f"`name` must be a plain folder name, got {self.name!r}. `folder` is the place for a path."
             )
 
-    def _check_domain(self) -> None:
-        name = self.domain
+    def _check_domain(self, name: str) -> None:
         if not isinstance(self.base, DetectionBase):
             raise ConfigError(
                 "`domain` is for detectors. A text run's adapter is saved apart from its base anyway."
             )
-        if not name or Path(name).name != name or name.startswith(".") or name == "all":
-            raise ConfigError(f"`domain` must be a plain folder name other than 'all', got {name!r}.")
+        domain_name(name)
         if self.base.weights is None:
             raise ConfigError("`domain` adds to a trained detector: give it as `base.weights`.")
         if isinstance(self.tuner, Full):

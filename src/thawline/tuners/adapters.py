@@ -21,7 +21,7 @@ from thawline.tuners.targets import modules_of
 
 M = TypeVar("M", bound=nn.Module)
 PREFIX = "base_model.model."
-"""What PEFT writes before the name of a module in an adapter's file."""
+"""Prefix of the names of modules in an adapter's file, as PEFT writes them."""
 
 
 def merge_adapters(model: M) -> M:

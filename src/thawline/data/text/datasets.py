@@ -18,7 +18,7 @@ HUB = "hf://"
 UNLABELLED = -1
 """Class id of a row without a label, as in the test splits of GLUE."""
 WITHOUT_ROWS = ("BatchSize must be greater than 0", "corresponds to no data")
-"""What the library says of a table without rows."""
+"""Parts of the library's messages about a table without rows."""
 
 
 def is_dataset(path: str | Path) -> bool:

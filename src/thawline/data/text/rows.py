@@ -102,7 +102,7 @@ class Example:
 
     @property
     def calls_tools(self) -> bool:
-        """Whether the last answer of a chat is a call of tools, which may have no text."""
+        """True if the last answer of a chat calls tools, and so may have no text."""
         return any(turn.get("tool_calls") for turn in self.messages[len(self.asked) :])
 
     @property
