@@ -147,6 +147,12 @@ def test_short_answers_without_choices_are_generated_and_compared(recipe, tmp_pa
             "training.args.learning_rat.*Did you mean 'learning_rate'",
         ),
         ({"args": {"seed": 1}}, ConfigError, "'training.args.seed' has a field of its own"),
+        (
+            {"args": {"gradient_checkpointing": True}},
+            ConfigError,
+            "'training.args.gradient_checkpointing' has a field of its own",
+        ),
+        ({"args": {"eval_steps": 5}}, ConfigError, "'training.args.eval_steps' has a field of its own"),
         ({"optimizer": "adamm"}, ConfigError, "TrainingArguments: .*adamm"),
         ({"best_metric": "loss", "save_every": "epoch"}, ConfigError, "`training.best_metric` chooses among"),
         ({"precision": "fp16"}, ConfigError, "fp16` needs a GPU"),

@@ -72,7 +72,8 @@ def training_arguments(
         known = {field.name for field in dataclasses.fields(TrainingArguments)}
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         fields |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    check_args("training", settings.args, TrainingArguments, fields)
+    taken = {*fields, *TRAINING_ARGUMENTS, "gradient_checkpointing"}
+    check_args("training", settings.args, TrainingArguments, taken)
     try:
         # A filter would hide losses that are not finite, and read the loss from the device at every step.
         arguments = TrainingArguments(**fields, **{"logging_nan_inf_filter": False, **settings.args})
