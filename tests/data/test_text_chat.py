@@ -205,7 +205,11 @@ def call(arguments: object) -> dict:
     return {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
 
 
-@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'], ids=["object", "JSON text"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"city": "Rome"}, '{"city": "Rome"}', '"{\\"city\\": \\"Rome\\"}"'],
+    ids=["object", "JSON text", "JSON text in JSON text"],
+)
 @pytest.mark.parametrize(
     "written",
     ["{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}", "{{ c.function.arguments }}"],
@@ -274,6 +278,8 @@ def test_text_may_come_in_parts_and_other_parts_are_refused(tmp_path: Path) -> N
     ("broken", "message"),
     [
         (call("{city"), "the arguments of 'weather': not JSON"),
+        (call("[1]"), r"the arguments of 'weather' must be an object, or its JSON text, got '\[1\]'"),
+        (call(3), "the arguments of 'weather' must be an object, or its JSON text, got 3"),
         ({"id": "1"}, "a tool call needs a function with a 'name'"),
         ("weather", "a tool call needs a function with a 'name'"),
     ],
@@ -281,6 +287,38 @@ def test_text_may_come_in_parts_and_other_parts_are_refused(tmp_path: Path) -> N
 def test_calls_that_cannot_be_read_are_refused(tmp_path: Path, broken: object, message: str) -> None:
     with pytest.raises(DataError, match=f"rows.jsonl:1: turn 2: {message}"):
         read(tmp_path, messages=[ASK, {"role": "assistant", "tool_calls": [broken]}])
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input"])
+def test_arguments_have_the_names_of_several_apis(tmp_path: Path, key: str) -> None:
+    turn = {"role": "assistant", "tool_calls": [{"name": "weather", key: {"city": "Rome"}}]}
+    [called] = read(tmp_path, messages=[ASK, turn]).messages[1]["tool_calls"]
+    assert called["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
+
+
+def test_functions_are_tools(tmp_path: Path) -> None:
+    example = read(tmp_path, messages=[ASK, ANSWER], functions=[{"name": "weather"}])
+    assert example.tools == ({"type": "function", "function": {"name": "weather"}},)
+    with pytest.raises(DataError, match="`functions` must be a list of JSON schemas"):
+        read(tmp_path, messages=[ASK, ANSWER], functions="3")
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"label": False}, {"kto_tag": "False"}, {"weight": 0}, {"train": False}, {"masked": True}],
+    ids=lambda mark: next(iter(mark)),
+)
+def test_a_row_whose_answer_is_not_to_be_learned_is_refused(tmp_path: Path, mark: dict) -> None:
+    for row in ({"messages": [ASK, ANSWER]}, {"prompt": "a", "completion": "b"}):
+        with pytest.raises(DataError, match=f"rows.jsonl:1: the row's '{next(iter(mark))}' is .* not to be"):
+            read(tmp_path, **row, **mark)
+    read(tmp_path, prompt="a", completion="b", label=0, weight=1, train=True, mask="User", loss=0.3)
+
+
+def test_a_part_of_a_turn_cannot_be_left_out(tmp_path: Path) -> None:
+    detail = [{"begin_offset": 0, "end_offset": 4, "train": False}]
+    with pytest.raises(DataError, match="turn 2: 'train_detail' is not read"):
+        read(tmp_path, messages=[ASK, {**ANSWER, "train_detail": detail}])
 
 
 def test_sharegpt_rows_are_chats(tmp_path: Path) -> None:
@@ -340,7 +378,7 @@ def test_what_follows_the_last_answer_is_not_judged_as_one(tmp_path: Path) -> No
 
 
 def test_roles_are_read_in_any_case(tmp_path: Path) -> None:
-    shouted = read(tmp_path, messages=[{**ASK, "role": "User"}, {**ANSWER, "role": "ASSISTANT"}])
+    shouted = read(tmp_path, messages=[{**ASK, "role": " User "}, {**ANSWER, "role": "ASSISTANT"}])
     assert shouted.messages == (ASK, ANSWER)
 
 

@@ -141,6 +141,8 @@ def test_all_faulty_rows_are_named_at_once_up_to_a_bound(tmp_path: Path) -> None
         ("a.json", b"[{}, {]", "a.json: not JSON: .* at column 7"),
         ("a.json", b"[{},\n {]", "a.json: not JSON: .* at line 2, column 3"),
         ("a.json", b'{"version": 1,\n "data": []}', "a.json:1: no format has the keys 'version', 'data'"),
+        ("a.json", b"[" * 10**5, "a.json: JSON that cannot be read: maximum recursion depth"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"1" * 5000 + b"}", "a.jsonl:2: JSON that cannot be read"),
         ("a.json", b"3", "a.json:1: expected an object with keys, got int"),
         ("a.jsonl", b'["a", "b"]', "a.jsonl: row 1: expected an object with keys, got str"),
         ("a.jsonl", b'{"text": "a"}\n["b"]', "a.jsonl:2: expected an object with keys, got list"),

@@ -481,6 +481,32 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path: Path, row: dict, messag
         load_examples(file)
 
 
+@pytest.mark.parametrize("value", ["null", "NaN"])
+def test_a_template_gets_no_missing_value_and_only_what_fits(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"input": "a", "topic": {value}, "output": "b"}}\n')
+    with pytest.raises(DataError, match="rows.jsonl:1: the template asks for 'topic', which is null here"):
+        load_examples(file, template="{topic}: {input}")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: `data.template` '{input:d}' does not fit the row"):
+        load_examples(file, template="{input:d}")
+
+
+def test_keys_that_are_not_read_are_named_once(tmp_path: Path, caplog) -> None:
+    """Dolly's `context` would be lost where only `response` is renamed."""
+    caplog.set_level("INFO")
+    file = tmp_path / "dolly.jsonl"
+    row = {"instruction": "a", "context": "b", "response": "c", "split": "train"}
+    file.write_text(f"{json.dumps(row)}\n" * 2)
+    for columns, template, n_said in (
+        ({"output": "response"}, None, 1),
+        ({"output": "response", "input": "context"}, None, 0),
+        ({"output": "response"}, "{instruction} {context}", 0),
+    ):
+        caplog.clear()
+        load_examples(file, columns=columns, template=template)
+        assert caplog.text.count("dolly: rows have keys that are not read: 'context'.") == n_said
+
+
 @pytest.mark.parametrize("template", ["{{ foo(", "{{ raise_exception('System turns are unknown') }}"])
 def test_a_chat_template_that_does_not_work_is_said_to(template: str) -> None:
     tokenizer = byte_tokenizer()

@@ -44,7 +44,7 @@ def test_a_row_and_a_prompt_open_as_the_tokenizer_opens_a_text(bos: str, closed_
 
 
 @pytest.mark.parametrize("bos", ["<s>", "</s>"])
-@pytest.mark.parametrize("end", ["</s>", "</s>\n", ""])
+@pytest.mark.parametrize("end", ["</s>", "</s>\n", "</s></s>", ""])
 def test_special_tokens_that_the_data_brings_along_are_not_doubled(bos: str, end: str) -> None:
     encode = TextEncoder(opened_by(bos))
     row, text = encode(completion(f"{bos}q", f"a{end}")), encode(Example(completion=f"{bos}a{end}"))

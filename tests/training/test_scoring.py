@@ -59,6 +59,18 @@ def test_answers_do_not_depend_on_the_batch_they_are_written_in(tiny_llama: Path
     assert alone[1] == tokenizer.decode(by_hand[0, len(prompts[1]) :], skip_special_tokens=True)
 
 
+def test_settings_of_a_generation_config_that_need_more_than_a_model_work(tiny_llama: Path) -> None:
+    """Stop strings need the tokenizer, and several answers per prompt would shift them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    prompts = [tokenizer(text).input_ids for text in ("Hello there", "A")]
+    options = {"stop_ids": [], "max_new_tokens": 6, "batch_size": 2}
+    whole = generate_answers(model, prompts, tokenizer, **options)
+    model.generation_config.update(stop_strings=[whole[0][:2]], num_return_sequences=2, do_sample=True)
+    first, second = generate_answers(model, prompts, tokenizer, **options)
+    assert whole[0].startswith(first) and len(first) < len(whole[0]) and second == whole[1]
+
+
 def test_an_answer_ends_at_any_of_the_stop_tokens(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

@@ -312,9 +312,10 @@ class ChatTemplate:
 
 
 def without_end(text: str, *ends: str | None) -> str:
-    """Return a text without the end token that it may close with, one of `ends`."""
+    """Return a text without the end tokens that it may close with, each one of `ends`."""
     closed = text.rstrip()
-    return next((closed.removesuffix(end) for end in ends if end and closed.endswith(end)), text)
+    end = next((end for end in ends if end and closed.endswith(end)), None)
+    return text if end is None else without_end(closed.removesuffix(end), *ends)
 
 
 def _first_difference(a: str, b: str) -> int:

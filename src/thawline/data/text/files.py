@@ -118,7 +118,7 @@ def _json_rows(file: Path, text: str) -> Rows:
     """Yield the rows of a JSON list, or of one row per line."""
     try:
         value = json.loads(text)  # fails right after the first row where there is one per line
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         if text.lstrip().startswith("["):
             parse_json(text, str(file))
         # Not splitlines(): JSON leaves line separators such as U+2028 unescaped within a text.

@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 import json
+import logging
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,8 +33,10 @@ from typing import Any, NamedTuple
 
 from thawline.data.text.datasets import dataset_rows, is_dataset
 from thawline.data.text.files import Rows, data_files, file_name, file_rows, read_text
-from thawline.data.text.turns import parse_json, read_chat
+from thawline.data.text.turns import CHAT_KEYS, is_learned, parse_json, read_chat
 from thawline.errors import ConfigError, DataError, all_of, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -55,6 +58,11 @@ INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}
 
 PARTS_OF_PROMPT = ("system", "history")
 """Keys with which other tools build a chat of an instruction."""
+
+OTHER_KEYS = {"task", "split", "choices"}
+"""Keys that rows of every format may have."""
+LABELS = ("label", "kto_tag")
+"""Keys by which rows for preference learning mark an answer to avoid."""
 
 HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 """Values of `split`, and file stems, that mark held-out rows; the first one present is used."""
@@ -156,9 +164,11 @@ def load_examples(
         manifest = {} if is_dataset(root) else {str(entry["task"]): entry for entry in read_manifest(root)}
         for task, split, rows in _sources(root, answers):
             row_format = format
+            keys: set[str] = set()
             for where, row in rows:
                 try:
                     row = _rename(row, columns, where)
+                    keys.update(row)
                     if row_format == "auto":
                         row_format = _detect_format(row, where)
                     name = _text(row.get("task", task), f"{where}: the row's task")
@@ -168,6 +178,9 @@ def load_examples(
                     examples.append(_example(row, row_format, template, manifest.get(name, {}), **shared))
                 except DataError as fault:
                     faults.append(fault)
+            if unread := keys - _read_keys(row_format, template, columns):
+                names = ", ".join(f"'{key}'" for key in sorted(unread))
+                logger.info("%s: rows have keys that are not read: %s.", task, names)
     if faults:
         raise all_of(faults, "rows cannot be read")
     return examples
@@ -227,12 +240,16 @@ def format_prompt(row: Mapping[str, Any], format: str, template: str | None, whe
     if missing:
         raise DataError(f"{where}: the template asks for '{missing[0]}', the row has {_quoted(row)}.")
     for name in fields:
-        if row[name] is None or isinstance(row[name], (list, tuple, Mapping)):
-            kind = "null" if row[name] is None else type(row[name]).__name__
+        is_missing = row[name] is None or row[name] != row[name]  # tables write null as NaN
+        if is_missing or isinstance(row[name], (list, tuple, Mapping)):
+            kind = "null" if is_missing else type(row[name]).__name__
             raise DataError(
                 f"{where}: the template asks for '{name}', which is {kind} here and must be text."
             )
-    return template.format(**{name: row[name] for name in fields})
+    try:
+        return template.format(**{name: row[name] for name in fields})
+    except ValueError as error:
+        raise DataError(f"{where}: `data.template` {template!r} does not fit the row: {error}.") from error
 
 
 def prompt_example(
@@ -295,6 +312,15 @@ def _detect_format(row: Mapping[str, Any], where: str) -> str:
     )
 
 
+def _read_keys(format: str, template: str | None, columns: Mapping[str, str]) -> set[str]:
+    """Return the keys of rows that are read."""
+    read = OTHER_KEYS.union(FORMATS.get(format, ()), ["input"] if format == "instruction" else [])
+    read.update(name for _, name, _, _ in Formatter().parse(template or "") if name)
+    if format in ("messages", "conversations", "prompt-completion"):
+        read |= CHAT_KEYS
+    return read | {theirs for ours, theirs in columns.items() if ours in read}
+
+
 def _example(
     row: Mapping[str, Any], format: str, template: str | None, task_entry: Mapping[str, Any], **shared: Any
 ) -> Example:
@@ -303,6 +329,12 @@ def _example(
     missing = [key for key in FORMATS[format] if key not in row]
     if missing:
         raise DataError(f"{where}: a row of format '{format}' needs '{missing[0]}', got {_quoted(row)}.")
+    for key in row:
+        if not is_learned(key, row[key]) or (key in LABELS and str(row[key]).lower() == "false"):
+            raise DataError(
+                f"{where}: the row's '{key}' is {row[key]!r}, so its answer is not to be learned. Remove the "
+                "row, or the key where it means something else."
+            )
     if format in ("messages", "conversations") or (format != "text" and isinstance(row.get("prompt"), list)):
         return Example(**read_chat(row, where), format="messages", **shared)
     texts = {key: _text(row[key], f"{where}: '{key}'") for key in FORMATS[format]}

@@ -5,13 +5,16 @@ row ── read_chat ──► messages: turns with `role` and text as `content`
 
 from __future__ import annotations
 
-__all__ = ["parse_json", "read_chat"]
+__all__ = ["CHAT_KEYS", "is_learned", "parse_json", "read_chat"]
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from thawline.errors import DataError, did_you_mean
+
+ARGUMENTS = ("arguments", "parameters", "input")
+"""Keys under which a call's function has its arguments: OpenAI's, Llama's, Anthropic's."""
 
 USUAL_ROLES = ("system", "user", "assistant", "tool")
 
@@ -29,6 +32,8 @@ WEIGHTS = {"weight": True, "train": True, "training": True, "loss": True, "maske
 """Key that says whether a turn is learned → the value of one that is."""
 FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
+CHAT_KEYS = {"system", "system_prompt", "tools", "functions"}
+"""Keys of a row that belong to its chat."""
 UNREAD = {
     "documents": "Write it into a turn",
     "chat_template_kwargs": "Set `data.chat_options`, for all rows",
@@ -70,6 +75,11 @@ def read_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"messages": tuple(messages), "n_asked": n_asked, "tools": _tools(row, where)}
 
 
+def is_learned(key: str, value: Any) -> bool:
+    """Return False if `key` says of what has it that it is not learned, and `value` means so."""
+    return key not in WEIGHTS or FLAGS.get(str(value).lower(), WEIGHTS[key]) == WEIGHTS[key]
+
+
 def parse_json(text: str, where: str) -> Any:
     """Parse JSON. Raises: DataError: with the place of the error."""
     try:
@@ -77,6 +87,8 @@ def parse_json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise DataError(f"{where}: JSON that cannot be read: {error}.") from error
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
@@ -87,8 +99,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     """
     found = {key: value for key, value in turn.items() if value is not None} if _is_object(turn) else {}
     for key in ("role", "from"):
-        if str(found.get(key)).lower() in SHAREGPT_ROLES:
-            found[key] = found[key].lower()
+        if (role := str(found.get(key)).strip().lower()) in SHAREGPT_ROLES:
+            found[key] = role
     if "role" not in found and "from" in found:
         found = _from_sharegpt(found, where)
     elif str(found.get("role")) in SHAREGPT_ROLES.keys() - USUAL_ROLES:
@@ -101,11 +113,13 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     if "content" not in found or not isinstance(found.get("role"), str):
         raise DataError(f"{where} needs 'role' and text as 'content', got {turn!r}.")
     found["content"] = _content(found["content"], where)
+    if found.get("train_detail"):
+        raise DataError(f"{where}: 'train_detail' is not read: a turn is learned whole, or has 'weight' 0.")
     for key in WEIGHTS.keys() & found.keys():
         value = found.pop(key)
         if str(value).lower() not in FLAGS:
             raise DataError(f"{where}: the '{key}' must be 0 or 1, false or true, got {value!r}.")
-        found["weight"] = int(FLAGS[str(value).lower()] == WEIGHTS[key])
+        found["weight"] = int(is_learned(key, value))
     return found
 
 
@@ -141,16 +155,22 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call["function"]
     if not _is_object(function) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call needs a function with a 'name', got {function!r}.")
-    arguments = _decoded(function.get("arguments") or {}, f"{where}: the arguments of '{function['name']}'")
+    given = next((function[key] for key in ARGUMENTS if key in function), None)
+    what = f"{where}: the arguments of '{function['name']}'"
+    arguments = _decoded(_decoded(given or {}, what) or {}, what)  # encoded twice by some tools
+    if not _is_object(arguments):
+        raise DataError(f"{what} must be an object, or its JSON text, got {given!r}.")
+    plain = {key: value for key, value in function.items() if key not in ARGUMENTS}
     rest = {key: value for key, value in call.items() if value is not None}
-    return {"type": "function", **rest, "function": {**function, "arguments": arguments}}
+    return {"type": "function", **rest, "function": {**plain, "arguments": arguments}}
 
 
 def _tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    tools = _decoded(row.get("tools") or [], f"{where}: `tools`") or []
+    key = "tools" if row.get("tools") else "functions"  # OpenAI's older key, of what `function` holds
+    tools = _decoded(row.get(key) or [], f"{where}: `{key}`") or []
     if not isinstance(tools, (list, tuple)) or not all(map(_is_object, tools)):
-        raise DataError(f"{where}: `tools` must be a list of JSON schemas, or its JSON text, got {tools!r}.")
-    return tuple(tools)
+        raise DataError(f"{where}: `{key}` must be a list of JSON schemas, or its JSON text, got {tools!r}.")
+    return tuple(tools if key == "tools" else ({"type": "function", "function": one} for one in tools))
 
 
 def _decoded(value: Any, where: str) -> Any:

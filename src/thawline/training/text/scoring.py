@@ -116,7 +116,8 @@ def generate_answers(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=list(stop_ids) or None,
             use_cache=True,  # Trainer switches the cache off in the model's config
-            **{"do_sample": False, **sampling},
+            tokenizer=tokenizer,  # for the stop strings of a generation config
+            **{"do_sample": False, "num_return_sequences": 1, **sampling},
             **{name: [values[i] for i in indices] for name, values in (extras or {}).items()},
         )
         # A decoder of its own starts from one token, which may be an end token (BART).
