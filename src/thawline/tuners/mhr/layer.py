@@ -12,7 +12,7 @@ __all__ = ["MHRLinear", "find_layers", "linear_sizes"]
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -104,15 +104,19 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
             y = self._add_prepared(x)
             if y is not None:
                 return y
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = () if self.disable_adapters or self.merged else self.active_adapters
-        names = [name for name in active if name in self.mhr_A]
+        names = self._names_to_add()
         frozen = self.frozen_base() if names and is_plain_call else None
         y = self.base_layer(x, *args, **kwargs) if frozen is None else frozen
         for name in names:
             y = self._add(name, x, y)
         return y
+
+    def _names_to_add(self) -> list[str]:
+        """Return the adapters whose update the forward adds; unmerge where adapters are switched off."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = () if self.disable_adapters or self.merged else self.active_adapters
+        return [name for name in active if name in self.mhr_A]
 
     def _add_prepared(self, x: Tensor) -> Tensor | None:
         """Apply the prepared mixture of the only active adapter; return `None` for anything less common.
@@ -159,7 +163,7 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
         base = self._modules["base_layer"]
         own, kind = base.__dict__, type(base)
         if (
-            (kind is not nn.Linear and kind is not Conv1D)
+            kind not in FROZEN_WEIGHTS
             or "forward" in own  # accelerate replaces it
             or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -175,7 +179,7 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
             or (bias is not None and bias.requires_grad)
         ):
             return None
-        return (weight if kind is nn.Linear else weight.t()), bias
+        return FROZEN_WEIGHTS[kind](weight), bias
 
     def expected_dtype(self) -> torch.dtype | None:
         """Return the dtype that the base's output will have, `None` where only running it can tell."""
@@ -386,14 +390,29 @@ class MHRLinear(nn.Module, ScaledLayer, BaseTunerLayer):
         )
 
 
+FROZEN_WEIGHTS: dict[type, Callable[[Tensor], Tensor]] = {
+    nn.Linear: lambda weight: weight,
+    Conv1D: Tensor.t,
+    nn.Conv2d: lambda weight: weight.flatten(1),
+}
+"""Class of a base whose product with a frozen weight runs here → that weight as (O, I)."""
+
+
 def find_layers(model: nn.Module) -> Iterator[tuple[str, MHRLinear]]:
     """Yield every MHR layer of the model with its name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, MHRLinear))
 
 
 def linear_sizes(base: nn.Module) -> tuple[int, int]:
-    """Return in and out features of a linear layer, including quantised ones and GPT-2's Conv1D."""
-    return tuple(base.weight.shape) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+    """Return in and out features of a linear layer, including quantised ones and GPT-2's Conv1D.
+
+    Of a convolution these are its channels.
+    """
+    if isinstance(base, Conv1D):
+        return tuple(base.weight.shape)
+    if isinstance(base, nn.Conv2d):
+        return base.in_channels, base.out_channels
+    return base.in_features, base.out_features
 
 
 def output_dtype(base: Tensor | FrozenLinear, x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""`MHRModel`: the PEFT tuner that puts MHR around a model's linears."""
+"""`MHRModel`: the PEFT tuner that puts MHR around a model's linears and 1 × 1 convolutions."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from thawline.errors import ConfigError
 from thawline.tuners._config import pattern_value
 from thawline.tuners._tuner import Tuner, check_in_memory
 from thawline.tuners.mhr.config import MHR, MHRConfig
+from thawline.tuners.mhr.conv import MHRConv2d, is_pointwise
 from thawline.tuners.mhr.layer import MHRLinear, linear_sizes
 from thawline.tuners.mhr.routing import ROUTERS, Router
 from thawline.tuners.mhr.state import RoutingState
@@ -34,17 +35,18 @@ class MHRModel(Tuner):
 
     @classmethod
     def check_targets(cls, config: Any, model: nn.Module, found: dict[str, nn.Module]) -> None:
-        """Check that `found` are linear layers whose sizes the heads divide."""
+        """Check that `found` are linear layers or 1 × 1 convolutions whose sizes the heads divide."""
         check_in_memory(model, found)
         targets = {
             name: module.get_base_layer() if isinstance(module, MHRLinear) else module
             for name, module in found.items()
         }
         for name, module in targets.items():
-            if not isinstance(module, nn.Linear | Conv1D) and not hasattr(module, "in_features"):
+            is_linear = isinstance(module, nn.Linear | Conv1D) or hasattr(module, "in_features")
+            if not (is_linear or is_pointwise(module)):
                 raise ConfigError(
-                    f"'{name}' is a {type(module).__name__}; MHR adapts linear layers. Narrow"
-                    " target_modules, or add it to exclude_modules."
+                    f"'{name}' is a {_kind(module)}; MHR adapts linear layers and 1 × 1 convolutions without"
+                    " groups or padding. Narrow target_modules, or add it to exclude_modules."
                 )
         shared = math.gcd(*(size for module in targets.values() for size in linear_sizes(module)))
         for name, module in targets.items():
@@ -68,7 +70,9 @@ class MHRModel(Tuner):
         parameter_name: str | None = None,
     ) -> None:
         state: RoutingState = self.model.mhr_state
-        layer = target if isinstance(target, MHRLinear) else MHRLinear(target, current_key, state)
+        layer = target
+        if not isinstance(target, MHRLinear):
+            layer = (MHRConv2d if is_pointwise(target) else MHRLinear)(target, current_key, state)
         layer.quantization_backend = self._quantization_backend(layer.get_base_layer())
         key = adapter_name, part_of(peft_config.granularity, current_key)
         owns_router = key not in state.tables
@@ -96,6 +100,14 @@ class MHRModel(Tuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         stop_following(model)
         return model
+
+
+def _kind(module: nn.Module) -> str:
+    """Return the class of a module; of a convolution also what sets it apart from a 1 × 1 one."""
+    if not isinstance(module, nn.Conv2d):
+        return type(module).__name__
+    size = " × ".join(map(str, module.kernel_size))
+    return f"{type(module).__name__} of {size}, groups={module.groups}, padding={module.padding}"
 
 
 def heads_of(config: MHRConfig, name: str) -> int:
