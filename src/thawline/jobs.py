@@ -277,22 +277,27 @@ def list_domains(folder: str | Path) -> dict[str, Domain | str]:
 
 def add_domain(
     folder: str | Path, source: str | Path, name: str | None = None, base: str | Path | None = None
-) -> str:
-    """Copy a trained domain into a shared folder, which is made if it does not exist; return its name.
+) -> list[str]:
+    """Copy the domains of a run into a shared folder, which is made if it does not exist.
 
     Args:
         folder: shared folder (`base/` and `domains/<name>/`).
-        source: run that trained the domain, or the domain's own folder.
-        name: None: the one it was trained under.
-        base: detector that it was trained on, for a new folder. None: the one that the run names.
-    Raises: ConfigError: the name is taken. CheckpointError: the domain is damaged, or of another base.
+        source: run that trained one or several, or a domain's own folder.
+        name: name in the folder, for a single one. None: the one it was trained under.
+        base: detector that they were trained on, for a new folder. None: the one that the run names.
+    Returns: the names of the domains that were added.
+    Raises: ConfigError: a name is taken. CheckpointError: a domain is damaged, or of another base.
     """
-    from thawline.domains.folder import SharedFolder, find_domain, load_base
+    from thawline.domains.folder import SharedFolder, find_domains, load_base
 
+    found = find_domains(source)
+    if name is not None and len(found) > 1:
+        raise ConfigError(f"`name={name!r}`: '{source}' holds {len(found)} domains. Give the folder of one.")
     if is_shared(folder):
-        return SharedFolder(folder).add(source, name)
-    domain = find_domain(source)
-    return SharedFolder.create(folder, load_base(domain, base)).add(domain, name)
+        shared = SharedFolder(folder)
+    else:
+        shared = SharedFolder.create(folder, load_base(found[0], base))
+    return [shared.add(domain, name) for domain in found]
 
 
 def remove_domain(folder: str | Path, name: str) -> None:
@@ -400,6 +405,11 @@ def export(
     chosen = Settings(**settings)
     if isinstance(model, DEIMv2):
         detector = model
+    elif is_shared(model):
+        raise ConfigError(
+            f"'{model}' holds a base and its domains, and an export is of one detector: the run of a single "
+            "`domain`."
+        )
     elif weights == "random":
         detector = DEIMv2.from_variant(variant or str(model))
     else:
@@ -479,7 +489,7 @@ def _images(
             )
         section, seed = config.data, config.seed
     try:
-        found = load_detection(section.path, section.format, section.images)
+        found = load_detection(str(section.path), section.format, section.images)
     except DataError as error:
         if data is not None:
             raise

@@ -13,7 +13,7 @@ model/            the trained model: an adapter or a whole model, and its tokeni
 result.json       metrics of the last evaluation, over all held-out rows and by part
 predictions.jsonl predictions of the last evaluation
 pictures/         detection: training images as the model sees them, the worst images
-domains/<name>/   detection: the domain that the run added to its base (`domain`), apart from it
+domains/<name>/   detection: what the run added to its base for a `domain`, or for each of several datasets
 best/, last/      detection: ready-to-use detectors of the best and of the latest evaluation
 align/            routes and alignment as JSON and charts, by `thawline align`
 eval-<data>/      detection: results of `thawline eval`, with a report.html
@@ -196,6 +196,9 @@ class RunFolder:
         if evaluation.detections is not None:
             save_worst_images(self.path / PICTURES / "worst.png", *evaluation.detections)
             save_gallery(self.path / PICTURES, *evaluation.detections)
+        for name, one in evaluation.datasets.items():
+            if one.detections is not None:
+                save_worst_images(self.path / PICTURES / f"worst-{name}.png", *one.detections)
         for name, values in evaluation.files.items():
             self.write(name, values)
 

@@ -34,14 +34,17 @@ def evaluation_rows(
     parts: Mapping[str, Mapping[str, float]],
     start: Mapping[str, Any] | None = None,
 ) -> list[list[Any]]:
-    """Return a header, a line per part (task, class), their mean, and the metrics over all rows.
+    """Return a header, a line per part (task, class, dataset), their mean, and the metrics over all rows.
 
     Args:
-        metrics: over all rows.
-        parts: metrics by part, with the number of rows.
+        metrics: over all rows; of several detection datasets their mean.
+        parts: metrics by part, with the number of rows, or of a dataset's images.
         start: `metrics` and `parts` before the first step, and their `name`; each line gets one.
     """
     part_name, whole = ("class", "classes") if "AP" in metrics else ("task", "tasks")
+    if are_datasets := any("images" in part for part in parts.values()):
+        part_name, whole = "dataset", "datasets"
+    counted = "images" if are_datasets else "rows"
     # A class of objects may lack a metric that others have, e.g. AP_small.
     names = [name for name in metrics if not parts or any(name in part for part in parts.values())]
 
@@ -50,13 +53,14 @@ def evaluation_rows(
 
     before: Mapping[str, Mapping[str, float]] = (start or {}).get("parts", {})
     found: list[tuple[str, Any, Mapping[str, float], Mapping[str, float]]] = [
-        (part, values.get("rows"), values, before.get(part, {})) for part, values in parts.items()
+        (part, values.get(counted), values, before.get(part, {})) for part, values in parts.items()
     ]
     if len(parts) > 1:
         found.append((f"mean over {whole}", None, _means(parts, names), _means(before, names)))
+    if len(parts) > 1 and not are_datasets:
         total = sum(int(part.get("rows", 0)) for part in parts.values())
         found.append(("all rows", total, metrics, (start or {}).get("metrics", {})))
-    table = [[part_name, "rows", *names]]
+    table = [[part_name, counted, *names]]
     for title, rows, values, earlier in found:
         table.append(line(title, rows, values))
         if start:

@@ -313,7 +313,8 @@ def _domains(options: Namespace) -> int:
         raise ConfigError(f"`--{foreign[0]}` is for `thawline domains add`.")
     folder = rest[0]
     if action == "add":
-        return show(f"{folder}: '{jobs.add_domain(folder, rest[1], options.name, options.base)}' added")
+        added = jobs.add_domain(folder, rest[1], options.name, options.base)
+        return show(f"{folder}: {', '.join(map(repr, added))} added")
     if action == "remove":
         jobs.remove_domain(folder, rest[1])
         return show(f"{folder}: '{rest[1]}' removed")

@@ -3,11 +3,13 @@
 shared/
   base/             the detector that all domains share
   domains/<name>/   what each of them adds
+
+The model/ of a run on several datasets is such a folder, and the run goes by it.
 """
 
 from __future__ import annotations
 
-__all__ = ["BASE", "DOMAINS", "is_shared"]
+__all__ = ["BASE", "DOMAINS", "is_shared", "shared_path"]
 
 from pathlib import Path
 
@@ -16,5 +18,11 @@ BASE, DOMAINS = "base", "domains"
 
 
 def is_shared(path: str | Path) -> bool:
-    """Return True for a folder of a base and domains."""
-    return (Path(path) / BASE / "config.json").is_file()
+    """Return True for a folder of a base and domains, or a run on several datasets."""
+    return shared_path(path) is not None
+
+
+def shared_path(path: str | Path) -> Path | None:
+    """Return the folder of a base and domains that a path means; None: it means none."""
+    places = (Path(path), Path(path) / "model")
+    return next((place for place in places if (place / BASE / "config.json").is_file()), None)

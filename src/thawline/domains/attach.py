@@ -13,16 +13,22 @@ __all__ = ["CLASS_LAYERS", "attach_domain", "is_class_layer", "keep_in_eval", "m
 
 import copy
 import dataclasses
+import logging
+from collections.abc import Sequence
 from types import MethodType
 
 from torch import nn
 
-from thawline.errors import ConfigError
+from thawline.errors import ConfigError, RoutingError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.network.sta import AdaptedViT
 from thawline.recipe import Adapter, Frozen, Mhr, Paca, PeftMethod, TunerSettings
 from thawline.tuners.adapters import merge_adapters
-from thawline.tuners.build import attach_tuner
+from thawline.tuners.build import attach_tuner, routed_tasks
+from thawline.tuners.mhr.conv import is_pointwise
+from thawline.tuners.mhr.layer import linear_sizes
+
+logger = logging.getLogger(__name__)
 
 CLASS_LAYERS = ("enc_score_head", "dec_score_head", "denoising_class_embed")
 """Layers of the decoder with a row for each class: the part of a detector that is always a domain's own."""
@@ -33,24 +39,33 @@ def is_class_layer(name: str) -> bool:
     return any(part in CLASS_LAYERS for part in name.split("."))
 
 
-def attach_domain(model: DEIMv2, settings: TunerSettings) -> DEIMv2:
-    """Make a domain of `model` trainable, in place.
+def attach_domain(model: DEIMv2, settings: TunerSettings, tasks: Sequence[str] = ()) -> DEIMv2:
+    """Make a domain of `model` trainable, in place; with several tasks, what their domains share.
 
     Args:
-        settings: tuner section of a recipe: paca, lora or dora for an adapter, frozen for class heads alone.
-            `target_modules: all-linear` means every linear layer and convolution but the class heads;
-            grouped convolutions are left to PaCA, the only one that adapts them.
-    Raises: ConfigError: a tuner that changes the base, or does not fit the detector.
+        settings: tuner section of a recipe: paca, lora, dora or mhr for an adapter, frozen for class heads
+            alone. `target_modules: all-linear` means every linear layer and convolution but the class heads;
+            grouped convolutions are left to PaCA, the only one that adapts them, and MHR takes those of 1 × 1
+            alone.
+        tasks: names of the domains, which MHR routes.
+    Raises: ConfigError: a tuner that changes the base, or does not fit the detector. RoutingError: the
+        adapter that MHR starts from knows none of these tasks.
     """
     if not isinstance(settings, Frozen):
-        if isinstance(settings, (Mhr, PeftMethod)) or not isinstance(settings, Adapter):
+        if isinstance(settings, PeftMethod) or not isinstance(settings, Adapter):
             raise ConfigError(
                 f"`tuner: {settings.method}` cannot make a domain, which is an adapter beside a frozen base. "
-                "Use paca, lora or dora, or frozen for class heads alone."
+                "Use paca, lora, dora or mhr, or frozen for class heads alone."
             )
-        if settings.target_modules == "all-linear":
+        if settings.start_from is None and settings.target_modules == "all-linear":
             settings = dataclasses.replace(settings, target_modules=_adaptable(model, settings))
-        attach_tuner(model, settings)
+        attach_tuner(model, settings, tasks=tasks)
+        known = routed_tasks(model)
+        if known is not None and (unknown := [task for task in tasks if task not in known]):
+            raise RoutingError(
+                f"The adapter in '{settings.start_from}' routes {', '.join(known)}, and not "
+                f"{', '.join(unknown)}. Adapt it to them: `tuner.adapt` z, mu or full."
+            )
     else:
         model.requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -81,19 +96,32 @@ def merged_detector(model: DEIMv2) -> DEIMv2:
 
 
 def _adaptable(model: nn.Module, settings: Adapter) -> list[str]:
-    names = [
-        name
+    """Return the layers that the adapter fits; of MHR, say how many it does not."""
+    layers = {
+        name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_class_layer(name) and _suits(layer, settings)
-    ]
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_class_layer(name)
+    }
+    names = [name for name, layer in layers.items() if _suits(layer, settings)]
+    if isinstance(settings, Mhr):
+        logger.info(
+            "MHR adapts %d of the detector's %d linear layers and convolutions: those are left out that are "
+            "larger than 1 × 1 or grouped, or whose sizes `tuner.n_heads: %d` does not divide.",
+            len(names), len(layers), settings.heads,
+        )  # fmt: skip
     if not names:
-        raise ConfigError("`tuner.r`: no layer has that many input features. Lower it.")
+        raise ConfigError("No layer fits the adapter. Lower `tuner.r`, or `tuner.n_heads` of MHR.")
     return names
 
 
 def _suits(layer: nn.Linear | nn.Conv2d, settings: Adapter) -> bool:
     if isinstance(settings, Paca):
         return _n_columns(layer) >= settings.r
+    if isinstance(settings, Mhr):
+        sizes = linear_sizes(layer)
+        return (isinstance(layer, nn.Linear) or is_pointwise(layer)) and not any(
+            size % settings.heads for size in sizes
+        )
     return getattr(layer, "groups", 1) == 1
 
 

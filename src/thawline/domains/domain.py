@@ -26,6 +26,8 @@ from thawline.errors import CheckpointError
 from thawline.files import DAMAGED, atomic_folder, read_json, write_json
 from thawline.models.deimv2.model import DEIMv2
 from thawline.tuners.adapters import load_adapter, merge_adapters, save_adapter
+from thawline.tuners.mhr.layer import find_layers
+from thawline.tuners.to_lora import to_lora
 
 ABOUT, HEADS, ADAPTER = "domain.json", "heads.safetensors", "adapter_config.json"
 
@@ -46,7 +48,7 @@ class Domain:
     tuner: str
     """Method of the adapter; "frozen": class heads alone."""
     parameters: int
-    """Number of trained parameters."""
+    """Number of parameters that it has of its own."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Results on the held-out images when it was trained."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -74,8 +76,14 @@ def base_digest(model: DEIMv2) -> str:
     return digest.hexdigest()
 
 
-def save_domain(model: DEIMv2, about: Domain, folder: str | Path) -> None:
-    """Write the domain in a detector that `attach_domain` has prepared; the folder appears whole."""
+def save_domain(model: DEIMv2, about: Domain, folder: str | Path, task: str | None = None) -> None:
+    """Write the domain in a detector that `attach_domain` has prepared; the folder appears whole.
+
+    MHR's mixture of skills for a task is exactly a LoRA, and written as one.
+
+    Args:
+        task: the task of the mixture. None: the only one.
+    """
     heads = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
@@ -83,7 +91,10 @@ def save_domain(model: DEIMv2, about: Domain, folder: str | Path) -> None:
     }
     with atomic_folder(folder) as temporary:
         if about.tuner != "frozen":
-            save_adapter(model, temporary)
+            if next(find_layers(model), None) is None:
+                save_adapter(model, temporary)
+            else:
+                to_lora(model, temporary, task=task)
         save_file(heads, temporary / HEADS)
         write_json(temporary / ABOUT, dataclasses.asdict(about))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SharedFolder", "find_domain", "load_base"]
+__all__ = ["SharedFolder", "domain_folders", "find_domain", "find_domains", "load_base"]
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from thawline.domains import BASE, DOMAINS, is_shared
+from thawline.domains import BASE, DOMAINS, shared_path
 from thawline.domains.domain import Domain, load_domain, read_domain
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.files import atomic_folder, write_json
@@ -18,21 +18,33 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe.checks import domain_name
 
 
+def find_domains(path: str | Path) -> list[Path]:
+    """Return the folders of domains: the path itself, or those of a run or shared folder.
+
+    Raises: CheckpointError: there is none.
+    """
+    found = [Path(path)] if (Path(path) / "domain.json").is_file() else domain_folders(path)
+    if not found:
+        raise CheckpointError(f"'{path}' holds no domain. Train one: thawline train … --domain NAME.")
+    return found
+
+
 def find_domain(path: str | Path) -> Path:
     """Return the folder of a domain: the path itself, or the one of a run or shared folder.
 
     Raises: CheckpointError: there is none, or there are several.
     """
-    if (Path(path) / "domain.json").is_file():
-        return Path(path)
-    found = _subfolders(Path(path) / DOMAINS)
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise CheckpointError(f"'{path}' holds no domain. Train one: thawline train … --domain NAME.")
-    raise CheckpointError(
-        f"'{path}' holds several domains ({', '.join(one.name for one in found)}). Name the folder of one."
-    )
+    found = find_domains(path)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"'{path}' holds several domains ({', '.join(one.name for one in found)}). Name the folder of one."
+        )
+    return found[0]
+
+
+def domain_folders(path: str | Path) -> list[Path]:
+    """Return the folders of the domains that a run or shared folder holds."""
+    return _subfolders(Path(path) / DOMAINS)
 
 
 def load_base(domain: str | Path, base: str | Path | None = None) -> DEIMv2:
@@ -62,12 +74,13 @@ class SharedFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        if not is_shared(path):
+        found = shared_path(path)
+        if found is None:
             raise CheckpointError(
                 f"'{path}' is no shared folder: it has no {BASE}/ with a detector. `thawline domains add "
                 "FOLDER RUN` makes one."
             )
-        self.path = Path(path)
+        self.path = found
 
     @classmethod
     def create(cls, path: str | Path, base: DEIMv2) -> SharedFolder:
@@ -87,7 +100,7 @@ class SharedFolder:
 
     def domains(self) -> Iterator[tuple[str, Domain | str]]:
         """Yield the name of each domain and what it says of itself, or why it cannot be read."""
-        for folder in _subfolders(self.path / DOMAINS):
+        for folder in domain_folders(self.path):
             try:
                 yield folder.name, read_domain(folder)
             except CheckpointError as error:
@@ -97,7 +110,7 @@ class SharedFolder:
         """Return the folder of a domain. Raises: ConfigError: there is none of this name."""
         folder = self.path / DOMAINS / name
         if name in ("", ".", "..") or Path(name).name != name or not folder.is_dir():
-            names = [one.name for one in _subfolders(self.path / DOMAINS)]
+            names = [one.name for one in domain_folders(self.path)]
             raise ConfigError(f"'{self.path}' has no domain '{name}'. {did_you_mean(name, names)}")
         return folder
 

@@ -23,10 +23,11 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.variants import get_variant
 from thawline.ops.lean import apply_lean, is_lean
 from thawline.ops.lean_head import LeanHeadModel
-from thawline.recipe import Mhr, Paca, RunConfig, Training
+from thawline.recipe import Full, Mhr, Paca, RunConfig, Training
 from thawline.recipe.checks import height_width
 from thawline.training.arguments import training_arguments
 from thawline.training.detection.backbone import tune_backbone
+from thawline.training.detection.detectors import Detectors
 from thawline.training.detection.learner import HostTargets, Learner
 from thawline.training.objective import Objective, build_objective
 from thawline.training.text.rows import read_rows
@@ -177,24 +178,32 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
     base: Any = config.base
     settings: Any = config.objective
     training: Any = config.training
-    if isinstance(config.tuner, Mhr):
-        raise ConfigError(f"`tuner: {config.tuner.method}` routes tasks, and a detector has one.")
     size = height_width("base.size", base.size or get_variant(base.variant).config.image_size)
     fields: dict[str, Any] = {**base.overrides, "image_size": size}
     rows = (training.batch_size or DETECTION_BATCH) // training.gradient_accumulation
     n_rows, epochs = None, 72
-    if objective is None and Path(config.data.path).exists():  # type: ignore[arg-type]
+    names = tuple(config.datasets) or (config.domain or "",)
+    classes = [{} for _ in names]
+    if objective is None and all(Path(path).exists() for path in config.data.datasets.values()):  # type: ignore[union-attr]
         objective = build_objective(config)
     if objective is not None:  # else the data are elsewhere, and the detector has COCO's classes
-        fields |= {"class_names": objective.class_names, "image_size": objective.size}
+        fields |= {"image_size": objective.size}
+        classes = [{"class_names": dataset.class_names} for dataset in objective.datasets]
         rows, n_rows = objective.device_batch_size, len(objective.records)
         epochs = objective.schedule.epochs
     with torch.device("meta"):
-        detector = DEIMv2.from_variant(base.variant, **fields, class_loss=settings.class_loss)
+        members = [
+            DEIMv2.from_variant(base.variant, **fields, **own, class_loss=settings.class_loss)
+            for own in classes
+        ]
+    detector = members[0]
     if config.lean and not is_lean(apply_lean(detector)):
         raise ConfigError(f"`lean`: '{base.variant}' has nothing that can be lean. Leave it out.")
-    attach = tune_backbone if config.domain is None else attach_domain
-    learner = Learner(attach(detector, config.tuner)).train()
+    if config.domain is not None or (config.datasets and not isinstance(config.tuner, Full)):
+        attach_domain(detector, config.tuner, names)
+    else:
+        tune_backbone(detector, config.tuner)
+    learner = Learner(Detectors(names, members).share() if len(members) > 1 else detector).train()
     learner.criterion.match = _spread_matches
 
     def make_batch(rows: int, length: int | None) -> tuple[Any, str]:

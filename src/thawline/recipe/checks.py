@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
-    "all_at_least", "at_least", "check_args", "check_patience", "domain_name", "fraction", "height_width",
-    "one_of", "require",
+    "all_at_least", "at_least", "check_args", "check_patience", "dataset_names", "domain_name", "fraction",
+    "height_width", "one_of", "require",
 ]  # fmt: skip
 
 from collections.abc import Container, Iterable, Sequence
@@ -77,8 +77,29 @@ def fraction(name: str, value: float, *, may_be_one: bool = False) -> None:
 def domain_name(name: str) -> str:
     """Return a name that can be a folder's and a domain's. Raises: ConfigError: it cannot."""
     if not name or Path(name).name != name or name.startswith(".") or name == "all":
-        raise ConfigError(f"`domain` must be a plain folder name other than 'all', got {name!r}.")
+        raise ConfigError(f"A domain's name must be a plain folder name other than 'all', got {name!r}.")
     return name
+
+
+def dataset_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return the paths of several datasets by name: that of the folder, or of the folder that holds the file.
+
+    Raises: ConfigError: two of one name, or a name that no domain can have.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        place = Path(path).absolute()
+        name = (place.parent if place.suffix.lower() in (".json", ".yaml", ".yml") else place).name
+        if name in found:
+            raise ConfigError(
+                f"`data.path`: '{found[name]}' and '{path}' are both called '{name}', by which their domains "
+                "go. Rename one of the folders."
+            )
+        try:
+            found[domain_name(name)] = path
+        except ConfigError as error:
+            raise ConfigError(f"`data.path`: '{path}' goes by the name of its folder. {error}") from error
+    return found
 
 
 def check_patience(training: Any) -> None:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from thawline.errors import ConfigError
-from thawline.recipe.checks import all_at_least, check_patience, fraction, height_width, require
+from thawline.recipe.checks import (
+    all_at_least,
+    check_patience,
+    dataset_names,
+    fraction,
+    height_width,
+    require,
+)
 from thawline.recipe.resolved import COARSEST_STRIDE, TrainingSettings, check_probabilities
 
 NO_OVERRIDES = {
@@ -54,8 +61,9 @@ class DetectionBase:
 class DetectionData:
     """Labelled images: COCO, YOLO or Pascal VOC."""
 
-    path: str = ""
-    """Folder, COCO JSON or data.yaml."""
+    path: str | list[str] = ""
+    """Folder, COCO JSON or data.yaml; or a list of several, which train one detector with class heads for
+    each. Their names are those of their folders (docs/domains.md)."""
     format: Literal["auto", "coco", "yolo", "voc"] = "auto"
     """Annotation format. auto: detected."""
     images: str | None = None
@@ -67,19 +75,24 @@ class DetectionData:
     eval_fraction: float = 0.1
     """Share of the training images to hold out, drawn by `seed`, if there is no evaluation split: at least
     one image, unless it is 0. 1: all, to evaluate only."""
-    sampling: Literal["each", "repeat"] = "each"
+    sampling: Literal["each", "repeat", "size", "temperature", "equal"] = "each"
     """Frequency of the images. each: every image once an epoch; repeat: those with a rare class several times
-    (LVIS' repeat factors), which makes an epoch longer."""
+    (LVIS' repeat factors), which makes an epoch longer. Of several datasets: batches in proportion to their
+    images (size), to a root of them (temperature), or as many of each (equal)."""
+    sampling_temperature: float = 2.0
+    """Root for `sampling: temperature`: 1 equals size, a large value approaches equal."""
     sampling_threshold: float = 0.1
     """For `sampling: repeat`: classes in less than this share of the images are rare. At a share f an image
     comes √(threshold / f) times; LVIS has 0.001 for 1,203 classes."""
     max_images: int | None = None
-    """Use this many training images, drawn by `seed`. None: all."""
+    """Use this many training images of each dataset, drawn by `seed`. None: all."""
     max_eval_images: int | None = None
-    """Evaluate on this many held-out images, drawn by `seed`. None: all."""
+    """Evaluate on this many held-out images of each dataset, drawn by `seed`. None: all."""
 
     def __post_init__(self) -> None:
         require(self.path, "`data.path` is missing: give a folder of labelled images, e.g. `--data set/`.")
+        if isinstance(self.path, list) and len(self.path) == 1:
+            object.__setattr__(self, "path", self.path[0])
         fraction("data.eval_fraction", self.eval_fraction, may_be_one=True)
         if not 0 < self.sampling_threshold <= 1:
             raise ConfigError(
@@ -87,6 +100,27 @@ class DetectionData:
                 f"{self.sampling_threshold!r}."
             )
         all_at_least(self, "data", 1, "max_images", "max_eval_images")
+        if not self.sampling_temperature > 0:
+            raise ConfigError(
+                f"`data.sampling_temperature` must be positive, got {self.sampling_temperature!r}."
+            )
+        if len(self.datasets) > 1:
+            if self.images is not None:
+                raise ConfigError("`data.images` is for one dataset, and `data.path` has several.")
+        elif self.sampling not in ("each", "repeat"):
+            raise ConfigError(
+                f"`data.sampling: {self.sampling}` draws from several datasets, and `data.path` has one. Use "
+                "each or repeat."
+            )
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Path of each dataset by its name, that of its folder.
+
+        Raises: ConfigError: two of one name, or one that cannot be a name.
+        """
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        return dataset_names(paths) if len(paths) > 1 else {"": paths[0]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,8 @@ class RunConfig:
             raise ConfigError(f"`seed` must be a whole number from 0 to 2^32 - 1, got {self.seed!r}.")
         if self.domain is not None:
             self._check_domain(self.domain)
+        if self.datasets:
+            self._check_datasets()
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(
                 f"`name` must be a plain folder name, got {self.name!r}. `folder` is the place for a path."
@@ -88,6 +90,22 @@ class RunConfig:
                 "`domain` leaves the base as it is, and `tuner: none` would train it. Use paca, lora, dora, "
                 "or frozen for class heads alone."
             )
+
+    def _check_datasets(self) -> None:
+        base: Any = self.base
+        objective: Any = self.objective
+        if self.domain is not None:
+            raise ConfigError(
+                f"`domain: {self.domain}` is of one dataset. Of the several in `data.path` each is a domain, "
+                "by the name of its folder: leave `domain` out."
+            )
+        if base.weights is None and not isinstance(self.tuner, Full):
+            raise ConfigError(
+                f"`tuner: {self.tuner.method}` on several datasets adds to a trained detector, which stays "
+                "frozen: give it as `base.weights`, or use `tuner: none` to train all of it."
+            )
+        if objective.preset == "published":
+            raise ConfigError("`objective.preset: published` is for one dataset. Use `derived`.")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "the recipe") -> RunConfig:
@@ -109,8 +127,15 @@ class RunConfig:
         paths = [self.data.path] if isinstance(self.data.path, str) else self.data.path
         adapt = getattr(self.tuner, "adapt", "none")
         tuner = self.tuner.method if adapt == "none" else f"{self.tuner.method}-{adapt}"
-        parts = [Path(self.base.label).name, tuner, self.domain or Path(paths[0]).stem]
+        data = "_".join(self.datasets) or Path(paths[0]).stem
+        parts = [Path(self.base.label).name, tuner, self.domain or data]
         return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Path of each dataset of a detection run by its name; none for a run of one."""
+        found = self.data.datasets if isinstance(self.data, DetectionData) else {}
+        return found if len(found) > 1 else {}
 
     @property
     def run_folder(self) -> Path:

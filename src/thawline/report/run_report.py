@@ -3,7 +3,7 @@
 result.json, plan.json            score, time, base, tuner, data      → headline
 result.json                       metrics over all rows and by part   → Result
 metrics.jsonl                     every logged value                  → Training, More curves
-detection_metrics.json            `DetectionMetrics.to_dict()`        → Detection
+detection_metrics*.json           `DetectionMetrics.to_dict()`        → Detection
 predictions.jsonl                 rows of text with their predictions → Predictions
 pictures/                         gallery of images, training images  → Images
 align/*.png                       output of `thawline align`          → Routing and alignment
@@ -196,9 +196,14 @@ def _lines(folder: Path) -> dict[str, Line]:
 
 
 def _detection(folder: Path) -> Iterator[Section]:
-    values = read_json(folder / DETECTION_METRICS)
-    if not values:
-        return
+    """Yield a section of the detector's metrics, of several datasets one for each."""
+    stem = Path(DETECTION_METRICS).stem
+    for file in sorted(folder.glob(f"{stem}*.json")):
+        name = file.stem.removeprefix(stem).removeprefix("-")
+        yield _detection_on(f"Detection: {name}" if name else "Detection", read_json(file))
+
+
+def _detection_on(title: str, values: Mapping[str, Any]) -> Section:
     metrics = DetectionMetrics.from_dict(values)
     parts: list[Part] = [
         Table(
@@ -217,11 +222,11 @@ def _detection(folder: Path) -> Iterator[Section]:
         if not any(map(math.isnan, entry.precision_at_recall))
     ]
     if curves:
-        title = "Precision over recall at IoU 0.5"
-        parts.append(Chart(title=title, lines=curves, x_label="recall", y_range=(0, 1.02)))
+        caption = "Precision over recall at IoU 0.5"
+        parts.append(Chart(title=caption, lines=curves, x_label="recall", y_range=(0, 1.02)))
     parts.append(_confusion(metrics))
-    yield Section(
-        title="Detection",
+    return Section(
+        title=title,
         parts=parts,
         note=f"{metrics.n_images:,} images, {metrics.n_boxes:,} annotated boxes",
     )

@@ -71,12 +71,13 @@ def _overview(
     config: RunConfig, plan: Mapping[str, Any], steps: Mapping[str, str], sample: str
 ) -> dict[str, str]:
     trainable, rows, training = plan["trainable_parameters"], plan["rows"], config.training
+    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
     overview = {
         "run": str(config.run_folder),
         "base": f"{config.base.label}: {plan['model']}, {plan['base_parameters']:,} parameters",
         "tuner": f"{config.tuner.method}: {trainable:,} trainable ({trainable / plan['parameters']:.2%})",
         "objective": config.objective.kind + _domain(config, trainable),
-        "data": f"{config.data.path}: {rows['train']:,} for training, {rows['held_out']:,} held out",
+        "data": f"{', '.join(paths)}: {rows['train']:,} for training, {rows['held_out']:,} held out",
         **steps,
         "evaluation": _every(training.eval_every) if rows["held_out"] else "none: nothing is held out",
     }
@@ -92,7 +93,9 @@ def _overview(
 
 
 def _domain(config: RunConfig, trainable: int) -> str:
-    """Return what a domain will add to its base, in float32."""
+    """Return what a domain will add to its base, in float32; of several datasets, the domains' names."""
+    if config.datasets:
+        return f"; domains {', '.join(config.datasets)}"
     return "" if config.domain is None else f"; domain '{config.domain}', {4 * trainable / 1000:,.0f} kB"
 
 

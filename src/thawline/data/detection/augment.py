@@ -39,6 +39,8 @@ class TrainingSample(Sample):
     """An augmented image of the settings' size, with boxes in its pixels."""
 
     draw: Draw
+    dataset: int = 0
+    """Number of its dataset, where a run has several."""
 
 
 class TrainingImages(Dataset[TrainingSample]):

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 __all__ = ["DetectionTrainingData", "detection_arguments"]
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.collate import Collate
+from thawline.data.detection.mixture import MixedImages
 from thawline.errors import ConfigError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import DetectionBase, DetectionSettings, DetectionTraining, RunConfig, Training
 from thawline.training.arguments import training_arguments
+from thawline.training.detection.datasets import RunDataset
+from thawline.training.detection.detectors import Detectors
 from thawline.training.detection.domain import DomainRun
 from thawline.training.detection.schedule import DetectionSchedule
-from thawline.training.evaluation import TrainingData
+from thawline.training.evaluation import Evaluation, TrainingData
 
 # Fields that `Training` and `DetectionTraining` have in common, with the same meaning.
 _COMMON = (
@@ -33,19 +38,18 @@ class DetectionTrainingData(TrainingData, Protocol):
     settings: DetectionSettings
     base: DetectionBase
     training: DetectionTraining
-    class_names: tuple[str, ...]
+    datasets: tuple[RunDataset, ...]
     domain: DomainRun | None
 
     @property
     def schedule(self) -> DetectionSchedule:
         """Rates and windows of the run."""
 
-    @property
-    def class_repeats(self) -> np.ndarray | None:
-        """Repeat factor of each class. None: every image comes once an epoch."""
+    def class_repeats(self, dataset: RunDataset) -> np.ndarray | None:
+        """Return the repeat factor of each class. None: every image comes once an epoch."""
 
     @property
-    def train_rows(self) -> TrainingImages:
+    def train_rows(self) -> TrainingImages | MixedImages:
         """Augmented training images, by draw."""
 
     @property
@@ -63,8 +67,11 @@ class DetectionTrainingData(TrainingData, Protocol):
     def first_batch(self) -> dict[str, Any]:
         """Return the first batch, as the network gets it."""
 
-    def load_base(self, source: str | None = None) -> DEIMv2:
+    def load_base(self, source: str | None = None) -> DEIMv2 | Detectors:
         """Load the detector, or one that a run saved in `source`."""
+
+    def save(self, model: nn.Module, evaluation: Evaluation | None, folder: Path) -> None:
+        """Write the detector and its domains as they stand."""
 
 
 def detection_arguments(config: RunConfig, data: DetectionTrainingData) -> TrainingArguments:
@@ -95,7 +102,7 @@ def detection_arguments(config: RunConfig, data: DetectionTrainingData) -> Train
         args={
             "accelerator_config": {"non_blocking": torch.cuda.is_available()},
             # The published sizes use every parameter for every batch, also for one without boxes.
-            "ddp_find_unused_parameters": bool(data.base.overrides),
+            "ddp_find_unused_parameters": bool(data.base.overrides) or len(data.datasets) > 1,
             **training.args,
         },
     )

@@ -13,7 +13,7 @@ never pretrained), all of HGNetv2 in the smaller sizes.
 
 from __future__ import annotations
 
-__all__ = ["fast_parameters", "tune_backbone"]
+__all__ = ["fast_parameters", "routing_group", "tune_backbone"]
 
 import dataclasses
 
@@ -23,8 +23,10 @@ from thawline.domains.attach import keep_in_eval
 from thawline.errors import ConfigError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.network.sta import AdaptedViT
-from thawline.recipe import Adapter, Frozen, Full, Paca, TunerSettings
+from thawline.recipe import Adapter, Frozen, Full, Mhr, Paca, TunerSettings
+from thawline.training.detection.groups import ParameterGroup
 from thawline.tuners.build import attach_tuner
+from thawline.tuners.mhr.layer import find_layers
 
 
 def tune_backbone(model: DEIMv2, settings: TunerSettings) -> DEIMv2:
@@ -56,11 +58,21 @@ def tune_backbone(model: DEIMv2, settings: TunerSettings) -> DEIMv2:
     return model
 
 
-def fast_parameters(model: DEIMv2, settings: TunerSettings) -> list[str]:
+def fast_parameters(model: nn.Module, settings: TunerSettings) -> list[str]:
     """Return the names of the backbone parameters that train at the full rate: those an adapter added."""
     if isinstance(settings, (Full, Frozen)):
         return []
-    return [f"backbone.{name}" for name, p in model.backbone.named_parameters() if p.requires_grad]
+    return [name for name, p in model.named_parameters() if p.requires_grad and "backbone." in name]
+
+
+def routing_group(model: nn.Module, settings: TunerSettings) -> ParameterGroup | None:
+    """Return the group of MHR's routing tables, with their own rate and decay; None: nothing is routed."""
+    if not isinstance(settings, Mhr):
+        return None
+    routers = [router for _, layer in find_layers(model) for router in layer.routers.values()]
+    tables = {parameter for router in routers for parameter in router.parameters()}
+    found = {name: p for name, p in model.named_parameters() if p in tables and p.requires_grad}
+    return ParameterGroup("routing", settings.routing_lr, settings.routing_weight_decay, found)
 
 
 def _convolutions(backbone: nn.Module, settings: Adapter) -> list[str]:

@@ -1,20 +1,34 @@
-"""A detection run that adds a domain to a frozen detector: what it starts from, and what it saves."""
+"""Domains that a detection run makes: what they start from, and what is saved of them.
+
+| run | frozen | a domain is |
+|---|---|---|
+| `domain`, or several datasets with an adapter | the detector of `base.weights` | adapter and class heads |
+| several datasets with `tuner: none` | nothing: the detector that they share is the base | class heads |
+"""
 
 from __future__ import annotations
 
-__all__ = ["DomainRun"]
+__all__ = ["DomainRun", "save_domains"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from thawline.domains.attach import attach_domain
-from thawline.domains.domain import Domain, base_digest
-from thawline.errors import ConfigError
+from torch import nn
+
+from thawline.domains import BASE, DOMAINS
+from thawline.domains.attach import attach_domain, is_class_layer, merged_detector
+from thawline.domains.domain import Domain, base_digest, read_domain, save_domain
+from thawline.domains.folder import domain_folders
+from thawline.errors import CheckpointError, ConfigError
 from thawline.metrics.detection import DetectionMetrics
 from thawline.models.deimv2.checkpoints.read import config_of, read_checkpoint
 from thawline.models.deimv2.model import DEIMv2
-from thawline.recipe import RunConfig
+from thawline.recipe import Mhr, RunConfig
+from thawline.training.detection.detectors import Detectors
 from thawline.training.evaluation import Evaluation
+from thawline.tuners.adapters import save_adapter
+from thawline.tuners.mhr.layer import find_layers
 
 ONLY_IN_TRAINING = {"num_denoising", "label_noise", "box_noise"}
 """Settings of a network that its detections do not depend on."""
@@ -23,49 +37,138 @@ THRESHOLD = 0.4
 
 
 class DomainRun:
-    """The domain that a run trains.
+    """The frozen detector that a run adds domains to.
 
     Args:
-        config: the recipe, with `domain` and `base.weights`.
+        config: the recipe, with `base.weights`, and `domain` or several datasets.
     Raises: ConfigError: `base.weights` is no detector, or `base.overrides` would change its shape.
     """
 
     def __init__(self, config: RunConfig) -> None:
         base: Any = config.base  # a DetectionBase with weights, as RunConfig has checked
-        self.name, self._config, self._weights = str(config.domain), config, str(base.weights)
+        self.names = tuple(config.datasets) or (str(config.domain),)
+        self.weights, self._config = str(base.weights), config
+        what = "A domain" if config.domain else "An adapter on several datasets"
         if shaping := sorted(base.overrides.keys() - ONLY_IN_TRAINING):
             raise ConfigError(
-                f"`base.overrides` has '{shaping[0]}': a domain takes its base as it is. Only "
+                f"`base.overrides` has '{shaping[0]}': {what.lower()} takes its base as it is. Only "
                 f"{', '.join(sorted(ONLY_IN_TRAINING))} may differ."
             )
-        checkpoint = read_checkpoint(self._weights)
+        checkpoint = read_checkpoint(self.weights)
         if checkpoint.layout == "backbone":
             raise ConfigError(
-                f"`domain` adds to a trained detector, and '{self._weights}' is a backbone alone: train "
+                f"{what} adds to a trained detector, and '{self.weights}' is a backbone alone: train "
                 "a detector on it first."
             )
         self.image_size = config_of(checkpoint, base.variant, {}).image_size
         """Height and width that the base takes, and all of its domains."""
 
-    def attach(self, model: DEIMv2) -> DEIMv2:
-        """Freeze the detector and attach the adapter, in place. Raises: ConfigError: see `attach_domain`."""
-        self.digest = base_digest(model)
-        return attach_domain(model, self._config.tuner)
+    def base(self) -> DEIMv2:
+        """Load the frozen detector as it was before."""
+        return DEIMv2.from_pretrained(self.weights, self._config.base.variant)  # type: ignore[union-attr]
 
-    def about(self, model: DEIMv2, class_names: Sequence[str], evaluation: Evaluation | None) -> Domain:
-        """Return what domain.json says of the domain as it stands, after its latest evaluation."""
-        metrics: DetectionMetrics | None = None
-        if evaluation is not None and evaluation.detections is not None:
-            metrics = evaluation.detections[2]
-        return Domain(
-            name=self.name,
-            class_names=tuple(class_names),
-            threshold=THRESHOLD if metrics is None else round(float(metrics.threshold), 3),
-            base=self.digest,
-            base_label=self._weights,
-            image_size=self.image_size,
-            tuner=self._config.tuner.method,
-            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            metrics={} if evaluation is None else evaluation.metrics,
-            recipe=self._config.to_mapping(),
-        )
+    def attach(self, model: DEIMv2) -> DEIMv2:
+        """Freeze the detector and attach the adapter, in place.
+
+        Raises: ConfigError: see `attach_domain`. CheckpointError: `tuner.start_from` is of another base.
+        """
+        self.digest = base_digest(model)
+        tuner = self._config.tuner
+        if start := getattr(tuner, "start_from", None):
+            self._check_same_base(start)
+        return attach_domain(model, tuner, self.names)
+
+    def _check_same_base(self, start_from: str) -> None:
+        for folder in domain_folders(start_from):
+            about = read_domain(folder)
+            if about.base != self.digest:
+                raise CheckpointError(
+                    f"`tuner.start_from`: '{start_from}' belongs to the base {about.base[:12]} "
+                    f"('{about.base_label}'), not to {self.digest[:12]} ('{self.weights}'). Give its own as "
+                    "`base.weights`."
+                )
+
+
+def save_domains(
+    model: nn.Module,
+    config: RunConfig,
+    run: DomainRun | None,
+    evaluations: Mapping[str, Evaluation],
+    folder: Path,
+) -> None:
+    """Write a run's detector: merged and plain for one dataset, a shared folder for several.
+
+    With several, and MHR, the inventory of skills goes beside it, for new domains to start from.
+
+    Args:
+        model: a `DEIMv2`, or `Detectors`.
+        run: the frozen base, if there is one.
+        evaluations: the latest, by name of the dataset; of the only one by an empty name.
+        folder: gets the files; may hold others.
+    """
+    if isinstance(model, DEIMv2):
+        merged_detector(model).save_pretrained(folder)
+        if run is not None:
+            name = run.names[0]
+            about = _about(model, config, name, run.digest, run, evaluations.get(""))
+            save_domain(model, about, folder / DOMAINS / name)
+        return
+    assert isinstance(model, Detectors)
+    base = merged_detector(model.member(0)) if run is None else run.base()
+    base.save_pretrained(folder / BASE)
+    if isinstance(config.tuner, Mhr):
+        save_adapter(model.member(0), folder)
+    digest = base_digest(base)
+    for number, name in enumerate(model.names):
+        member = model.member(number)
+        about = _about(member, config, name, digest, run, evaluations.get(name))
+        save_domain(member, about, folder / DOMAINS / name, task=name)
+
+
+def _about(
+    model: DEIMv2,
+    config: RunConfig,
+    name: str,
+    digest: str,
+    run: DomainRun | None,
+    evaluation: Evaluation | None,
+) -> Domain:
+    """Return what domain.json says of a domain as it stands, after its latest evaluation."""
+    metrics: DetectionMetrics | None = None
+    if evaluation is not None and evaluation.detections is not None:
+        metrics = evaluation.detections[2]
+    recipe = _recipe(config, name, run)
+    return Domain(
+        name=name,
+        class_names=model.config.shown_names,
+        threshold=THRESHOLD if metrics is None else round(float(metrics.threshold), 3),
+        base=digest,
+        base_label=str(recipe["base"]["weights"]),
+        image_size=model.config.image_size,
+        tuner="frozen" if run is None else config.tuner.method,
+        parameters=_n_parameters(model, run),
+        metrics={} if evaluation is None else evaluation.metrics,
+        recipe=recipe,
+    )
+
+
+def _n_parameters(model: DEIMv2, run: DomainRun | None) -> int:
+    """Count what a domain has of its own; of MHR it is a task's mixture, whatever of it was trained."""
+    mixture = sum(
+        sum(layer.r.values()) * (layer.in_features + layer.out_features) for _, layer in find_layers(model)
+    )
+    is_own = is_class_layer if run is None or mixture else lambda key: True
+    return mixture + sum(p.numel() for key, p in model.named_parameters() if p.requires_grad and is_own(key))
+
+
+def _recipe(config: RunConfig, name: str, run: DomainRun | None) -> dict[str, Any]:
+    """Return the recipe of one domain: of several datasets it has its own, and of a trained base that."""
+    recipe = config.to_mapping()
+    if config.datasets:
+        drawn = config.data.sampling not in ("each", "repeat")
+        sampling = {"sampling": "each"} if drawn else {}
+        recipe |= {"domain": name, "data": {**recipe["data"], "path": config.datasets[name], **sampling}}
+    if run is None:
+        trained = {"weights": str(config.run_folder / "model" / BASE), "size": None, "overrides": {}}
+        recipe |= {"tuner": {"method": "frozen"}, "base": {**recipe["base"], **trained}}
+    return recipe

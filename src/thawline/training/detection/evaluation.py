@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["measure_detector", "n_devices", "to_evaluation"]
+__all__ = ["mean_evaluation", "measure_detector", "n_devices", "to_evaluation"]
 
 import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,27 @@ def to_evaluation(
         ],
         files={"detection_metrics.json": metrics.to_dict()},
         detections=(DetectionDataset(records), evaluator, metrics),
+    )
+
+
+def mean_evaluation(datasets: Mapping[str, Evaluation]) -> Evaluation:
+    """Return the evaluation over several datasets: their mean, of which each is a part.
+
+    Metrics also hold the AP of each dataset, as NAME/AP, so that metrics.jsonl shows its course.
+    """
+    names = dict.fromkeys(name for one in datasets.values() for name in one.metrics)
+    values = {name: [one.metrics[name] for one in datasets.values() if name in one.metrics] for name in names}
+    own = {f"{name}/AP": one.metrics["AP"] for name, one in datasets.items() if "AP" in one.metrics}
+    return Evaluation(
+        metrics={name: sum(found) / len(found) for name, found in values.items()} | own,
+        parts={name: {"images": len(one.rows), **one.metrics} for name, one in datasets.items()},
+        rows=[{"dataset": name, **row} for name, one in datasets.items() for row in one.rows],
+        files={
+            f"{Path(file).stem}-{name}.json": content
+            for name, one in datasets.items()
+            for file, content in one.files.items()
+        },
+        datasets=dict(datasets),
     )
 
 

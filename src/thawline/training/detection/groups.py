@@ -1,9 +1,9 @@
 """Parameter groups of a detector's optimiser: parameters that share a learning rate and a weight decay.
 
 There are always four, so that one schedule serves all: backbone, backbone undecayed, others undecayed,
-others. Published runs assign parameters by the authors' name patterns. Otherwise, for a user's own data,
-pretrained parameters train at the backbone's rate, and one-dimensional parameters (norms, biases, affine
-scales) and embeddings have no decay.
+others; with MHR, its routing is a fifth. Published runs assign parameters by the authors' name patterns.
+Otherwise, for a user's own data, pretrained parameters train at the backbone's rate, and one-dimensional
+parameters (norms, biases, affine scales) and embeddings have no decay.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ class ParameterGroup:
 
 
 def build_groups(
-    model: nn.Module, settings: TrainingSettings, *, fast: Iterable[str] = ()
+    model: nn.Module,
+    settings: TrainingSettings,
+    *,
+    fast: Iterable[str] = (),
+    routing: ParameterGroup | None = None,
 ) -> list[ParameterGroup]:
     """Build the four groups of `model`'s trainable parameters; some may be empty.
 
@@ -55,11 +59,14 @@ def build_groups(
         model: a detector, bare or with a tuner in its backbone.
         settings: rates and decay; non-empty `group_patterns` select the published groups.
         fast: names of backbone parameters that train at the full rate: those of a tuner.
+        routing: a fifth group, of MHR's routing tables, whose parameters are in none of the others.
     Raises: ConfigError: no parameter is trainable.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ConfigError("No parameter of the model trains: every one has requires_grad=False.")
+    for name in () if routing is None else routing.parameters:
+        del trainable[name]
     lr, backbone_lr, decay = settings.lr, settings.backbone_lr, settings.weight_decay
     groups = [
         ParameterGroup("backbone", backbone_lr, decay),
@@ -80,4 +87,4 @@ def build_groups(
             else:
                 index = _OTHERS if is_decayed else _OTHERS_UNDECAYED
         groups[index].parameters[name] = parameter
-    return groups
+    return groups if routing is None else [*groups, routing]

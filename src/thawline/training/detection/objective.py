@@ -29,12 +29,15 @@ from transformers import TrainerCallback
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.collate import Collate
 from thawline.data.detection.custom import CustomAugmentation, load_augmentation
-from thawline.data.detection.dataset import DetectionDataset, check_usable, read_detection
+from thawline.data.detection.dataset import DetectionDataset
 from thawline.data.detection.drawing import Panel, panel_grid, save_image
-from thawline.data.detection.records import ImageRecord, n_learnable
+from thawline.data.detection.mixture import MixedImages, batches_by_dataset
+from thawline.data.detection.records import ImageRecord
 from thawline.data.detection.sampling import class_repeats, image_repeats
 from thawline.data.draws import Draw
-from thawline.errors import ConfigError, DataError
+from thawline.domains import BASE, DOMAINS
+from thawline.domains.domain import load_domain
+from thawline.errors import ConfigError
 from thawline.files import read_json
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
 from thawline.models.deimv2.checkpoints.read import read_checkpoint
@@ -55,10 +58,18 @@ from thawline.recipe import (
     TunerSettings,
 )
 from thawline.recipe.checks import height_width
+from thawline.training.callbacks import Annealing
 from thawline.training.detection.arguments import detection_arguments
 from thawline.training.detection.backbone import tune_backbone
-from thawline.training.detection.domain import DomainRun
-from thawline.training.detection.evaluation import measure_detector, n_devices, to_evaluation
+from thawline.training.detection.datasets import RunDataset, read_dataset
+from thawline.training.detection.detectors import Detectors
+from thawline.training.detection.domain import DomainRun, save_domains
+from thawline.training.detection.evaluation import (
+    mean_evaluation,
+    measure_detector,
+    n_devices,
+    to_evaluation,
+)
 from thawline.training.detection.schedule import (
     DetectionSchedule,
     asks_for_augmentation,
@@ -66,13 +77,7 @@ from thawline.training.detection.schedule import (
     override,
     published_schedule,
 )
-from thawline.training.detection.split import (
-    evaluated_split,
-    join_classes,
-    shorter_sides,
-    split_images,
-    warn_of_crowded,
-)
+from thawline.training.detection.split import shorter_sides, warn_of_crowded
 from thawline.training.detection.trainer import DetectionTrainer
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, ReadRows
@@ -94,14 +99,11 @@ class DetectionObjective(Objective):
     base: DetectionBase
     data: DetectionData
     training: DetectionTraining
-    held_out_rows: Sequence[ImageRecord] = ()
-    class_ids: Mapping[str, int | str] = {}
-    """Id of each class in the files that were read."""
 
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
-        data = self.data
-        self.domain = None if config.domain is None or read != "all" else DomainRun(config)
+        is_frozen = config.domain is not None or (config.datasets and not isinstance(config.tuner, Full))
+        self.domain = DomainRun(config) if is_frozen and read == "all" else None
         usual: Any = described.get("image_size", get_variant(self.base.variant).config.image_size)
         usual = usual if self.domain is None else self.domain.image_size
         self.size = height_width("base.size", self.base.size or usual)
@@ -111,56 +113,51 @@ class DetectionObjective(Objective):
                 f"`base.size={self.base.size}`: the domains of a base share its size, which is "
                 f"{list(self.domain.image_size)}. Leave it out."
             )
-        self.records: Sequence[ImageRecord] = ()
-        self.class_names = tuple(described.get("class_names", ()))
-        if read == "none":
-            return
-        found = read_detection(data.path, data.format, data.images)
-        judged = evaluated_split(found, data)
-        check_usable(found, data.path, None if read == "all" else judged or data.train_split)
-        self.class_ids = dict(zip(found.class_names, found.class_ids, strict=True))
-        records, self.held_out_rows = split_images(found, data, config.seed)
-        if self.class_names and self.class_names != found.class_names:
-            self.held_out_rows = join_classes(self.held_out_rows, found.class_names, self.class_names)
-        self.class_names = self.class_names or found.class_names
-        if read == "all":
-            self.records = records
-            if not found.records(data.train_split):
-                raise DataError(f"'{data.path}': the split '{data.train_split}' has no images.")
-            if not any(map(n_learnable, records)):
-                what = "no box to learn from in the images that are trained on"
-                raise DataError(f"'{data.path}' holds {what if records else 'no image to train on'}.")
-        elif judged is not None:
-            others = [name for name in found.splits if name != judged]
-            logger.info(
-                "'%s': judged on %s, %d images%s.", data.path, judged, len(self.held_out_rows),
-                f"; not on {', '.join(others)} (`data.eval_split`)" if others else "",
-            )  # fmt: skip
+        known = described.get("datasets", {"": described.get("class_names", ())})
+        self.datasets = tuple(
+            read_dataset(
+                self.data, path, name=name, seed=config.seed, read=read, class_names=known.get(name, ())
+            )
+            for name, path in self.data.datasets.items()
+        )
+        """What the run trains on and is judged by: one dataset, or several."""
+
+    @cached_property
+    def records(self) -> list[ImageRecord]:
+        """Images to train on, of all datasets."""
+        return [record for dataset in self.datasets for record in dataset.records]
+
+    @cached_property
+    def held_out_rows(self) -> list[ImageRecord]:
+        """Images to judge by, of all datasets."""
+        return [record for dataset in self.datasets for record in dataset.held_out]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Classes of the first dataset, which mostly is the only one."""
+        return self.datasets[0].class_names
 
     @cached_property
     def schedule(self) -> DetectionSchedule:
         """Rates and windows of the run."""
         schedule = self._published() if self.settings.preset == "published" else self._derived()
         settings = override(schedule.settings, self.base, self.settings, self.training)
-        n_draws = len(self.records) if self.image_repeats is None else round(self.image_repeats.sum())
-        n_batches = max(1, n_draws // self._per_forward(settings.batch_size))
+        n_batches = sum(self._batches(self._per_forward(settings.batch_size)))
         steps = math.ceil(math.ceil(n_batches / n_devices()) / self.training.gradient_accumulation)
         given = {"rates": self.training.lr, "boxes": self.settings.min_box_size}
         reasons = {name: why for name, why in schedule.reasons.items() if given.get(name) is None}
         return replace(schedule, settings=settings, steps_per_epoch=steps, reasons=reasons)
 
-    @cached_property
-    def class_repeats(self) -> np.ndarray | None:
-        """Repeat factor of each class. None: every image comes once an epoch."""
-        if self.data.sampling == "each":
+    def class_repeats(self, dataset: RunDataset) -> np.ndarray | None:
+        """Return the repeat factor of each class. None: every image comes once an epoch."""
+        if self.data.sampling != "repeat":
             return None
-        return class_repeats(self.records, len(self.class_names), self.data.sampling_threshold)
+        return class_repeats(dataset.records, len(dataset.class_names), self.data.sampling_threshold)
 
-    @cached_property
-    def image_repeats(self) -> np.ndarray | None:
-        """Number of times that each image comes in an epoch, on average. None: once."""
-        factors = self.class_repeats
-        return None if factors is None else image_repeats(self.records, factors)
+    def image_repeats(self, dataset: RunDataset) -> np.ndarray | None:
+        """Return the number of times that each image comes in an epoch, on average. None: once."""
+        factors = self.class_repeats(dataset)
+        return None if factors is None else image_repeats(dataset.records, factors)
 
     @property
     def device_batch_size(self) -> int:
@@ -180,16 +177,45 @@ class DetectionObjective(Objective):
             yield record.path.name.encode() + record.boxes_xyxy.tobytes() + record.labels.tobytes()
 
     @cached_property
-    def train_rows(self) -> TrainingImages:
+    def train_rows(self) -> TrainingImages | MixedImages:
         """Augmented training images, by draw."""
+        size, seed = self.device_batch_size, self.config.seed
+        if len(self.datasets) == 1:
+            return self._images(self.datasets[0], seed, self.image_repeats(self.datasets[0]))
+        parts = []
+        for number, (dataset, n) in enumerate(zip(self.datasets, self._batches(size), strict=True)):
+            repeats = self.image_repeats(dataset)
+            repeats = np.ones(len(dataset.records)) if repeats is None else repeats
+            own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+            parts.append(self._images(dataset, own_seed, repeats * (n * size / repeats.sum())))
+        return MixedImages(parts, batch_size=size, seed=seed)
+
+    def _images(self, dataset: RunDataset, seed: int, repeats: np.ndarray | None) -> TrainingImages:
+        path = self.settings.augmentation
+        custom = None
+        if path is not None:
+            custom = CustomAugmentation(load_augmentation(path), path, len(dataset.class_names))
         return TrainingImages(
-            DetectionDataset(self.records),
+            DetectionDataset(dataset.records),
             self.schedule.settings,
-            seed=self.config.seed,
+            seed=seed,
             batch_size=self.device_batch_size,
             n_lanes=8 * n_devices(),
-            repeats=self.image_repeats,
-            custom=self._custom_augmentation(),
+            repeats=repeats,
+            custom=custom,
+        )
+
+    def _batches(self, batch_size: int) -> list[int]:
+        """Return the number of batches of each dataset in an epoch."""
+        factors = [self.image_repeats(dataset) for dataset in self.datasets]
+        n_draws = [
+            len(dataset.records) if repeats is None else round(repeats.sum())
+            for dataset, repeats in zip(self.datasets, factors, strict=True)
+        ]
+        if len(n_draws) == 1:
+            return [max(1, n_draws[0] // batch_size)]
+        return batches_by_dataset(
+            n_draws, batch_size, self.data.sampling, temperature=self.data.sampling_temperature
         )
 
     @cached_property
@@ -206,19 +232,38 @@ class DetectionObjective(Objective):
             return 0
         return min(8, max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()) - 1))
 
-    def first_batch(self, epoch: int = 0) -> dict[str, Any]:
-        """Return the first batch of an epoch, as the network gets it."""
-        n = min(self.device_batch_size, len(self.records))
-        return self.collate([self.train_rows[Draw(epoch, position)] for position in range(n)])
+    def first_batch(self, epoch: int = 0, dataset: int = 0) -> dict[str, Any]:
+        """Return a dataset's first batch of an epoch, as the network gets it."""
+        rows = self.train_rows
+        images = rows.parts[dataset] if isinstance(rows, MixedImages) else rows
+        n = min(self.device_batch_size, len(images.order))
+        return self.collate([images[Draw(epoch, position)] for position in range(n)])
 
-    def load_base(self, source: str | None = None) -> DEIMv2:
-        """Load the detector with the data's classes; with `source`, one that a run saved, as it is."""
-        if source is not None:
-            return DEIMv2.from_pretrained(source, **self._position_order())
+    def load_base(self, source: str | None = None) -> DEIMv2 | Detectors:
+        """Load the detector with the data's classes, of several datasets one for each.
+
+        Args:
+            source: detector that a run saved, which is loaded as it is.
+        """
+        if len(self.datasets) == 1:
+            if source is not None:
+                return DEIMv2.from_pretrained(source, **self._position_order())
+            return self._new_detector(self.datasets[0])
+        names = [dataset.name for dataset in self.datasets]
+        if source is None:
+            return Detectors(names, [self._new_detector(dataset) for dataset in self.datasets]).share()
+        base = DEIMv2.from_pretrained(Path(source) / BASE)
+        return Detectors(names, [load_domain(base, Path(source) / DOMAINS / name) for name in names])
+
+    def load_tuned(self, folder: Path | None) -> nn.Module:
+        """Load what a run saved in `folder`, adapters merged; None: the base as it is."""
+        return super().load_tuned(None) if folder is None else self.load_base(str(folder))
+
+    def _new_detector(self, dataset: RunDataset) -> DEIMv2:
         overrides = {
             **self.base.overrides,
             **self._position_order(),
-            "class_names": self.class_names,
+            "class_names": dataset.class_names,
             "image_size": self.size,
             "class_loss": self.settings.class_loss,
             "matcher_change_epoch": self.schedule.settings.matcher_change_epoch,
@@ -227,7 +272,7 @@ class DetectionObjective(Objective):
             model = DEIMv2.from_variant(self.base.variant, **overrides)
         else:
             model = DEIMv2.from_pretrained(self.base.weights, self.base.variant, **overrides)
-        warn_of_crowded(self.records, model.config.decoder.num_queries)
+        warn_of_crowded(dataset.records, model.config.decoder.num_queries)
         return model
 
     def attach_tuner(self, model: nn.Module, tuner: TunerSettings, *, saved: bool = False) -> nn.Module:
@@ -238,11 +283,18 @@ class DetectionObjective(Objective):
         """
         if self.config.lean and not is_lean(model):
             raise ConfigError(f"`lean`: '{self.base.variant}' has nothing that can be lean. Leave it out.")
+        if isinstance(model, Detectors):
+            if self.domain is None:
+                model.requires_grad_(True)
+                return model
+            self.domain.attach(model.member(0))
+            return model.share()
         if self.domain is not None and isinstance(model, DEIMv2):
             return self.domain.attach(model)
         if isinstance(tuner, Mhr):
             raise ConfigError(
-                f"`tuner: {tuner.method}` routes tasks, and a detector has one. Use lora or paca."
+                f"`tuner: {tuner.method}` mixes skills for each of several datasets: give `data.path` a "
+                "list, or a `domain` to adapt to (docs/domains.md). For one dataset alone use lora or paca."
             )
         if not isinstance(tuner, Full) and self.start == "scratch":
             raise ConfigError(
@@ -253,62 +305,86 @@ class DetectionObjective(Objective):
 
     def build_trainer(self, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> DetectionTrainer:
         """Build the detector's trainer. Raises: ConfigError: see `detection_arguments`."""
-        arguments = detection_arguments(self.config, self)
-        return DetectionTrainer(model, arguments, self, self.config.tuner, callbacks)
+        arguments, tuner = detection_arguments(self.config, self), self.config.tuner
+        if isinstance(tuner, Mhr) and tuner.anneal:
+            callbacks = [*callbacks, Annealing(tuner.anneal)]
+        return DetectionTrainer(model, arguments, self, tuner, callbacks)
 
     def preview(self) -> str:
         """Describe the first training image in words."""
         sample = self.train_rows[Draw(0, 0)]
-        counts = Counter(self.class_names[label] for label in sample.labels)
+        dataset = self.datasets[sample.dataset]
+        counts = Counter(dataset.class_names[label] for label in sample.labels)
         boxes = ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "no boxes"
-        name, (height, width) = self.records[sample.index].path.name, self.size
+        name, (height, width) = dataset.records[sample.index].path.name, self.size
+        name = f"{dataset.name}/{name}" if dataset.name else name
         return f"{name} at {height} × {width}: ⟦{boxes}⟧"
 
     def save_images(self, folder: Path) -> None:
         """Draw training.png: images as the network gets them, from the last epoch of each phase."""
-        panels = []
+        panels: list[Panel] = []
+        names: list[str] = []
         windows = [self.schedule.windows[name] for name in ("mosaic", "strong", "stage_2")]
         # A run of one epoch may have none of the phases.
-        for epoch in [stop - 1 for start, stop in windows if start < stop] or [self.schedule.epochs - 1]:
-            batch = self.first_batch(epoch)
-            height, width = batch["pixel_values"].shape[-2:]
-            panels += [
-                Panel(
-                    image=pixels.permute(1, 2, 0).numpy(),
-                    boxes_xyxy=cxcywh_to_xyxy(target["boxes"]).numpy() * ([width, height] * 2),
-                    labels=target["labels"].numpy(),
-                    caption=f"epoch {epoch}",
-                )
-                for pixels, target in zip(batch["pixel_values"][:4], batch["targets"][:4], strict=True)
-            ]
-        save_image(folder / "training.png", panel_grid(panels, self.class_names))
+        epochs = [stop - 1 for start, stop in windows if start < stop] or [self.schedule.epochs - 1]
+        for number, dataset in enumerate(self.datasets):
+            for epoch in epochs:
+                batch = self.first_batch(epoch, number)
+                height, width = batch["pixel_values"].shape[-2:]
+                panels += [
+                    Panel(
+                        image=pixels.permute(1, 2, 0).numpy(),
+                        boxes_xyxy=cxcywh_to_xyxy(target["boxes"]).numpy() * ([width, height] * 2),
+                        labels=target["labels"].numpy() + len(names),
+                        caption=f"{dataset.name} epoch {epoch}".strip(),
+                    )
+                    for pixels, target in zip(batch["pixel_values"][:4], batch["targets"][:4], strict=True)
+                ]
+            names += dataset.class_names
+        save_image(folder / "training.png", panel_grid(panels, names))
 
     def describe(self) -> dict[str, Any]:
         """Return the class names; of a domain also its size, which is that of its base."""
         size = {} if self.domain is None else {"image_size": list(self.size)}
+        if len(self.datasets) > 1:
+            return {"datasets": {one.name: list(one.class_names) for one in self.datasets}, **size}
         return {"class_names": list(self.class_names), **size}
 
-    def measure(self, model: nn.Module, batch_size: int) -> tuple[DetectionMetrics, DetectionEvaluator]:
-        """Compute every metric on the held-out images; return it with the detections behind it."""
+    def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
+        """Evaluate on the held-out images. In a process group each process takes its share."""
+        if not isinstance(model, Detectors):
+            return self._evaluate(model, batch_size, self.datasets[0])
+        return mean_evaluation(
+            {
+                dataset.name: self._evaluate(model.member(number), batch_size, dataset)
+                for number, dataset in enumerate(self.datasets)
+                if dataset.held_out
+            }
+        )
+
+    def _evaluate(self, model: nn.Module, batch_size: int, dataset: RunDataset) -> Evaluation:
+        found = self.measure(model, batch_size, dataset)
+        return to_evaluation(dataset.held_out, *found, class_ids=dataset.class_ids)
+
+    def measure(
+        self, model: nn.Module, batch_size: int, dataset: RunDataset | None = None
+    ) -> tuple[DetectionMetrics, DetectionEvaluator]:
+        """Compute every metric on a dataset's held-out images; return it with the detections behind it."""
+        dataset = dataset or self.datasets[0]
         return measure_detector(
             model,
-            self.held_out_rows,
-            self.class_names,
+            dataset.held_out,
+            dataset.class_names,
             size=self.size,
             batch_size=batch_size,
             workers=self.workers,
             max_dets=self.settings.max_dets,
         )
 
-    def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
-        """Evaluate on the held-out images. In a process group each process takes its share."""
-        return to_evaluation(self.held_out_rows, *self.measure(model, batch_size), class_ids=self.class_ids)
-
-    def _custom_augmentation(self) -> CustomAugmentation | None:
-        path = self.settings.augmentation
-        if path is None:
-            return None
-        return CustomAugmentation(load_augmentation(path), path, len(self.class_names))
+    def save(self, model: nn.Module, evaluation: Evaluation | None, folder: Path) -> None:
+        """Write the detector and its domains as they stand (`save_domains`)."""
+        found = {} if evaluation is None else evaluation.datasets or {"": evaluation}
+        save_domains(model, self.config, self.domain, found, folder)
 
     def _position_order(self) -> dict[str, Any]:
         """Return what a rectangle asks of the encoder: the rows and columns that published weights know."""

@@ -36,8 +36,8 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from thawline.data.detection.collate import build_loader
-from thawline.domains.attach import merged_detector
-from thawline.domains.domain import save_domain
+from thawline.data.detection.mixture import MixedImages
+from thawline.domains import DOMAINS
 from thawline.errors import ConfigError, did_you_mean
 from thawline.files import atomic_file, atomic_folder, read_json, write_json, write_text
 from thawline.metrics.detection import STATISTICS
@@ -45,8 +45,9 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import TunerSettings
 from thawline.training.checkpoints import load_state
 from thawline.training.detection.arguments import DetectionTrainingData
-from thawline.training.detection.backbone import fast_parameters
+from thawline.training.detection.backbone import fast_parameters, routing_group
 from thawline.training.detection.callbacks import Speed, TrainingEvents
+from thawline.training.detection.detectors import Detectors
 from thawline.training.detection.ema import EMA
 from thawline.training.detection.groups import ParameterGroup, build_groups
 from thawline.training.detection.learner import Learner, collate_on_host
@@ -64,8 +65,6 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, AVERAGE, SCORES = "pytorch_model.bin", "average.pt", "scores.json"
 """Files of a checkpoint: the weights in training, their average, the results of evaluations."""
-DOMAIN = "domain"
-"""Folder of the domain beside the detector that it makes of its base."""
 STAGE_1 = "stage_1.pt"
 """Weights, average and optimiser of the published run's best epoch of stage 1."""
 
@@ -88,7 +87,7 @@ class DetectionTrainer(Trainer):
 
     def __init__(
         self,
-        model: DEIMv2,
+        model: DEIMv2 | Detectors,
         args: TrainingArguments,
         objective: DetectionTrainingData,
         tuner: TunerSettings,
@@ -102,7 +101,9 @@ class DetectionTrainer(Trainer):
         if args.world_size > 1 and args.device.type == "cuda" and objective.domain is None:
             # As published: the few images of one device make poor statistics. There is no CPU version.
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.groups: list[ParameterGroup] = build_groups(model, settings, fast=fast_parameters(model, tuner))
+        self.groups: list[ParameterGroup] = build_groups(
+            model, settings, fast=fast_parameters(model, tuner), routing=routing_group(model, tuner)
+        )
         action = objective.training.on_broken_loss
         super().__init__(Learner(model), args, objective, callbacks, on_broken_loss=action)
         self.folder = Path(args.output_dir)
@@ -262,8 +263,8 @@ class DetectionTrainer(Trainer):
             self._save_last()
         kept = self.folder / ("best" if (self.folder / "best").is_dir() else "last")
         _copy_folder(kept, folder)
-        if self.objective.domain is not None:
-            _copy_folder(kept / DOMAIN, self.folder / "domains" / self.objective.domain.name)
+        if (kept / DOMAINS).is_dir():
+            _copy_folder(kept / DOMAINS, self.folder / DOMAINS)
 
     def begin_epoch(self) -> None:
         """Set the sampler's epoch; restart from the best of stage 1 where the published run does."""
@@ -295,18 +296,22 @@ class DetectionTrainer(Trainer):
         start = time.perf_counter()
         batch = self.objective.first_batch()
         seconds = time.perf_counter() - start
-        repeats, names = self.objective.class_repeats, self.objective.class_names
+        rows, datasets = self.objective.train_rows, self.objective.datasets
+        sampling = {}
+        if isinstance(rows, MixedImages):
+            names = [dataset.name for dataset in datasets]
+            sampling["batches"] = dict(zip(names, rows.n_batches, strict=True))
+        elif (repeats := self.objective.class_repeats(datasets[0])) is not None:
+            sampling["sampling"] = sampling_plan(rows.order, repeats, datasets[0].class_names)
         return {
-            **(
-                {}
-                if repeats is None
-                else {"sampling": sampling_plan(self.objective.train_rows.order, repeats, names)}
-            ),
+            **sampling,
             "steps": self.schedule.n_steps if self.args.max_steps < 0 else self.args.max_steps,
             "rows_a_step": self.schedule.settings.batch_size,
             "schedule": self.schedule.describe(),
             "parameter_groups": [group.describe() for group in self.groups],
-            "first_batch": batch_statistics(batch, self.model.detector.config, self.objective.class_names),
+            "first_batch": batch_statistics(
+                batch, self.model.detector.config, self.objective.datasets[0].class_names
+            ),
             "loader": {
                 "processes": self.objective.workers,
                 "images_per_second_each": round(len(batch["targets"]) / seconds, 1),
@@ -318,6 +323,9 @@ class DetectionTrainer(Trainer):
         overview = schedule_overview(self.schedule, plan)
         if (sampling := plan.get("sampling")) is not None:
             overview["steps"] += f"; {sampling_overview(sampling)}"
+        if (batches := plan.get("batches")) is not None:
+            each = ", ".join(f"{n} {name}" for name, n in batches.items())
+            overview["steps"] += f"; batches an epoch: {each}"
         return overview
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -366,12 +374,9 @@ class DetectionTrainer(Trainer):
         return is_best and not is_stage_2
 
     def _save_last(self) -> None:
-        """Save the weights in the model as last/: a plain detector, and inside it the domain, if any."""
+        """Save the weights in the model as last/: a plain detector, and inside it the domains, if any."""
         with atomic_folder(self.folder / "last") as temporary:
-            merged_detector(self.model.detector).save_pretrained(temporary)
-            if (domain := self.objective.domain) is not None:
-                about = domain.about(self.model.detector, self.objective.class_names, self.last_evaluation)
-                save_domain(self.model.detector, about, temporary / DOMAIN)
+            self.objective.save(self.model.detector, self.last_evaluation, temporary)
 
     def _score(self) -> float:
         """Return the latest value of the metric that chooses the best detector; 0 where there is none."""

@@ -34,6 +34,7 @@ class MHRConv2d(MHRLinear):
             y = self.base_layer(x).permute(0, 2, 3, 1) if frozen is None else frozen
             for name in names:
                 y = self._add(name, pixels, y)
+        assert isinstance(y, Tensor)
         return y.permute(0, 3, 1, 2)
 
     def low_rank_factors(self, adapter_name: str, task: str | int | None = None) -> tuple[Tensor, Tensor]:
