@@ -41,6 +41,7 @@ import torch
 import yaml
 
 import thawline
+from thawline.domains import is_shared
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.files import read_json, write_json, write_jsonl, write_text
 from thawline.recipe import Frozen, RunConfig, TextBase, load_recipe
@@ -262,7 +263,10 @@ class RunFolder:
         saved = [path / name for name in ("model", "best", "last") if (path / name).is_dir()]
         if isinstance(self.config().tuner, Frozen):
             # A frozen language model is its own base; a detector trains around its frozen backbone.
-            return next((folder for folder in saved if (folder / "config.json").is_file()), None)
+            detectors = (
+                folder for folder in saved if (folder / "config.json").is_file() or is_shared(folder)
+            )
+            return next(detectors, None)
         folder = saved[0] if saved else newest_checkpoint(path)
         if folder is None:
             raise CheckpointError(f"'{path}' holds neither model/ nor a checkpoint: nothing was trained yet.")

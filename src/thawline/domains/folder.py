@@ -36,9 +36,8 @@ def find_domain(path: str | Path) -> Path:
     """
     found = find_domains(path)
     if len(found) > 1:
-        raise CheckpointError(
-            f"'{path}' holds several domains ({', '.join(one.name for one in found)}). Name the folder of one."
-        )
+        names = ", ".join(one.name for one in found)
+        raise CheckpointError(f"'{path}' holds several domains ({names}). Name the folder of one.")
     return found[0]
 
 

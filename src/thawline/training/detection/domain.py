@@ -154,9 +154,8 @@ def _about(
 
 def _n_parameters(model: DEIMv2, run: DomainRun | None) -> int:
     """Count what a domain has of its own; of MHR it is a task's mixture, whatever of it was trained."""
-    mixture = sum(
-        sum(layer.r.values()) * (layer.in_features + layer.out_features) for _, layer in find_layers(model)
-    )
+    layers = [layer for _, layer in find_layers(model)]
+    mixture = sum(sum(one.r.values()) * (one.in_features + one.out_features) for one in layers)
     is_own = is_class_layer if run is None or mixture else lambda key: True
     return mixture + sum(p.numel() for key, p in model.named_parameters() if p.requires_grad and is_own(key))
 
