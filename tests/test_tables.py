@@ -39,3 +39,14 @@ def test_classes_of_objects_are_called_so() -> None:
     rows = evaluation_rows({"AP": 0.5}, {"cell": {"AP": 0.25}, "rod": {"AP": 0.75}})
     assert [row[0] for row in rows] == ["class", "cell", "rod", "mean over classes", "all rows"]
     assert aligned([["a", "b"], ["long", "1"]]) == "a     b\nlong  1"
+
+
+def test_datasets_have_images_and_their_mean_is_the_whole() -> None:
+    parts = {"pcb": {"images": 4, "AP": 0.25}, "cards": {"images": 9, "AP": 0.75, "AP_small": 0.5}}
+    rows = evaluation_rows({"AP": 0.5, "AP_small": 0.5, "pcb/AP": 0.25}, parts)
+    assert rows == [
+        ["dataset", "images", "AP", "AP_small"],
+        ["pcb", 4, 0.25, None],
+        ["cards", 9, 0.75, 0.5],
+        ["mean over datasets", None, 0.5, 0.5],
+    ]

@@ -34,6 +34,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +264,8 @@ class RunFolder:
         saved = [path / name for name in ("model", "best", "last") if (path / name).is_dir()]
         if isinstance(self.config().tuner, Frozen):
             # A frozen language model is its own base; a detector trains around its frozen backbone.
-            detectors = (
-                folder for folder in saved if (folder / "config.json").is_file() or is_shared(folder)
-            )
-            return next(detectors, None)
+            is_detector = [(folder / "config.json").is_file() or is_shared(folder) for folder in saved]
+            return next(compress(saved, is_detector), None)
         folder = saved[0] if saved else newest_checkpoint(path)
         if folder is None:
             raise CheckpointError(f"'{path}' holds neither model/ nor a checkpoint: nothing was trained yet.")

@@ -183,7 +183,7 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
     rows = (training.batch_size or DETECTION_BATCH) // training.gradient_accumulation
     n_rows, epochs = None, 72
     names = tuple(config.datasets) or (config.domain or "",)
-    classes = [{} for _ in names]
+    classes: list[dict[str, Any]] = [{} for _ in names]
     if objective is None and all(Path(path).exists() for path in config.data.datasets.values()):  # type: ignore[union-attr]
         objective = build_objective(config)
     if objective is not None:  # else the data are elsewhere, and the detector has COCO's classes

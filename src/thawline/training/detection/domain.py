@@ -168,6 +168,6 @@ def _recipe(config: RunConfig, name: str, run: DomainRun | None) -> dict[str, An
         sampling = {"sampling": "each"} if drawn else {}
         recipe |= {"domain": name, "data": {**recipe["data"], "path": config.datasets[name], **sampling}}
     if run is None:
-        trained = {"weights": str(config.run_folder / "model" / BASE), "size": None, "overrides": {}}
+        trained: Any = {"weights": str(config.run_folder / "model" / BASE), "size": None, "overrides": {}}
         recipe |= {"tuner": {"method": "frozen"}, "base": {**recipe["base"], **trained}}
     return recipe
