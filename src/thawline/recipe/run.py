@@ -18,7 +18,7 @@ from thawline.recipe.checks import domain_name
 from thawline.recipe.detection import DetectionBase, DetectionData, DetectionSettings, DetectionTraining
 from thawline.recipe.text import MatchSettings, TextBase, TextData, TextSettings
 from thawline.recipe.training import TRAINING_ARGUMENTS, Training
-from thawline.recipe.tuners import TUNERS, Full, Paca, TunerSettings
+from thawline.recipe.tuners import TUNERS, Full, Mhr, Paca, TunerSettings
 from thawline.recipe.values import convert, field_types
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,11 @@ class RunConfig:
             self._check_domain(self.domain)
         if self.datasets:
             self._check_datasets()
+        elif isinstance(self.data, DetectionData) and isinstance(self.tuner, Mhr) and self.domain is None:
+            raise ConfigError(
+                f"`tuner: {self.tuner.method}` mixes skills for each of several datasets, and a detector has "
+                "one here: give `data.path` a list, or a `domain` to adapt to. Else use lora or paca."
+            )
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(
                 f"`name` must be a plain folder name, got {self.name!r}. `folder` is the place for a path."

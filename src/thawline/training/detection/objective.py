@@ -291,11 +291,6 @@ class DetectionObjective(Objective):
             return model.share()
         if self.domain is not None and isinstance(model, DEIMv2):
             return self.domain.attach(model)
-        if isinstance(tuner, Mhr):
-            raise ConfigError(
-                f"`tuner: {tuner.method}` mixes skills for each of several datasets: give `data.path` a "
-                "list, or a `domain` to adapt to (docs/domains.md). For one dataset alone use lora or paca."
-            )
         if not isinstance(tuner, Full) and self.start == "scratch":
             raise ConfigError(
                 f"`tuner: {tuner.method}` would keep a backbone of random weights. Give pretrained "
