@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.support.models import tiny_llama
 from thawline import to_lora
-from thawline.errors import ConfigError
+from thawline.errors import CheckpointError, ConfigError
 from thawline.tuners import MHRConfig, PacaConfig
 
 IDS = torch.arange(12).reshape(2, 6) + 3
@@ -61,6 +61,31 @@ def test_names_that_are_no_adapters_are_refused(make, names) -> None:
     model = get_peft_model(tiny_llama(), make(), "a").eval()
     with pytest.raises(ConfigError, match="adapter_names"):
         model(input_ids=IDS, adapter_names=names)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"hidden_size": 64}, r"q_proj\..*' is \(.*32.*\), expected \(.*64.*\)"),
+        ({"num_hidden_layers": 1}, r"has weights of 'model.layers.1.self_attn.q_proj', which this model"),
+    ],
+    ids=lambda other: next(iter(other), None) if isinstance(other, dict) else None,
+)
+def test_an_adapter_of_another_base_is_refused_in_one_line(make, other, message, tmp_path) -> None:
+    get_peft_model(tiny_llama(hidden_size=32), make()).save_pretrained(str(tmp_path))
+    for load in (
+        lambda base: PeftModel.from_pretrained(base, str(tmp_path)),
+        lambda base: get_peft_model(base, make()).load_adapter(str(tmp_path), "second"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error:
+            load(tiny_llama(**{"hidden_size": 32} | other))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{"exclude_modules": [r"q_proj"]}, {"modules_to_save": ["q_proj"]}])
+def test_targets_that_another_field_takes_away_name_it(make, fields) -> None:
+    with pytest.raises(ConfigError, match=f"that `{next(iter(fields))}` leaves"):
+        get_peft_model(tiny_llama(), make(**fields))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -5,17 +5,18 @@ from __future__ import annotations
 __all__ = ["BROKEN", "OFFLOADED", "Tuner", "check_in_memory", "row_names"]
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from thawline.errors import ConfigError
+from thawline.errors import CheckpointError, ConfigError
 from thawline.tuners._config import TunerConfig
 from thawline.tuners._steps import expect_gradients
 from thawline.tuners.experts import SplitExperts
@@ -41,6 +42,10 @@ class Tuner(BaseTuner):
     """A tuner that checks every target before it replaces the first, so that a failure changes nothing."""
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_check_fit)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `checked_targets` fills in default targets
@@ -73,7 +78,8 @@ class Tuner(BaseTuner):
         if not (is_all_linear(targets) or config.is_saved):
             check_fused(config, model, found)
         if not found:
-            left = " that `exclude_modules` leaves" if config.exclude_modules else ""
+            others = (name for name in ("exclude_modules", "modules_to_save") if getattr(config, name))
+            left = next((f" that `{name}` leaves" for name in others), "")
             raise ConfigError(f"`target_modules`: {targets!r} is no module of {type(model).__name__}{left}.")
         for name, module in found.items():
             if isinstance(module, cls.tuner_layer_cls):
@@ -125,6 +131,28 @@ class Tuner(BaseTuner):
                 "set_adapter(name), and for '__base__' inside `with model.disable_adapter():`."
             )
         yield
+
+
+def _check_fit(tuner: Tuner, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+    """Check that an adapter about to be loaded fits the model, where torch would skip what it lacks.
+
+    Raises: CheckpointError: naming a weight of another shape, or of a layer that is not adapted.
+    """
+    named = (tuner.named_parameters(remove_duplicate=False), tuner.named_buffers(remove_duplicate=False))
+    own, layers = dict(chain(*named)), dict(tuner.named_modules(remove_duplicate=False))
+    for key, found in state_dict.items():
+        name = key.removeprefix(prefix)
+        layer, is_adapter, _ = name.partition(f".{tuner.prefix}")
+        if is_adapter and layer not in layers:
+            raise CheckpointError(
+                f"The adapter has weights of '{layer.removeprefix('model.')}', which this model does not have "
+                "or does not adapt: it was made for another base model."
+            )
+        if is_adapter and name in own and own[name].shape != found.shape:
+            raise CheckpointError(
+                f"The adapter's '{name.removeprefix('model.')}' is {tuple(found.shape)}, expected "
+                f"{tuple(own[name].shape)}: it was made for another base model, or with other settings."
+            )
 
 
 def row_names(adapter_names: Any) -> list[str]:

@@ -63,6 +63,9 @@ class MHRConfig(MhrFields, TunerConfig):
         "lora_alpha": "use `alpha`; the update is scaled by alpha / r, and alpha=1 is the paper's",
         "lora_dropout": "use `dropout`",
         "init_lora_weights": "use `init_weights`",
+        "use_rslora": "use `alpha`; the update is scaled by alpha / r",
+        "use_dora": "leave it out: MHR has no magnitude vector",
+        "fan_in_fan_out": "leave it out: Conv1D is recognised by its type",
         "n_splits": "use `n_heads`",
         "poly_type": "use `router`",
     }
