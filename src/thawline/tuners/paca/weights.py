@@ -8,11 +8,11 @@ import gc
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import ConfigError
@@ -72,12 +72,12 @@ def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
 
 
 def warn_of_twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Warn of live modules outside `model` that hold weights of `layers`, for they will change along."""
+    """Warn of live modules and tensors outside `model` that hold weights of `layers`: they change along."""
     if twins := _twins(model, layers):
         logger.warning(
-            "The weights of %d layers ('%s', …) are also those of modules outside the model (%s), which will "
-            "change along: PaCA writes columns in place. To keep them, set mode='additive', or adapt a copy: "
-            "copy.deepcopy(model).",
+            "The weights of %d layers ('%s', …) are also held outside the model (%s), and will change there "
+            "too: PaCA writes columns in place. To keep them, set mode='additive', clone a state_dict, or "
+            "adapt a copy: copy.deepcopy(model).",
             len(twins), next(iter(twins)), ", ".join(sorted(set(twins.values()))),
         )  # fmt: skip
 
@@ -104,7 +104,7 @@ def _check_runs(name: str, layer: nn.Module, weight: nn.Parameter, holders: Mapp
 
 
 def _twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return the names of `layers` whose weight a live module outside `model` holds, and its class."""
+    """Return the names of `layers` whose weight is held outside `model`, and the class of what holds it."""
     alone = _references(nn.Linear(1, 1))
     names = {
         layer.weight.data_ptr(): name
@@ -113,12 +113,19 @@ def _twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     }
     inside = set(map(id, model.modules()))
     return {
-        names[parameter.data_ptr()]: type(module).__name__
-        for module in (gc.get_objects() if names else ())  # a tenth of a second: only where there is a reason
-        if issubclass(type(module), nn.Module) and id(module) not in inside
-        for parameter in module.__dict__.get("_parameters", {}).values()
-        if type(parameter) is nn.Parameter and parameter.data_ptr() in names
+        names[weight.data_ptr()]: type(holder).__name__
+        for holder in (gc.get_objects() if names else ())  # a tenth of a second: only where there is a reason
+        if id(holder) not in inside
+        for weight in _weights(holder)
+        if type(weight) in (nn.Parameter, Tensor) and weight.data_ptr() in names
     }
+
+
+def _weights(holder: object) -> Collection[object]:
+    """Return the weights that an object of any kind holds: a module's, or a tensor (of a state_dict) itself."""
+    if type(holder) is Tensor:
+        return (holder,)
+    return holder.__dict__.get("_parameters", {}).values() if issubclass(type(holder), nn.Module) else ()
 
 
 def _references(layer: nn.Module) -> tuple[int, int]:
