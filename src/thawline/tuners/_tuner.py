@@ -145,7 +145,7 @@ def _check_fit(tuner: Tuner, state_dict: Mapping[str, Tensor], prefix: str, *arg
         layer, is_adapter, _ = name.partition(f".{tuner.prefix}")
         if is_adapter and layer not in layers:
             raise CheckpointError(
-                f"The adapter has weights of '{layer.removeprefix('model.')}', which this model does not have "
+                f"The adapter has weights of '{layer.removeprefix('model.')}', which this model lacks "
                 "or does not adapt: it was made for another base model."
             )
         if is_adapter and name in own and own[name].shape != found.shape:

@@ -122,7 +122,7 @@ def _twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _weights(holder: object) -> Collection[object]:
-    """Return the weights that an object of any kind holds: a module's, or a tensor (of a state_dict) itself."""
+    """Return the weights that an object holds: those of a module, or a tensor itself."""
     if type(holder) is Tensor:
         return (holder,)
     return holder.__dict__.get("_parameters", {}).values() if issubclass(type(holder), nn.Module) else ()
