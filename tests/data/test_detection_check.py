@@ -305,8 +305,8 @@ def test_unused_and_alike_classes_are_remarked(root: Path) -> None:
         edit(root, split, lambda content: content["categories"].append({"id": 4, "name": "Ant "}))
     check = check_detection(root)
     assert [(problem.kind, problem.detail) for problem in check.problems] == [
-        ("class-unused", "'Ant ' (id 4)"),
-        ("class-alike", "'ant', 'Ant '"),
+        ("class-unused", "'Ant' (id 4)"),
+        ("class-alike", "'ant', 'Ant'"),
     ]
     assert check.is_trainable
 

@@ -17,6 +17,7 @@ from thawline.data.detection.dataset import DetectionDataset, load_detection, re
 from thawline.data.detection.drawing import save_image
 from thawline.data.detection.images import decode_image, probe_image, read_image
 from thawline.errors import DataError
+from thawline.inference.images import to_rgb
 
 
 def encoded(image: Image.Image, format: str, orientation: int = 1) -> bytes:
@@ -151,6 +152,20 @@ def test_sixteen_bits_of_which_few_are_used_are_remarked(
     assert [
         problem.kind for problem in check_detection(root).problems if problem.kind != "class-unused"
     ] == kinds
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_frames_behind_the_first_are_said(tmp_path: Path, format: str, caplog) -> None:
+    stream = io.BytesIO()
+    noise().save(stream, format=format, save_all=True, append_images=[noise().rotate(180)])
+    root = one_image(tmp_path / "set", stream.getvalue(), ".png")
+    kinds = [] if format == "MPO" else ["frames"]  # a camera's two sizes of one picture
+    assert [problem.kind for problem in load_detection(root).problems] == kinds
+    found = [problem.kind for problem in check_detection(root).problems]
+    assert [kind for kind in found if kind != "class-unused"] == kinds
+    caplog.clear()
+    to_rgb(root / "images/train/a.png")
+    assert ("the first is used" in caplog.text) == bool(kinds)
 
 
 def test_a_dark_image_of_eight_bits_is_not_remarked(tmp_path: Path) -> None:

@@ -355,6 +355,18 @@ def test_an_absent_test_folder_is_left_out_and_an_absent_val_folder_is_an_error(
         load_detection(root)
 
 
+@pytest.mark.parametrize(
+    ("train", "val"), [("Train", "Val"), ("train", "validation"), ("training", "dev"), ("train", "eval")]
+)
+def test_splits_in_the_yaml_have_several_names(tmp_path: Path, train: str, val: str) -> None:
+    root = write_yolo(tmp_path / "set")
+    rest = {"Names": list(NAMES), train: "images/train", val: "images/val"}
+    save_yaml(root / "data.yaml", rest)
+    assert list(load_detection(root).splits) == ["train", "val"]
+    save_yaml(root / "data.yaml", rest | {"valid": "images/train"})
+    assert "is left out: the images of 'val' are given above" in problems(load_detection(root))["place-note"]
+
+
 @pytest.mark.parametrize("key", ["path", "train", "val"])
 def test_a_url_in_the_yaml_is_refused_by_name(tmp_path: Path, key: str) -> None:
     root = write_yolo(tmp_path / "set")

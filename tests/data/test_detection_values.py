@@ -125,6 +125,16 @@ def test_coco_values_may_be_numbers_or_text(tmp_path: Path, change: Callable) ->
         assert [record.image_id for record in data.records("train")] == ["0", "1", "2"]
 
 
+def test_a_box_to_ignore_is_a_crowd_and_names_have_no_outer_spaces(tmp_path: Path) -> None:
+    def change(content: dict) -> None:
+        content["annotations"][0]["ignore"] = 1
+        content["categories"][0]["name"] += " "
+
+    data = load_detection(edit(write_coco(tmp_path / "set"), change))
+    assert data.class_names == NAMES
+    assert [record.iscrowd.tolist() for record in data.records("train")] == [[True, False], [], [False]]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 __all__ = ["is_tensor", "to_rgb"]
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from thawline.data.detection.images import read_image
+from thawline.data.detection.images import has_frames, read_image
 from thawline.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def to_rgb(source: Any) -> np.ndarray:
@@ -29,7 +32,11 @@ def to_rgb(source: Any) -> np.ndarray:
     Raises: DataError: unreadable, of another shape, empty, or floats beyond 0–1.
     """
     if isinstance(source, str | Path):
-        return read_image(Path(source))
+        path = Path(source)
+        image = read_image(path)
+        if has_frames(path):
+            logger.warning("'%s' holds several images (frames or pages); the first is used.", path)
+        return image
     if is_tensor(source):
         if source.dim() != 3 or source.shape[0] not in (1, 3):
             raise DataError(f"Expected a tensor (3, H, W) or (1, H, W), got {tuple(source.shape)}.")

@@ -13,8 +13,8 @@ by OpenCV, whose versions differ in the formats for which they do.
 from __future__ import annotations
 
 __all__ = [
-    "IMAGE_SUFFIXES", "ImageProbe", "decode_image", "is_image", "opencv", "probe_image", "read_image",
-    "stored_size",
+    "IMAGE_SUFFIXES", "ImageProbe", "decode_image", "has_frames", "is_image", "opencv", "probe_image",
+    "read_image", "stored_size",
 ]  # fmt: skip
 
 import io
@@ -68,6 +68,8 @@ class ImageProbe:
     """EXIF orientation, 1–8."""
     is_low_range: bool = False
     """True if 16-bit values use at most 12 bits."""
+    has_frames: bool = False
+    """True if the file holds several images, as an animation does; only the first is used."""
     fault: str = ""
     """Reason why the file cannot be used; empty if it can."""
 
@@ -131,7 +133,12 @@ def decode_image(data: bytes, oriented: bool = True) -> np.ndarray:
         raise DataError(
             f"cannot be decoded ({_reason(error)}). Replace the file, or remove it from the data."
         ) from error
-    return _turn(image, _orientation(data)) if oriented else image
+    return _turn(image, _header_facts(data)[0]) if oriented else image
+
+
+def has_frames(path: Path) -> bool:
+    """Return True if an image file holds several images, as an animation does; only the first is used."""
+    return _header_facts(path.read_bytes())[1]
 
 
 def stored_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
@@ -176,7 +183,8 @@ def _is_header_enough(stream: BinaryIO) -> bool:
 def _probe_header(stream: BinaryIO) -> ImageProbe:
     with _open(stream) as image:
         width, height = image.size
-        return ImageProbe(width=width, height=height, orientation=_exif_orientation(image))
+        turn = _exif_orientation(image)
+        return ImageProbe(width=width, height=height, orientation=turn, has_frames=_has_frames(image))
 
 
 def _probe_pixels(data: bytes) -> ImageProbe:
@@ -189,8 +197,13 @@ def _probe_pixels(data: bytes) -> ImageProbe:
     if pixels.max() <= (LOW_RANGE + 1) >> 8:
         deep = _decode(data, opencv().IMREAD_ANYDEPTH)
         is_low_range = deep.dtype == np.uint16 and 0 < deep.max() <= LOW_RANGE
+    orientation, has_frames = _header_facts(data)
     return ImageProbe(
-        width=width, height=height, orientation=_orientation(data), is_low_range=bool(is_low_range)
+        width=width,
+        height=height,
+        orientation=orientation,
+        is_low_range=bool(is_low_range),
+        has_frames=has_frames,
     )
 
 
@@ -236,12 +249,18 @@ def _read_header(stream: BinaryIO, formats: Sequence[str] | None = None) -> Any:
             module.MAX_IMAGE_PIXELS = limit
 
 
-def _orientation(data: bytes) -> int:
-    """Return the EXIF orientation of an image that is decoded by `_decode`, 1–8."""
+def _header_facts(data: bytes) -> tuple[int, bool]:
+    """Return of an image decoded by `_decode` its EXIF orientation, 1–8, and if further frames follow it."""
     try:
-        return _exif_orientation(_open(io.BytesIO(data)))
+        image = _open(io.BytesIO(data))
+        return _exif_orientation(image), _has_frames(image)
     except Exception:  # OpenCV reads formats that Pillow does not
-        return 1
+        return 1, False
+
+
+def _has_frames(image: Any) -> bool:
+    """Return True for an animation, or several pages; a camera's MPO holds one picture in two sizes."""
+    return image.format != "MPO" and bool(getattr(image, "is_animated", False))
 
 
 def _exif_orientation(image: Any) -> int:

@@ -168,6 +168,10 @@ WARNINGS: dict[str, ProblemKind] = {
         "16-bit images use only the lowest part of their range, so they are read almost black",
         "multiply their values to fill 16 bits, or save them with 8",
     ),
+    "frames": ProblemKind(
+        "images hold several frames or pages, of which the first is used",
+        "save those that are needed as images of their own",
+    ),
     "unlabelled": ProblemKind(
         "splits have images without a label file, which count as images without objects",
         "add an empty label file if that is meant, else the missing one",

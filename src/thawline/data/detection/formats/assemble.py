@@ -140,6 +140,8 @@ def _image_size(
     else:
         if probe.is_low_range:
             raw.add_problem("low-range", image.where, f"'{image.path}': no value above {LOW_RANGE}", split)
+        if probe.has_frames:
+            raw.add_problem("frames", image.where, f"'{image.path}'", split)
         stored = (probe.width, probe.height)
         oriented = oriented and probe.orientation != 1
         if size is not None:

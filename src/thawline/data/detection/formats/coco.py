@@ -140,7 +140,7 @@ def _split_named(file: Path, path: Path) -> str | None:
 def _parse(file: Path, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"'{file}' is not JSON: {error}. Repair it, or move it away.") from error
     needed = {"images": ("id", "file_name"), "annotations": (), "categories": ("id", "name")}
     for key, names in needed.items():
@@ -206,7 +206,7 @@ def _read_box(entry: dict[str, Any]) -> RawBox:
     return RawBox(
         _to_xyxy(entry),
         _field(entry, "category_id", to_id),
-        _field(entry, "iscrowd", to_flag),
+        _field(entry, "iscrowd", to_flag) or _field(entry, "ignore", to_flag),
         None if area in (None, "") else _field(entry, "area", to_number),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ordered", "split_of", "split_of_folder"]
+__all__ = ["SPLITS", "ordered", "split_of", "split_of_folder"]
 
 import re
 from collections.abc import Iterable

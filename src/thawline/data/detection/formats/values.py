@@ -52,8 +52,8 @@ def to_flag(value: object) -> bool:
 
 
 def to_text(value: object) -> str:
-    """Return a name, given as text or as a number. Raises: ValueError: if it is empty or anything else."""
+    """Return a name, given as text or a number, without outer spaces. Raises: ValueError: if it is none."""
     is_name = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     if not is_name or not str(value).strip():
         raise ValueError(f"must be text, got {value!r}")
-    return str(value)
+    return str(value).strip()

@@ -180,6 +180,7 @@ def _listed(source: Path, folder: Path, split: str, raw: RawSet) -> list[Path]:
     places = Places([folder], suffixes=(".xml",))
     files = []
     for line in filter(None, map(str.strip, raw.read_text(source, split).splitlines())):
+        line = line.removesuffix(".xml")
         names = [line, re.sub(r"\s+-?\d+$", "", line)]
         names += [str(PureWindowsPath(name).with_suffix("")) for name in names if is_image(Path(name))]
         found = next((found for name in names if (found := places.find(f"{name}.xml"))), None)

@@ -35,15 +35,13 @@ from thawline.data.detection.formats.places import (
     relative_name,
 )
 from thawline.data.detection.formats.raw import ClassId, Found, RawImage, RawSet
-from thawline.data.detection.formats.splits import ordered
+from thawline.data.detection.formats.splits import SPLITS, ordered, split_of_folder
 from thawline.data.detection.formats.values import to_number, to_text
 from thawline.data.detection.formats.yolo_labels import LabelReader
 from thawline.errors import DataError
 
 HINT = "a YAML file with `names` and `train`"
 
-KEYS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
-"""Key of data.yaml → split."""
 NOTHING = ("", "~", "null", "Null", "NULL", "None")
 """Values that stand for none in a YAML file."""
 
@@ -124,11 +122,11 @@ def _parse_yaml(file: Path, text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise DataError(f"'{file}' is not YAML: {reason}. Repair it, or move it away.") from error
-    return content if isinstance(content, dict) else {}
+    return {key.lower(): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _is_data_yaml(content: dict[str, Any]) -> bool:
-    return ("names" in content or "nc" in content) and any(key in content for key in KEYS)
+    return ("names" in content or "nc" in content) and any(map(split_of_folder, content))
 
 
 def _sources(file: Path, content: dict[str, Any]) -> tuple[dict[str, tuple[Path, ...]], list[str]]:
@@ -144,11 +142,14 @@ def _sources(file: Path, content: dict[str, Any]) -> tuple[dict[str, tuple[Path,
         else:
             notes.append(f"`path: {path}` is no folder; paths start from '{file.parent}' instead")
     sources: dict[str, tuple[Path, ...]] = {}
-    for key, split in KEYS.items():
-        value = content.get(key)
+    for key in sorted(content, key=lambda key: key not in SPLITS):
+        split, value = split_of_folder(key), content[key]
         names = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None]
         names = [name for name in names if name not in NOTHING]
-        if not names or split in sources:
+        if split is None or not names:
+            continue
+        if split in sources:
+            notes.append(f"`{key}` is left out: the images of '{split}' are given above it")
             continue
         found = []
         for name in names:
