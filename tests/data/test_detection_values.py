@@ -474,6 +474,15 @@ def test_a_training_split_without_a_box_is_an_error_for_loader_and_check(tmp_pat
     assert not check_detection(root).is_trainable
 
 
+def test_a_training_split_without_an_image_is_an_error_for_loader_and_check(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "set")
+    (root / "none.txt").write_text("")
+    save_yaml(root / "data.yaml", {"train": "none.txt", "val": "images/val", "names": list(NAMES)})
+    with pytest.raises(DataError, match="training splits have no box to learn from.*(?s:.*)train: 0 images"):
+        load_detection(root)
+    assert not check_detection(root).is_trainable
+
+
 def test_crowds_and_boxes_without_area_are_nothing_to_learn_from(tmp_path: Path) -> None:
     def change(content: dict) -> None:
         for i, entry in enumerate(content["annotations"]):

@@ -146,6 +146,14 @@ def test_videos_of_one_stem_do_not_replace_each_other(predict, tmp_path: Path) -
         predict([tmp_path / "clip.avi", tmp_path / "clip.mov"], tmp_path / "out")
 
 
+def test_a_file_is_no_folder_to_write_into(predict, tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in ("notes.txt", "notes.txt/a.png"):
+        with pytest.raises(ConfigError, match="notes.txt' is a file. Give a folder"):
+            predict(tmp_path / "a.png", tmp_path / out)
+
+
 def test_two_results_of_one_name_are_refused(predict, tmp_path: Path) -> None:
     image = write_image(tmp_path / "in" / "a.png")
     write_image(tmp_path / "in" / "b.png")

@@ -47,6 +47,8 @@ class Output:
         if is_file and len(frames) > 1:
             raise ConfigError(f"`out`: '{out}' names one image, but there are {len(frames)}. Give a folder.")
         self.folder = out.parent if is_file else out
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"`out`: '{self.folder}' is a file. Give a folder.")
         record = self.folder / RECORD
         self._written = set(read_jsonl(record)) if record.is_file() else set()
         self._results = self.folder / RESULTS

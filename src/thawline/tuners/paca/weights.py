@@ -121,7 +121,7 @@ def _twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def _weights(holder: object) -> Collection[object]:
+def _weights(holder: object) -> Collection[Any]:
     """Return the weights that an object holds: those of a module, or a tensor itself."""
     if type(holder) is Tensor:
         return (holder,)

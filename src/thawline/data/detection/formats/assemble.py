@@ -62,7 +62,8 @@ def assemble(raw: RawSet, decode: bool = False) -> DetectionSet:
             probes = list(pool.map(probe, images))
         records = (_record(raw, split, *pair, label_of) for pair in zip(images, probes, strict=True))
         splits[split] = tuple(record for record in records if record is not None)
-        if split == "train" and splits[split] and not any(map(n_learnable, splits[split])):
+        is_usable = splits[split] or not images  # else images are named that cannot be used
+        if split == "train" and is_usable and not any(map(n_learnable, splits[split])):
             raw.add_problem("no-boxes", split, f"{len(splits[split])} images", split)
     return DetectionSet(
         format=raw.format,
