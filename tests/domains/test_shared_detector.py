@@ -93,6 +93,18 @@ def test_the_columns_of_every_family_survive_fusing(variant: str, tmp_path: Path
     assert shared.nbytes("cards") < 0.05 * weights
 
 
+def test_a_domain_is_exchanged_in_a_copy_for_each_length_of_columns(shared: SharedDetector) -> None:
+    model, changes = shared._network.model, shared._member("cards").changes
+    shared._network.switch(None)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    lengths = {tuple(item.values.shape[1:]) for item in changes._items}
+    assert len(changes._items) == len(lengths) < len(changes._changed) / 4
+    assert all(weight.data_ptr() % 64 == 0 for weight in model.parameters() if weight.dim() > 1)
+    changes.exchange()
+    changes.exchange()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
 def test_a_batch_of_several_domains_equals_single_calls(shared: SharedDetector) -> None:
     batch, names = images(5), ["pcb", "cards", "pcb", "plates", "cards"]
     found = shared(batch, domain=names)

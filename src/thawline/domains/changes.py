@@ -8,74 +8,125 @@ again. A domain in the network costs no operation, and one outside the memory of
 
 from __future__ import annotations
 
-__all__ = ["Changes"]
+__all__ = ["Changes", "JoinedWeights"]
 
-from collections.abc import Iterator
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from thawline.ops.cache import TensorCache
+ALIGNMENT = 64
+"""Bytes; the memory of a weight begins at a multiple of them, as that of torch's own tensors."""
+
+
+class JoinedWeights:
+    """A network whose matrices and kernels lie in few tensors, so that a domain is exchanged in few copies.
+
+    A row of these tensors is what an adapter changes as a whole: a column of a matrix, an input channel of a
+    kernel, a channel of a depthwise kernel. Rows of one length are together, whichever layers they belong to.
+
+    Args:
+        network: fused network of the base; its weights are moved, and keep their values. Kernels get the
+            layout of rows, on which no bit of a convolution depends; matrices keep theirs.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.places: dict[Tensor, tuple[Tensor, int]] = {}
+        """Weight → the tensor that holds its rows, and the first of them."""
+        by_length: dict[tuple[int, torch.dtype], list[nn.Parameter]] = defaultdict(list)
+        for weight in network.parameters():
+            if weight.dim() in (2, 4):
+                by_length[rows_of(weight)[0].numel(), weight.dtype].append(weight)
+        for (length, dtype), weights in by_length.items():
+            step = ALIGNMENT // math.gcd(ALIGNMENT, length * dtype.itemsize)
+            starts, end = [], 0
+            for weight in weights:
+                starts.append(end)
+                end += math.ceil(len(rows_of(weight)) / step) * step
+            joined = torch.zeros(end, length, dtype=dtype, device=weights[0].device)
+            for weight, start in zip(weights, starts, strict=True):
+                rows, axis = rows_of(weight), _axis(weight)
+                moved = joined[start : start + len(rows)].copy_(rows)
+                weight.data = moved.view(weight.movedim(axis, 0).shape).movedim(0, axis)
+                self.places[weight] = joined, start
 
 
 @dataclass(eq=False)
-class _Slices:
-    """Columns, or rows, of one tensor of the network: values at `index` of an axis."""
+class _Rows:
+    """Rows of a tensor that holds those of many weights."""
 
-    tensor: Tensor
-    axis: int
+    joined: Tensor
     index: Tensor
     values: Tensor
 
     def exchange(self) -> None:
-        inside = self.tensor.index_select(self.axis, self.index)
-        self.tensor.index_copy_(self.axis, self.index, self.values)
+        inside = self.joined.index_select(0, self.index)
+        self.joined.index_copy_(0, self.index, self.values)
         self.values = inside
 
 
 @dataclass(eq=False)
 class _Whole:
-    """A parameter of the network that is exchanged whole: class heads differ in their number of rows."""
+    """A tensor that is exchanged whole: class heads differ in their number of rows."""
 
-    module: nn.Module
+    owner: dict[str, Tensor | None]
     name: str
-    parameter: nn.Parameter
+    values: Tensor
 
     def exchange(self) -> None:
-        parameters = self.module._parameters
-        self.parameter, parameters[self.name] = parameters[self.name], self.parameter
+        inside = self.owner[self.name]
+        assert inside is not None
+        self.owner[self.name], self.values = self.values, inside
 
 
 class Changes:
     """Difference between two fused networks that share most of their weights.
 
     Args:
-        network: fused network of the base, without any domain inside; the one that is changed.
+        weights: of the base, without any domain inside; the network that is changed.
         domain: fused network of the base with a domain merged. Its class heads are taken over.
     Attributes:
         parts: names of the network's parts with a change (backbone, encoder, decoder).
     """
 
-    def __init__(self, network: nn.Module, domain: nn.Module) -> None:
-        self._items: list[_Slices | _Whole] = []
-        self._caches: list[TensorCache] = []
+    def __init__(self, weights: JoinedWeights, domain: nn.Module) -> None:
+        self._items: list[_Rows | _Whole] = []
+        self._changed: list[Tensor] = []
         self.parts: set[str] = set()
+        found: dict[Tensor, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         others = dict(domain.named_modules())
-        for path, module in network.named_modules():
-            before = len(self._items)
-            self._items += _compare(module, others[path])
-            if len(self._items) > before:
-                self.parts.add(path.partition(".")[0])
-                # What a layer has computed from its weights is no longer true.
-                self._caches += [value for value in vars(module).values() if isinstance(value, TensorCache)]
+        for path, module in weights.network.named_modules():
+            for kind in ("_parameters", "_buffers"):
+                owner, theirs = getattr(module, kind), getattr(others[path], kind)
+                for name, tensor in owner.items():
+                    if tensor is None or theirs[name] is None:
+                        continue
+                    other = theirs[name].detach().to(tensor.device)
+                    if tensor.shape == other.shape and torch.equal(tensor, other):
+                        continue
+                    self.parts.add(path.partition(".")[0])
+                    if tensor.shape != other.shape or tensor not in weights.places:
+                        whole = other if kind == "_buffers" else nn.Parameter(other, requires_grad=False)
+                        self._items.append(_Whole(owner, name, whole))
+                        continue
+                    self._changed.append(tensor)
+                    joined, start = weights.places[tensor]
+                    rows = rows_of(other, _axis(tensor))
+                    index = (rows_of(tensor) != rows).any(dim=1).nonzero().flatten()
+                    found[joined].append((start + index, rows[index]))
+        for joined, parts in found.items():
+            index, values = (torch.cat(part) for part in zip(*parts, strict=True))
+            self._items.append(_Rows(joined, index, values))
 
     @property
     def nbytes(self) -> int:
         """Memory of the changes, bytes."""
         return sum(
-            item.parameter.nbytes if isinstance(item, _Whole) else item.values.nbytes + item.index.nbytes
-            for item in self._items
+            item.values.nbytes + (item.index.nbytes if isinstance(item, _Rows) else 0) for item in self._items
         )
 
     @torch.no_grad()
@@ -83,35 +134,18 @@ class Changes:
         """Put the changes into the network, or take them out again."""
         for item in self._items:
             item.exchange()
-        for cache in self._caches:
-            cache.clear()
+        increment_version(self._changed)  # what a layer has computed from them is no longer true
 
 
-def _compare(module: nn.Module, other: nn.Module) -> Iterator[_Slices | _Whole]:
-    """Yield what differs between the own tensors of two modules of the same kind."""
-    for name, parameter in module._parameters.items():
-        theirs = other._parameters[name]
-        if parameter is None or theirs is None:
-            continue
-        if parameter.shape != theirs.shape:
-            yield _Whole(
-                module, name, nn.Parameter(theirs.detach().to(parameter.device), requires_grad=False)
-            )
-        elif (slices := _slices(parameter, theirs.detach().to(parameter.device))) is not None:
-            yield slices
-    for name, buffer in module._buffers.items():
-        if buffer is not None and (slices := _slices(buffer, other._buffers[name].to(buffer.device))):
-            yield slices
+def rows_of(weight: Tensor, axis: int | None = None) -> Tensor:
+    """Return a weight as rows, (N, L): slices along an axis. None: its own."""
+    rows = weight.detach().movedim(_axis(weight) if axis is None else axis, 0)
+    return rows.flatten(1)
 
 
-def _slices(tensor: Tensor, other: Tensor) -> _Slices | None:
-    """Return the columns or the rows in which two tensors differ, whichever are fewer; None: none."""
-    differs = tensor != other
-    if not differs.any():
-        return None
-    choices = []
-    for axis in range(min(2, tensor.dim())):
-        index = differs.transpose(0, axis).flatten(1).any(dim=1) if tensor.dim() > 1 else differs
-        choices.append((index.sum().item() / tensor.shape[axis], axis, index.nonzero().flatten()))
-    _, axis, index = min(choices, key=lambda choice: choice[0])
-    return _Slices(tensor.detach(), axis, index, other.index_select(axis, index))
+def _axis(weight: Tensor) -> int:
+    """Return the axis of a weight, (O, I) or (O, I, k, k), whose slices an adapter changes as a whole."""
+    if weight.shape[1] == 1:
+        return 0
+    is_matrix = weight[0, 0].numel() == 1
+    return 0 if is_matrix and weight.stride(0) > weight.stride(1) else 1

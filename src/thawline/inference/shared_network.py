@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thawline.domains.changes import Changes
+from thawline.domains.changes import Changes, JoinedWeights
 from thawline.inference.frames import Found
 from thawline.inference.torch_network import TorchNetwork
 from thawline.models.deimv2 import DEIMv2
@@ -41,6 +41,7 @@ class SharedNetwork(TorchNetwork):
 
     def __init__(self, base: DEIMv2, device: str | torch.device | None = None) -> None:
         super().__init__(base, device)
+        self._weights = JoinedWeights(self.model)
         self._lock = threading.RLock()
         self._resident: Changes | None = None
 
@@ -49,7 +50,7 @@ class SharedNetwork(TorchNetwork):
         fused = domain.fuse()
         with self._lock:
             self.switch(None)
-            return Changes(self.model, fused)
+            return Changes(self._weights, fused)
 
     def switch(self, changes: Changes | None) -> None:
         """Put a domain's changes into the network, in the place of those inside; None: the base."""

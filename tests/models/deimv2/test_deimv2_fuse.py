@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from thawline.models.deimv2.fused.conv import FusedConv
 from thawline.models.deimv2.fused.forms import fuse
 from thawline.models.deimv2.model import DEIMv2
 
@@ -103,6 +105,20 @@ def test_a_stem_in_strips_gives_what_the_whole_gives(size: tuple[int, int]) -> N
     with torch.no_grad():
         for fused.strip_size in (1, 2 * 9 * size[1] // 4, 10**9):  # strips of 8 and 9 rows, and all rows
             torch.testing.assert_close(fused(pixels), stem(pixels), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "kernel", "groups"), [(6, 3, 1), (16, 3, 16), (12, 1, 1), (6, 1, 2)])
+def test_a_convolution_follows_its_weight(channels: int, kernel: int, groups: int) -> None:
+    torch.manual_seed(0)
+    conv = FusedConv(
+        torch.randn(channels, channels // groups, kernel, kernel), torch.randn(channels), groups=groups,
+        activation="silu",
+    )  # fmt: skip
+    for size in (9, 5, 9):
+        conv.weight.mul_(1.5)
+        x = torch.randn(2, channels, size, size)
+        expected = F.silu(F.conv2d(x, conv.weight, conv.bias, groups=groups))
+        torch.testing.assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_fused_model_serves_several_threads_at_once() -> None:
