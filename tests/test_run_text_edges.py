@@ -128,6 +128,14 @@ def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         built(base, write_rows(tmp_path / "pairs.jsonl", {"input": "a", "output": "b"}))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_base_whose_files_hold_no_settings_is_named(tmp_path: Path, name: str) -> None:
+    base = save_llama(tmp_path / "base", byte_tokenizer())
+    (base / name).write_text("[]")
+    with pytest.raises(ConfigError, match=r"Cannot load '.*base': "):
+        built(base, write_rows(tmp_path / "pairs.jsonl", {"input": "a", "output": "b"}))
+
+
 def test_settings_of_prompts_that_no_row_reads_are_refused(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base", byte_tokenizer())
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

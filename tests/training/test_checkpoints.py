@@ -20,7 +20,7 @@ from tests.support.text_runs import TextRecipes, logged, weights, write_first_le
 from thawline.errors import CheckpointError, ThawlineError
 from thawline.inference.detector import Detector
 from thawline.run import evaluate, predict, run, saved_config
-from thawline.training.checkpoints import MANIFEST, checkpoint_fault, newest_checkpoint
+from thawline.training.checkpoints import MANIFEST, checkpoint_fault, newest_checkpoint, seal_checkpoint
 
 STEPS = {"text": (8, 12), "detection": (6, 9)}
 BIG = ("pytorch_model.bin", "average.pt", "adapter_model.safetensors", "optimizer.pt")
@@ -124,17 +124,24 @@ def test_every_file_of_a_checkpoint_is_guarded(objective: str, unfinished) -> No
 
 
 @pytest.mark.parametrize("objective", STEPS)
-@pytest.mark.parametrize("damage", [cut, empty, poison])
-def test_a_checkpoint_without_a_manifest_is_judged_by_opening_it(objective, damage, unfinished) -> None:
+def test_a_checkpoint_without_a_manifest_is_passed_over(objective, unfinished, caplog) -> None:
     folder = unfinished(objective)
-    newer = folder / f"checkpoint-{STEPS[objective][1]}"
+    older, newer = (folder / f"checkpoint-{step}" for step in STEPS[objective])
     (newer / MANIFEST).unlink()
-    assert newest_checkpoint(folder) == newer
+    (folder / "checkpoint-99").write_text("no folder")
+    assert newest_checkpoint(folder) == older
+    assert f"{newer.name} (manifest.json is missing: it is written last)" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [cut, empty, poison])
+def test_a_file_that_cannot_be_opened_is_named_whatever_the_manifest_says(damage, unfinished) -> None:
+    folder = unfinished("detection")
+    newer = folder / "checkpoint-9"
     for file in files_of(newer):
-        # training_args.bin and texts are never read; without its trainer_state.json it is half-written.
-        if file.name not in ("training_args.bin", "README.md", "chat_template.jinja"):
+        if file.name != "training_args.bin":  # never read
             whole = file.read_bytes()
             damage(file)
+            seal_checkpoint(newer)
             fault = checkpoint_fault(newer) or ""
             assert re.match(f"{file.name} (is empty|cannot be read: .|holds other objects)", fault), file.name
             file.write_bytes(whole)
@@ -144,7 +151,7 @@ def test_a_checkpoint_without_a_manifest_is_judged_by_opening_it(objective, dama
 def test_a_poisoned_file_with_a_manifest_to_match_does_not_run(unfinished, caplog) -> None:
     folder = unfinished("detection")
     poison(folder / "checkpoint-9" / "optimizer.pt")
-    (folder / "checkpoint-9" / MANIFEST).write_text("{}")
+    seal_checkpoint(folder / "checkpoint-9")
     assert newest_checkpoint(folder) == folder / "checkpoint-6"
     assert "checkpoint-9 (optimizer.pt holds other objects than tensors" in caplog.text
     (folder / "checkpoint-9" / MANIFEST).write_text('{"files": 3}')

@@ -2,8 +2,7 @@
 
 A checkpoint is sealed once it is saved: manifest.json, written last and in one step, gives the size and the
 SHA-256 digest of each file. A checkpoint is whole if its files are those of the manifest and each can be
-opened; one without a manifest (an older thawline's) if each can be opened. Nothing is unpickled but tensors
-and plain values, so a file from elsewhere cannot run code.
+opened. Nothing is unpickled but tensors and plain values, so a file from elsewhere cannot run code.
 
 A checkpoint with neither a manifest nor a readable trainer_state.json, which transformers' Trainer writes
 last, is half-written: the run was killed, or the disk was full.
@@ -93,8 +92,9 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return "no such folder"
     try:
-        sealed = read_json(checkpoint / MANIFEST)
-        for name, facts in sealed.get("files", {}).items():
+        if not (checkpoint / MANIFEST).is_file():
+            return f"{MANIFEST} is missing: it is written last"
+        for name, facts in read_json(checkpoint / MANIFEST)["files"].items():
             file = checkpoint / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -169,7 +169,7 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
 
 def _folders(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=checkpoint_step)
+    return sorted(filter(Path.is_dir, found), key=checkpoint_step)
 
 
 def _is_half_written(checkpoint: Path) -> bool:

@@ -35,6 +35,7 @@ def read_limits(base: TextBase, n_virtual: int = 0) -> Limits:
         model = build_without_weights(AutoModel, base, torch.float32)
         embedding = model.get_input_embeddings()
         name = next(name for name, module in model.named_modules() if module is embedding)
+        n_tokens = embedding.weight.shape[0]
     except Exception:  # code that comes with a model may do without AutoModel, meta tensors or an embedding
         return Limits()
     # Towers for images and sound have tables of their own.
@@ -48,7 +49,7 @@ def read_limits(base: TextBase, n_virtual: int = 0) -> Limits:
     stated = getattr(model.config, "max_position_embeddings", None)
     if tables and stated is not None:
         tables.append(stated)
-    return Limits(min(tables) - n_virtual if tables else None, embedding.weight.shape[0])
+    return Limits(min(tables) - n_virtual if tables else None, n_tokens)
 
 
 def _is_table(name: str) -> bool:

@@ -77,7 +77,8 @@ def load_pretrained(loader: Any, base: TextBase, **extra: Any) -> Any:
         return loader.from_pretrained(
             base.model, revision=base.revision, trust_remote_code=base.trust_remote_code, **extra
         )
-    except (*DAMAGED, OSError, ValueError, RuntimeError, ImportError) as error:
+    # A JSON file that holds something else than settings raises TypeError or AttributeError.
+    except (*DAMAGED, OSError, ValueError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         if not folder.is_dir() and (
             folder.is_absolute() or base.model.startswith(".") or len(folder.parts) > 2
         ):
