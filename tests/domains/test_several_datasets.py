@@ -188,6 +188,7 @@ def test_a_new_dataset_starts_from_the_skills(skills: Path, folder: Path, base: 
         for file in ("adapter_model.safetensors", "heads.safetensors")
     )
     assert about.parameters == of_adapter + of_heads
+    assert json.loads((done.folder / "plan.json").read_text())["domains"] == {"new": 4 * about.parameters}
     assert done.trainable == routing + {"z": 0, "mu": 1, "full": 3}[adapt] * of_adapter + of_heads
     merged = DEIMv2.from_pretrained(done.folder / "model").state_dict()
     alone = load_domain(base, done.folder / "domains" / "new").state_dict()

@@ -13,7 +13,6 @@ __all__ = ["CLASS_LAYERS", "attach_domain", "is_class_layer", "keep_in_eval", "m
 
 import copy
 import dataclasses
-import logging
 from collections.abc import Sequence
 from types import MethodType
 
@@ -27,8 +26,6 @@ from thawline.tuners.adapters import merge_adapters
 from thawline.tuners.build import attach_tuner, routed_tasks
 from thawline.tuners.mhr.conv import is_pointwise
 from thawline.tuners.mhr.layer import linear_sizes
-
-logger = logging.getLogger(__name__)
 
 CLASS_LAYERS = ("enc_score_head", "dec_score_head", "denoising_class_embed")
 """Layers of the decoder with a row for each class: the part of a detector that is always a domain's own."""
@@ -96,19 +93,11 @@ def merged_detector(model: DEIMv2) -> DEIMv2:
 
 
 def _adaptable(model: nn.Module, settings: Adapter) -> list[str]:
-    """Return the layers that the adapter fits; of MHR, say how many it does not."""
-    layers = {
-        name: layer
+    names = [
+        name
         for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_class_layer(name)
-    }
-    names = [name for name, layer in layers.items() if _suits(layer, settings)]
-    if isinstance(settings, Mhr):
-        logger.info(
-            "MHR adapts %d of the detector's %d linear layers and convolutions: those are left out that are "
-            "larger than 1 × 1 or grouped, or whose sizes `tuner.n_heads: %d` does not divide.",
-            len(names), len(layers), settings.heads,
-        )  # fmt: skip
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not is_class_layer(name) and _suits(layer, settings)
+    ]
     if not names:
         raise ConfigError("No layer fits the adapter. Lower `tuner.r`, or `tuner.n_heads` of MHR.")
     return names

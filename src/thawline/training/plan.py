@@ -76,7 +76,7 @@ def _overview(
         "run": str(config.run_folder),
         "base": f"{config.base.label}: {plan['model']}, {plan['base_parameters']:,} parameters",
         "tuner": f"{config.tuner.method}: {trainable:,} trainable ({trainable / plan['parameters']:.2%})",
-        "objective": config.objective.kind + _domain(config, trainable),
+        "objective": config.objective.kind + _domains(plan.get("domains", {})),
         "data": f"{', '.join(paths)}: {rows['train']:,} for training, {rows['held_out']:,} held out",
         **steps,
         "evaluation": _every(training.eval_every) if rows["held_out"] else "none: nothing is held out",
@@ -92,11 +92,9 @@ def _overview(
     return overview
 
 
-def _domain(config: RunConfig, trainable: int) -> str:
-    """Return what a domain will add to its base, in float32; of several datasets, the domains' names."""
-    if config.datasets:
-        return f"; domains {', '.join(config.datasets)}"
-    return "" if config.domain is None else f"; domain '{config.domain}', {4 * trainable / 1000:,.0f} kB"
+def _domains(sizes: Mapping[str, int]) -> str:
+    """Return what each domain will add to its base, given its bytes."""
+    return "".join(f"; domain '{name}', {size / 1000:,.0f} kB" for name, size in sizes.items())
 
 
 def _every(every: int | str) -> str:

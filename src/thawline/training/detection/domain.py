@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-__all__ = ["DomainRun", "save_domains"]
+__all__ = ["DomainRun", "domain_bytes", "save_domains"]
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from thawline.training.detection.detectors import Detectors
 from thawline.training.evaluation import Evaluation
 from thawline.tuners.adapters import save_adapter
 from thawline.tuners.mhr.layer import find_layers
+
+logger = logging.getLogger(__name__)
 
 ONLY_IN_TRAINING = {"num_denoising", "label_noise", "box_noise"}
 """Settings of a network that its detections do not depend on."""
@@ -76,7 +79,16 @@ class DomainRun:
         tuner = self._config.tuner
         if start := getattr(tuner, "start_from", None):
             self._check_same_base(start)
-        return attach_domain(model, tuner, self.names)
+        n_layers = sum(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in model.modules())
+        attach_domain(model, tuner, self.names)
+        if isinstance(tuner, Mhr):
+            logger.info(
+                "MHR adapts %d of the detector's %d linear layers and convolutions. Class heads are trained; "
+                "others are left out that are larger than 1 × 1 or grouped, or of a size that `tuner.n_heads` "
+                "does not divide.",
+                sum(1 for _ in find_layers(model)), n_layers,
+            )  # fmt: skip
+        return model
 
     def _check_same_base(self, start_from: str) -> None:
         for folder in domain_folders(start_from):
@@ -125,6 +137,15 @@ def save_domains(
         save_domain(member, about, folder / DOMAINS / name, task=name)
 
 
+def domain_bytes(model: nn.Module, run: DomainRun | None) -> dict[str, int]:
+    """Return the bytes, in float32, of each domain that a run makes; none for a run without domains."""
+    if isinstance(model, Detectors):
+        return {
+            name: 4 * _n_parameters(one, run) for name, one in zip(model.names, model.members, strict=True)
+        }
+    return {} if run is None else {run.names[0]: 4 * _n_parameters(model, run)}
+
+
 def _about(
     model: DEIMv2,
     config: RunConfig,
@@ -152,7 +173,7 @@ def _about(
     )
 
 
-def _n_parameters(model: DEIMv2, run: DomainRun | None) -> int:
+def _n_parameters(model: nn.Module, run: DomainRun | None) -> int:
     """Count what a domain has of its own; of MHR it is a task's mixture, whatever of it was trained."""
     layers = [layer for _, layer in find_layers(model)]
     mixture = sum(sum(one.r.values()) * (one.in_features + one.out_features) for one in layers)

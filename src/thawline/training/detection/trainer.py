@@ -48,6 +48,7 @@ from thawline.training.detection.arguments import DetectionTrainingData
 from thawline.training.detection.backbone import fast_parameters, routing_group
 from thawline.training.detection.callbacks import Speed, TrainingEvents
 from thawline.training.detection.detectors import Detectors
+from thawline.training.detection.domain import domain_bytes
 from thawline.training.detection.ema import EMA
 from thawline.training.detection.groups import ParameterGroup, build_groups
 from thawline.training.detection.learner import Learner, collate_on_host
@@ -297,12 +298,14 @@ class DetectionTrainer(Trainer):
         batch = self.objective.first_batch()
         seconds = time.perf_counter() - start
         rows, datasets = self.objective.train_rows, self.objective.datasets
-        sampling = {}
+        sampling: dict[str, Any] = {}
         if isinstance(rows, MixedImages):
             names = [dataset.name for dataset in datasets]
             sampling["batches"] = dict(zip(names, rows.n_batches, strict=True))
         elif (repeats := self.objective.class_repeats(datasets[0])) is not None:
             sampling["sampling"] = sampling_plan(rows.order, repeats, datasets[0].class_names)
+        if sizes := domain_bytes(self.model.detector, self.objective.domain):
+            sampling["domains"] = sizes
         return {
             **sampling,
             "steps": self.schedule.n_steps if self.args.max_steps < 0 else self.args.max_steps,
@@ -321,6 +324,8 @@ class DetectionTrainer(Trainer):
     def overview(self, plan: Mapping[str, Any]) -> dict[str, str]:
         """Return the schedule of `plan`, in words, under at most four headings."""
         overview = schedule_overview(self.schedule, plan)
+        if routing := [group.lr for group in self.groups if group.name == "routing" and group.parameters]:
+            overview["rates"] = f"routing {routing[0]:g}, else {overview['rates']}"
         if (sampling := plan.get("sampling")) is not None:
             overview["steps"] += f"; {sampling_overview(sampling)}"
         if (batches := plan.get("batches")) is not None:
