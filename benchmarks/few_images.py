@@ -1,6 +1,6 @@
 """A new domain from few images: by the skills of other datasets, and without them.
 
-    python benchmarks/few_images.py --base runs/base --keep runs/few --data shapes cards --images 16 --seeds 0 1 2
+    python benchmarks/few_images.py --base runs/base --keep runs/few --data shapes cards --seeds 0 1 2
 
 For each new set, MHR first learns skills on the sets of --skills but this one, on the frozen base. Then a
 domain of the new set is trained from --images of its images, which the seed draws, and judged on all of its

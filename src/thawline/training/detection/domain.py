@@ -83,9 +83,9 @@ class DomainRun:
         attach_domain(model, tuner, self.names)
         if isinstance(tuner, Mhr):
             logger.info(
-                "MHR adapts %d of the detector's %d linear layers and convolutions. Class heads are trained; "
-                "others are left out that are larger than 1 × 1 or grouped, or of a size that `tuner.n_heads` "
-                "does not divide.",
+                "MHR adapts %d of the detector's %d linear layers and convolutions. Others are class heads, "
+                "which are trained, larger than 1 × 1, grouped, or of sizes that `tuner.n_heads` does not "
+                "divide.",
                 sum(1 for _ in find_layers(model)), n_layers,
             )  # fmt: skip
         return model
