@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from tests.support.detection_runs import NAMES, assert_same, forget_after, state_of, write_painted_coco
 from tests.support.domains import make_base
 from thawline import SharedDetector, jobs
+from thawline.analysis.gradients import gradient_alignment
 from thawline.domains.attach import is_class_layer
 from thawline.domains.domain import base_digest, load_domain, read_domain
 from thawline.errors import CheckpointError, ConfigError, DataError, RoutingError
 from thawline.models.deimv2 import DEIMv2
+from thawline.planning.blueprint import draw_blueprint
+from thawline.planning.plan import Planner
 from thawline.recipe import RunConfig
 from thawline.report.run_report import build_report
-from thawline.run import run
+from thawline.run import measure_alignment, run
 from thawline.training.detection.detectors import Detectors
 from thawline.training.objective import build_objective
 from thawline.tuners.mhr.layer import linear_sizes
@@ -85,7 +88,7 @@ def trained(request: pytest.FixtureRequest, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def skills(folder: Path) -> Path:
     """A run of MHR on both sets, with checkpoints of every epoch."""
-    return run(recipe(folder, "skills", MHR, training__keep_checkpoints=9)).folder
+    return run(recipe(folder, "skills", MHR, training__keep_checkpoints=9, training__align_every=6)).folder
 
 
 def test_each_dataset_becomes_a_domain_of_one_base(trained: Path, base: DEIMv2) -> None:
@@ -118,10 +121,9 @@ def test_every_dataset_is_scored_and_the_mean_decides(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert max(row["eval_AP"] for row in rows if "eval_AP" in row) <= result["metrics"]["AP"] + 1e-9
     assert {f"eval_{name}/AP" for name in SETS} <= {key for row in rows for key in row}
-    page = build_report(trained).read_text()
     for name in SETS:
-        assert f"Detection: {name}" in page
         assert (trained / "pictures" / f"worst-{name}.png").is_file()
+        assert (trained / f"detection_metrics-{name}.json").is_file()
     predictions = (trained / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["dataset"] for line in predictions] == ["discs"] * 2 + ["plates"] * 2
 
@@ -134,6 +136,9 @@ def test_the_run_is_used_by_domain_as_a_shared_folder(trained: Path, folder: Pat
     for name in SETS:
         assert found[name].metrics["AP"] == pytest.approx(result["parts"][name]["AP"], abs=1e-6)
     assert jobs.evaluate(trained).metrics["AP"] == pytest.approx(result["metrics"]["AP"], abs=1e-6)
+    if trained.name == "none":
+        (measured,) = measure_alignment(trained)
+        assert (measured["step"], measured["n_tasks"]) == (result["steps"], 2)
     shared = SharedDetector.from_pretrained(trained, device="cpu")
     assert shared.domains == tuple(SETS)
     found = shared(np.zeros((64, 64, 3), np.uint8), domain="plates", threshold=0.0)
@@ -164,7 +169,8 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(skills: Path, folder: Pat
     shutil.rmtree(resumed / "domains")
     n_steps = json.loads((skills / "result.json").read_text())["steps"]
     forget_after(resumed, n_steps // 2)
-    run(recipe(folder, "resumed", MHR, training__keep_checkpoints=9), resume=True)
+    config = recipe(folder, "resumed", MHR, training__keep_checkpoints=9, training__align_every=6)
+    run(config, resume=True)
     assert_same(*(state_of(one / f"checkpoint-{n_steps}") for one in (skills, resumed)))
     for file in ("adapter_model.safetensors", "heads.safetensors"):
         assert len({(one / "domains" / "plates" / file).read_bytes() for one in (skills, resumed)}) == 1
@@ -200,9 +206,29 @@ def test_a_new_dataset_starts_from_the_skills(skills: Path, folder: Path, base: 
 def test_routes_are_shown_and_the_plan_counts_batches(skills: Path) -> None:
     found = jobs.align(skills)
     assert found["routing"]["tasks"] == list(SETS)
+    assert [row["step"] for row in found["alignment"]["skills"]["steps"]] == [6, 12]
+    page = build_report(skills).read_text()
+    assert all(f"Detection: {name}" in page for name in SETS)
     plan = json.loads((skills / "plan.json").read_text())
     assert plan["batches"] == {"discs": 3, "plates": 3}
     assert plan["steps"] == 12
+
+
+def test_alignment_is_the_cosine_of_the_gradients_that_datasets_share(folder: Path) -> None:
+    config = recipe(folder, "unused", "none", training__batch_size=6)
+    objective = build_objective(config, described={})
+    model, batches = objective.build_model(), objective.alignment_batches()
+    assert {name: len(found) for name, found in batches.items()} == dict.fromkeys(SETS, 1)
+    found = gradient_alignment(model, batches, objective.loss)
+    shared = [p for name, p in model.member(0).named_parameters() if not is_class_layer(name)]
+    gradients = []
+    for (batch,) in batches.values():
+        loss = objective.loss(model.eval(), batch)
+        parts = torch.autograd.grad(loss, shared, allow_unused=True, materialize_grads=True)
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    expected = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+    assert found.skill.mean_cosine == pytest.approx(expected.item(), abs=1e-4)
+    assert abs(expected) > 0.01
 
 
 @pytest.mark.parametrize("tuner", ["frozen", {"method": "lora", "r": 2, "target_modules": ".*out_proj"}, MHR])
@@ -219,8 +245,10 @@ def test_what_trains_is_the_adapter_and_the_heads_of_each(folder: Path, base: DE
     if tuner is MHR:
         adapter = 3 * adapter + len(layers) * len(SETS) * 3 * 4  # skills; logits of tasks, skills and heads
     assert found.trainable == heads + adapter
+    planned = draw_blueprint(config)
+    assert sum(p.numel() for p in planned.model.parameters() if p.requires_grad) == found.trainable
     if tuner is MHR:
-        assert jobs.plan(config).trained == found.trainable
+        assert Planner(config).bytes()["saved"] > 0
 
 
 @pytest.mark.parametrize(

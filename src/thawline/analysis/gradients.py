@@ -142,6 +142,8 @@ def gradient_alignment(
                         rows.append(part.own_gradient(gradient, task))
                     bar.update()
             for part, rows in zip(group, kept, strict=True):
+                if sum(bool(row.any()) for row in rows) == 1:
+                    continue  # a single task uses it, such as the class heads of a detector's dataset
                 gram_HTT = _gram(torch.stack(rows, 1))
                 effective = effective + gram_HTT.sum(0)
                 skill = skill + (gram_HTT * part.overlap(tuple(batches))).sum(0)

@@ -23,6 +23,9 @@ def is_shared(path: str | Path) -> bool:
 
 
 def shared_path(path: str | Path) -> Path | None:
-    """Return the folder of a base and domains that a path means; None: it means none."""
-    places = (Path(path), Path(path) / "model")
+    """Return the folder of a base and domains that a path means; None: it means none.
+
+    Of a run on several datasets that is its model/, or before its end the best or last one so far.
+    """
+    places = (Path(path), *(Path(path) / part for part in ("model", "best", "last")))
     return next((place for place in places if (place / BASE / "config.json").is_file()), None)

@@ -203,6 +203,9 @@ class DetectionTraining:
     """Steps between checkpoints, or "epoch", or "end" only. A run resumes from its newest one."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep. The best and the last detector are kept as well."""
+    align_every: int | None = None
+    """Steps between measurements of the alignment of several datasets' gradients (`thawline align`), each a
+    forward and a backward pass over 32 images of every dataset. None: not measured."""
     best_metric: str = "AP"
     """Metric that chooses the best detector (AP, AP50, …)."""
     patience: int | None = None
@@ -227,7 +230,9 @@ class DetectionTraining:
             "batch_size",
             "patience",
         )
-        all_at_least(self, "training", 1, *counts, "eval_batch_size", "eval_every", "save_every")
+        all_at_least(
+            self, "training", 1, *counts, "eval_batch_size", "align_every", "eval_every", "save_every"
+        )
         all_at_least(self, "training", 0, "weight_decay", "max_grad_norm", "workers")
         check_patience(self)
         for name in ("lr", "backbone_lr"):

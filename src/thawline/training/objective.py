@@ -149,7 +149,7 @@ class Objective(ABC):
 
         Raises: ConfigError: if the objective has no tasks.
         """
-        raise ConfigError("Alignment is between tasks of text; a detector has one task.")
+        raise ConfigError("Alignment is between tasks, and the run has one.")
 
     def predict(
         self,

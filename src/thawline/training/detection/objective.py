@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from thawline.data.detection.augment import TrainingImages
@@ -59,6 +60,7 @@ from thawline.recipe import (
 )
 from thawline.recipe.checks import height_width
 from thawline.training.callbacks import Annealing
+from thawline.training.checkpoints import load_state
 from thawline.training.detection.arguments import detection_arguments
 from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.datasets import RunDataset, read_dataset
@@ -70,6 +72,7 @@ from thawline.training.detection.evaluation import (
     n_devices,
     to_evaluation,
 )
+from thawline.training.detection.learner import HostTargets, Learner
 from thawline.training.detection.schedule import (
     DetectionSchedule,
     asks_for_augmentation,
@@ -78,12 +81,14 @@ from thawline.training.detection.schedule import (
     published_schedule,
 )
 from thawline.training.detection.split import shorter_sides, warn_of_crowded
-from thawline.training.detection.trainer import DetectionTrainer
+from thawline.training.detection.trainer import SCORES, WEIGHTS, DetectionTrainer
 from thawline.training.evaluation import Evaluation
 from thawline.training.objective import Objective, ReadRows
 
 logger = logging.getLogger(__name__)
 
+ALIGN_IMAGES = 32
+"""Images of each dataset that alignment is measured on."""
 DEFAULT_EPOCHS = 72
 """Epochs of a derived run: N needs them from a pretrained backbone on a few hundred images."""
 
@@ -234,10 +239,41 @@ class DetectionObjective(Objective):
 
     def first_batch(self, epoch: int = 0, dataset: int = 0) -> dict[str, Any]:
         """Return a dataset's first batch of an epoch, as the network gets it."""
+        return next(self._batches_of(dataset, epoch))
+
+    def _batches_of(self, dataset: int, epoch: int) -> Iterator[dict[str, Any]]:
+        """Yield a dataset's whole batches of an epoch; its only one, if it has fewer images."""
         rows = self.train_rows
         images = rows.parts[dataset] if isinstance(rows, MixedImages) else rows
-        n = min(self.device_batch_size, len(images.order))
-        return self.collate([images[Draw(epoch, position)] for position in range(n)])
+        size = min(self.device_batch_size, len(images.order))
+        for start in range(0, len(images.order) - size + 1, size):
+            yield self.collate([images[Draw(epoch, start + place)] for place in range(size)])
+
+    @property
+    def align_every(self) -> int | None:
+        """Steps between measurements of gradient alignment. None: not measured."""
+        return self.training.align_every
+
+    def alignment_batches(self) -> dict[str, list[Any]]:
+        """Return batches of each dataset, as the last epoch has them: without strong augmentation.
+
+        Raises: ConfigError: there is one dataset.
+        """
+        if len(self.datasets) == 1:
+            raise ConfigError("Alignment is between datasets, and the run has one (docs/domains.md).")
+        n, epoch = max(1, ALIGN_IMAGES // self.device_batch_size), self.schedule.epochs - 1
+        return {
+            dataset.name: [
+                {"pixel_values": batch["pixel_values"], "targets": HostTargets(batch["targets"], number)}
+                for batch in islice(self._batches_of(number, epoch), n)
+            ]
+            for number, dataset in enumerate(self.datasets)
+        }
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Return the sum of a batch's loss terms, in which alignment is measured."""
+        learner = model if isinstance(model, Learner) else Learner(model)
+        return torch.stack(list(learner(**batch, epoch=0).values())).sum()
 
     def load_base(self, source: str | None = None) -> DEIMv2 | Detectors:
         """Load the detector with the data's classes, of several datasets one for each.
@@ -256,8 +292,17 @@ class DetectionObjective(Objective):
         return Detectors(names, [load_domain(base, Path(source) / DOMAINS / name) for name in names])
 
     def load_tuned(self, folder: Path | None) -> nn.Module:
-        """Load what a run saved in `folder`, adapters merged; None: the base as it is."""
-        return super().load_tuned(None) if folder is None else self.load_base(str(folder))
+        """Load what a run saved in `folder`: a detector, adapters merged, or a checkpoint, as it trains.
+
+        None: the base as it is.
+        """
+        if folder is None:
+            return super().load_tuned(None)
+        if (folder / SCORES).is_file():
+            learner = Learner(self.build_model())
+            learner.load_state_dict(load_state(folder / WEIGHTS))
+            return learner.detector
+        return self.load_base(str(folder))
 
     def _new_detector(self, dataset: RunDataset) -> DEIMv2:
         overrides = {

@@ -341,6 +341,12 @@ def _weight_file(folder: Path) -> tuple[Path, Path]:
         for name in WEIGHT_FILES:
             if (place / name).is_file():
                 return place, place / name
+    for place in (folder, *(folder / part for part in RUN_PARTS)):
+        if (place / "base" / "config.json").is_file():
+            raise CheckpointError(
+                f"'{folder}' holds a base and its domains. The base alone is '{place / 'base'}'; its domains "
+                "are used by `thawline.SharedDetector`, or `--domain`."
+            )
     if any((place / "adapter_config.json").is_file() for place in (folder, folder / "model")):
         raise CheckpointError(f"'{folder}' holds an adapter of another model, and no detector.")
     raise CheckpointError(
