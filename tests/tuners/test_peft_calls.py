@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -163,12 +163,46 @@ def test_biases_train_are_saved_and_merged(make, bias, tmp_path) -> None:
     torch.testing.assert_close(logits(model.merge_and_unload()), expected)
 
 
-def test_fsdp1_is_named_as_what_it_is() -> None:
+@pytest.fixture
+def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = get_peft_model(tiny_llama(), PacaConfig(r=2, target_modules=["q_proj"]))
-        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-        with pytest.raises(ConfigError, match=r"flattened or partitioned \(FSDP1 or ZeRO-3\).*FSDP2"):
-            model(input_ids=IDS)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def test_fsdp1_is_named_as_what_it_is(one_process) -> None:
+    model = wrapped(get_peft_model(tiny_llama(), PacaConfig(r=2, target_modules=["q_proj"])))
+    with pytest.raises(ConfigError, match=r"flattened or partitioned \(FSDP1 or ZeRO-3\).*mode='additive'"):
+        model(input_ids=IDS)
+
+
+def test_columns_beside_the_weight_train_under_fsdp1_as_accelerate_announces_it(
+    one_process, monkeypatch, caplog
+) -> None:
+    def losses(model: nn.Module) -> list[float]:
+        optimizer, found = torch.optim.SGD(model.parameters(), 0.1), []
+        for _ in range(3):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    config = PacaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=False)
+    expected = losses(get_peft_model(tiny_llama(), config))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model = wrapped(get_peft_model(tiny_llama(), config))
+    assert "FSDP1 is going to flatten it" in caplog.text
+    assert losses(model) == pytest.approx(expected, rel=1e-5)  # another order of sums
+    plain = get_peft_model(tiny_llama(), config)
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
+    torch.testing.assert_close(logits(plain), logits(model))
+    caplog.clear()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    get_peft_model(tiny_llama(), config)
+    assert not caplog.text

@@ -6,6 +6,7 @@ __all__ = ["find_obstacles", "warn_of_twins"]
 
 import gc
 import logging
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -59,6 +60,8 @@ def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
         others = [other for other in owners[id(weight)] if other != name]
         if others:
             found[name] = f"Its weight is tied to {others}: writing its columns would change those too."
+        elif _is_fsdp1_to_come():
+            found[name] = "FSDP1 is going to flatten it (fsdp_version: 1); FSDP2 does not."
         elif hasattr(weight, "ds_id"):
             found[name] = "DeepSpeed has partitioned its weight."
         elif weight.is_meta and (is_partial or hasattr(layer, "_hf_hook")):
@@ -69,6 +72,11 @@ def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
                 "columns to write."
             )
     return found
+
+
+def _is_fsdp1_to_come() -> bool:
+    """Return whether accelerate, which wraps models after adapters are attached, is set up for FSDP1."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") == "1"
 
 
 def warn_of_twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
