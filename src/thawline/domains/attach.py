@@ -68,10 +68,21 @@ def attach_domain(model: DEIMv2, settings: TunerSettings, tasks: Sequence[str] =
     for name, parameter in model.named_parameters():
         if is_class_layer(name):
             parameter.requires_grad_(True)
+    keep_statistics(model)
+    return model
+
+
+def freeze(model: DEIMv2) -> None:
+    """Freeze a detector whole, statistics of its norms included."""
+    model.requires_grad_(False)
+    keep_statistics(model)
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Keep what has statistics, or draws random positions, in eval mode."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, AdaptedViT)):
             keep_in_eval(module)
-    return model
 
 
 def keep_in_eval(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ __all__ = ["Changes", "JoinedWeights"]
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,10 @@ class _Rows:
     index: Tensor
     values: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + self.values.nbytes
+
     def exchange(self) -> None:
         inside = self.joined.index_select(0, self.index)
         self.joined.index_copy_(0, self.index, self.values)
@@ -71,16 +76,19 @@ class _Rows:
 
 @dataclass(eq=False)
 class _Whole:
-    """A tensor that is exchanged whole: class heads differ in their number of rows."""
+    """A tensor or layer that is exchanged whole: class heads differ in their number of rows, or of groups."""
 
-    owner: dict[str, Tensor | None]
+    owner: dict[str, Any]
     name: str
-    values: Tensor
+    values: Tensor | nn.Module
 
     def exchange(self) -> None:
-        inside = self.owner[self.name]
-        assert inside is not None
-        self.owner[self.name], self.values = self.values, inside
+        self.owner[self.name], self.values = self.values, self.owner[self.name]
+
+    @property
+    def nbytes(self) -> int:
+        values = self.values
+        return values.nbytes if isinstance(values, Tensor) else sum(p.nbytes for p in values.parameters())
 
 
 class Changes:
@@ -100,6 +108,12 @@ class Changes:
         found: dict[Tensor, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         others = dict(domain.named_modules())
         for path, module in weights.network.named_modules():
+            if type(module) is not type(others[path]):
+                parent, _, name = path.rpartition(".")
+                layer = others[path].to(next(module.parameters()).device)
+                self._items.append(_Whole(weights.network.get_submodule(parent)._modules, name, layer))
+                self.parts.add(path.partition(".")[0])
+                continue
             for kind in ("_parameters", "_buffers"):
                 owner, theirs = getattr(module, kind), getattr(others[path], kind)
                 for name, tensor in owner.items():
@@ -125,9 +139,7 @@ class Changes:
     @property
     def nbytes(self) -> int:
         """Memory of the changes, bytes."""
-        return sum(
-            item.values.nbytes + (item.index.nbytes if isinstance(item, _Rows) else 0) for item in self._items
-        )
+        return sum(item.nbytes for item in self._items)
 
     @torch.no_grad()
     def exchange(self) -> None:

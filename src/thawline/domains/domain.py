@@ -12,6 +12,7 @@ __all__ = ["Domain", "base_digest", "load_domain", "read_domain", "save_domain"]
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thawline.domains.attach import is_class_layer
+from thawline.domains.classes import group_classes
 from thawline.errors import CheckpointError
 from thawline.files import DAMAGED, atomic_folder, read_json, write_json
 from thawline.models.deimv2.model import DEIMv2
@@ -38,6 +40,8 @@ class Domain:
 
     name: str
     class_names: tuple[str, ...]
+    class_groups: tuple[int, ...] = ()
+    """Number of classes that it was trained with first, and added each time since. Empty: all at once."""
     threshold: float
     """Score from which detections count: that of the best F1 on the held-out images."""
     base: str
@@ -56,6 +60,7 @@ class Domain:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "class_groups", tuple(self.class_groups))
         object.__setattr__(self, "image_size", tuple(self.image_size))
 
 
@@ -76,13 +81,16 @@ def base_digest(model: DEIMv2) -> str:
     return digest.hexdigest()
 
 
-def save_domain(model: DEIMv2, about: Domain, folder: str | Path, task: str | None = None) -> None:
+def save_domain(
+    model: DEIMv2, about: Domain, folder: str | Path, task: str | None = None, adapter: Path | None = None
+) -> None:
     """Write the domain in a detector that `attach_domain` has prepared; the folder appears whole.
 
     MHR's mixture of skills for a task is exactly a LoRA, and written as one.
 
     Args:
         task: the task of the mixture. None: the only one.
+        adapter: domain that this one has its adapter from, unchanged. None: it is in the model.
     """
     heads = {
         name: tensor.detach().cpu().contiguous()
@@ -91,7 +99,10 @@ def save_domain(model: DEIMv2, about: Domain, folder: str | Path, task: str | No
     }
     with atomic_folder(folder) as temporary:
         if about.tuner != "frozen":
-            if next(find_layers(model), None) is None:
+            if adapter is not None:
+                for file in adapter.glob("adapter_*"):
+                    shutil.copy(file, temporary)
+            elif next(find_layers(model), None) is None:
                 save_adapter(model, temporary)
             else:
                 to_lora(model, temporary, task=task)
@@ -138,6 +149,8 @@ def load_domain(base: DEIMv2, folder: str | Path, digest: str | None = None) -> 
         base.config, num_classes=len(about.class_names), class_names=about.class_names
     )
     model = DEIMv2(config).eval()
+    if len(about.class_groups) > 1:
+        group_classes(model, about.class_groups)
     heads = _read_heads(Path(folder), model)
     shared = {name: tensor for name, tensor in base.state_dict().items() if not is_class_layer(name)}
     model.load_state_dict(shared | heads)

@@ -41,6 +41,14 @@ def find_domain(path: str | Path) -> Path:
     return found[0]
 
 
+def named_domain(path: str | Path, name: str) -> Path:
+    """Return the folder of a domain of a run or shared folder. Raises: ConfigError: there is none."""
+    folders = {one.name: one for one in domain_folders(path)}
+    if name not in folders:
+        raise ConfigError(f"'{path}' has no domain '{name}'. {did_you_mean(name, list(folders))}")
+    return folders[name]
+
+
 def domain_folders(path: str | Path) -> list[Path]:
     """Return the folders of the domains that a run or shared folder holds."""
     return _subfolders(Path(path) / DOMAINS)
@@ -107,11 +115,7 @@ class SharedFolder:
 
     def folder(self, name: str) -> Path:
         """Return the folder of a domain. Raises: ConfigError: there is none of this name."""
-        folder = self.path / DOMAINS / name
-        if name in ("", ".", "..") or Path(name).name != name or not folder.is_dir():
-            names = [one.name for one in domain_folders(self.path)]
-            raise ConfigError(f"'{self.path}' has no domain '{name}'. {did_you_mean(name, names)}")
-        return folder
+        return named_domain(self.path, name)
 
     def add(self, source: str | Path, name: str | None = None) -> str:
         """Copy a domain into the folder, once it is known to fit the base, and return its name.

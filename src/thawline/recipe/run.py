@@ -57,6 +57,9 @@ class RunConfig:
     domain: str | None = None
     """Name of the domain that a detection run adds to the frozen detector of `base.weights`: an adapter and
     class heads, saved apart from it (docs/domains.md). None: the run trains a detector of its own."""
+    add_classes: str | list[str] = field(default_factory=list)
+    """Class, or classes, to add to the trained domain `domain`, which the shared folder or run `base.weights`
+    holds. Its adapter and its old classes stay bit for bit; `tuner` is not used (docs/domains.md)."""
     lean: bool = False
     """Swap norms and gated MLPs for versions that keep less for backward (`thawline.apply_lean`), and compute
     a language model's training loss without holding all logits."""
@@ -70,6 +73,12 @@ class RunConfig:
             raise ConfigError(f"`seed` must be a whole number from 0 to 2^32 - 1, got {self.seed!r}.")
         if self.domain is not None:
             self._check_domain(self.domain)
+        added = self.added_classes
+        if added and (self.domain is None or len(set(added)) < len(added) or "" in added):
+            raise ConfigError(
+                "`add_classes` takes names of new classes, each once, for the domain that `domain` names; "
+                f"got {list(added)} for {self.domain!r}."
+            )
         if self.datasets:
             self._check_datasets()
         elif isinstance(self.data, DetectionData) and isinstance(self.tuner, Mhr) and self.domain is None:
@@ -135,6 +144,12 @@ class RunConfig:
         data = "_".join(self.datasets) or Path(paths[0]).stem
         parts = [Path(self.base.label).name, tuner, self.domain or data]
         return "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
+
+    @property
+    def added_classes(self) -> tuple[str, ...]:
+        """`add_classes`, one or several."""
+        names = self.add_classes
+        return (names,) if isinstance(names, str) else tuple(names)
 
     @property
     def datasets(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RunDataset", "read_dataset"]
+__all__ = ["RunDataset", "check_boxes", "read_dataset"]
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -54,6 +54,8 @@ def read_dataset(
     records, held_out = split_images(found, data, seed)
     if class_names and tuple(class_names) != found.class_names:
         held_out = join_classes(held_out, found.class_names, class_names)
+        if read == "all":
+            records = join_classes(records, found.class_names, class_names)
     if read == "all":
         if not found.records(data.train_split):
             raise DataError(f"'{path}': the split '{data.train_split}' has no images.")
@@ -73,3 +75,10 @@ def read_dataset(
         held_out=held_out,
         class_ids=dict(zip(found.class_names, found.class_ids, strict=True)),
     )
+
+
+def check_boxes(dataset: RunDataset, names: Sequence[str]) -> None:
+    """Raises: DataError: a class has no box in the training images."""
+    found = {dataset.class_names[label] for record in dataset.records for label in record.labels}
+    if missing := [name for name in names if name not in found]:
+        raise DataError(f"No training image has a box of '{missing[0]}', which `add_classes` names.")

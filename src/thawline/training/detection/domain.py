@@ -8,22 +8,25 @@
 
 from __future__ import annotations
 
-__all__ = ["DomainRun", "domain_bytes", "save_domains"]
+__all__ = ["DomainRun", "ExtendedDomainRun", "domain_bytes", "save_domains"]
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from thawline.domains import BASE, DOMAINS
+from thawline.domains import BASE, DOMAINS, is_shared
 from thawline.domains.attach import attach_domain, is_class_layer, merged_detector
-from thawline.domains.domain import Domain, base_digest, read_domain, save_domain
-from thawline.domains.folder import domain_folders
+from thawline.domains.classes import extend_classes
+from thawline.domains.domain import Domain, base_digest, load_domain, read_domain, save_domain
+from thawline.domains.folder import SharedFolder, domain_folders, load_base, named_domain
 from thawline.errors import CheckpointError, ConfigError
 from thawline.metrics.detection import DetectionMetrics
 from thawline.models.deimv2.checkpoints.read import config_of, read_checkpoint
+from thawline.models.deimv2.config import with_overrides
 from thawline.models.deimv2.model import DEIMv2
 from thawline.recipe import Mhr, RunConfig
 from thawline.training.detection.detectors import Detectors
@@ -47,6 +50,9 @@ class DomainRun:
     Raises: ConfigError: `base.weights` is no detector, or `base.overrides` would change its shape.
     """
 
+    class_names: tuple[str, ...] = ()
+    """Classes that the domain will have, where the data does not decide."""
+
     def __init__(self, config: RunConfig) -> None:
         base: Any = config.base  # a DetectionBase with weights, as RunConfig has checked
         self.names = tuple(config.datasets) or (str(config.domain),)
@@ -69,6 +75,10 @@ class DomainRun:
     def base(self) -> DEIMv2:
         """Load the frozen detector as it was before."""
         return DEIMv2.from_pretrained(self.weights, self._config.base.variant)  # type: ignore[union-attr]
+
+    def new_detector(self, overrides: Mapping[str, Any]) -> DEIMv2:
+        """Load the frozen detector with new class layers, as `overrides` describe them."""
+        return DEIMv2.from_pretrained(self.weights, self._config.base.variant, **overrides)  # type: ignore[union-attr]
 
     def attach(self, model: DEIMv2) -> DEIMv2:
         """Freeze the detector and attach the adapter, in place.
@@ -101,6 +111,51 @@ class DomainRun:
                 )
 
 
+class ExtendedDomainRun(DomainRun):
+    """A trained domain that a run adds classes to; `base.weights` is a shared folder or a run that holds it.
+
+    Raises: ConfigError: there is no such domain, or it has one of the classes. CheckpointError: the domain is
+        damaged, or of another base.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        base: Any = config.base
+        self.names, self.weights, self._config = (str(config.domain),), str(base.weights), config
+        self.folder = named_domain(self.weights, self.names[0])
+        self.before = read_domain(self.folder)
+        if known := [name for name in config.added_classes if name in self.before.class_names]:
+            raise ConfigError(
+                f"`add_classes`: '{self.folder}' has '{known[0]}' already. Its classes are "
+                f"{', '.join(self.before.class_names)}."
+            )
+        if foreign := sorted(base.overrides.keys() - ONLY_IN_TRAINING):
+            raise ConfigError(f"`base.overrides` has '{foreign[0]}': a domain takes its base as it is.")
+        self.class_names = (*self.before.class_names, *config.added_classes)
+        self.image_size, self.digest = self.before.image_size, self.before.base
+
+    def base(self) -> DEIMv2:
+        """Load the frozen detector as it was before."""
+        return SharedFolder(self.weights).base() if is_shared(self.weights) else load_base(self.folder)
+
+    def new_detector(self, overrides: Mapping[str, Any]) -> DEIMv2:
+        """Load the domain's detector with rows for the new classes."""
+        names = ("class_loss", "matcher_change_epoch", *ONLY_IN_TRAINING)
+        settings = {name: value for name, value in overrides.items() if name in names}
+        model = load_domain(self.base(), self.folder)
+        model.config = with_overrides(model.config, settings)
+        return extend_classes(model, self.groups[:-1], self._config.added_classes)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Number of classes that the domain was trained with first, and added each time, now included."""
+        before = self.before.class_groups or (len(self.before.class_names),)
+        return (*before, len(self._config.added_classes))
+
+    def attach(self, model: DEIMv2) -> DEIMv2:
+        """Return the detector as it is: `new_detector` has frozen all but the new rows."""
+        return model
+
+
 def save_domains(
     model: nn.Module,
     config: RunConfig,
@@ -122,8 +177,10 @@ def save_domains(
         merged_detector(model).save_pretrained(folder)
         if run is not None:
             name = run.names[0]
-            about = _about(model, config, name, run.digest, run, evaluations.get(""))
-            save_domain(model, about, folder / DOMAINS / name)
+            about, adapter = _about(model, config, name, run.digest, run, evaluations.get("")), None
+            if isinstance(run, ExtendedDomainRun):
+                about, adapter = _extended(about, run), run.folder
+            save_domain(model, about, folder / DOMAINS / name, adapter=adapter)
         return
     assert isinstance(model, Detectors)
     base = merged_detector(model.member(0)) if run is None else run.base()
@@ -169,6 +226,20 @@ def _about(
         tuner="frozen" if run is None else config.tuner.method,
         parameters=_n_parameters(model, run),
         metrics={} if evaluation is None else evaluation.metrics,
+        recipe=recipe,
+    )
+
+
+def _extended(about: Domain, run: ExtendedDomainRun) -> Domain:
+    """Return what domain.json says after classes were added: base and adapter are those of before."""
+    before = run.before
+    recipe = {**about.recipe, "add_classes": [], "base": before.recipe.get("base", about.recipe["base"])}
+    return replace(
+        about,
+        class_groups=run.groups,
+        base_label=before.base_label,
+        tuner=before.tuner,
+        parameters=before.parameters + about.parameters,
         recipe=recipe,
     )
 

@@ -63,9 +63,9 @@ from thawline.training.callbacks import Annealing
 from thawline.training.checkpoints import load_state
 from thawline.training.detection.arguments import detection_arguments
 from thawline.training.detection.backbone import tune_backbone
-from thawline.training.detection.datasets import RunDataset, read_dataset
+from thawline.training.detection.datasets import RunDataset, check_boxes, read_dataset
 from thawline.training.detection.detectors import Detectors
-from thawline.training.detection.domain import DomainRun, save_domains
+from thawline.training.detection.domain import DomainRun, ExtendedDomainRun, save_domains
 from thawline.training.detection.evaluation import (
     mean_evaluation,
     measure_detector,
@@ -108,7 +108,8 @@ class DetectionObjective(Objective):
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
         is_frozen = config.domain is not None or (config.datasets and not isinstance(config.tuner, Full))
-        self.domain = DomainRun(config) if is_frozen and read == "all" else None
+        run = ExtendedDomainRun if config.added_classes else DomainRun
+        self.domain = run(config) if is_frozen and read == "all" else None
         usual: Any = described.get("image_size", get_variant(self.base.variant).config.image_size)
         usual = usual if self.domain is None else self.domain.image_size
         self.size = height_width("base.size", self.base.size or usual)
@@ -118,7 +119,8 @@ class DetectionObjective(Objective):
                 f"`base.size={self.base.size}`: the domains of a base share its size, which is "
                 f"{list(self.domain.image_size)}. Leave it out."
             )
-        known = described.get("datasets", {"": described.get("class_names", ())})
+        names = described.get("class_names", () if self.domain is None else self.domain.class_names)
+        known = described.get("datasets", {"": names})
         self.datasets = tuple(
             read_dataset(
                 self.data, path, name=name, seed=config.seed, read=read, class_names=known.get(name, ())
@@ -126,6 +128,8 @@ class DetectionObjective(Objective):
             for name, path in self.data.datasets.items()
         )
         """What the run trains on and is judged by: one dataset, or several."""
+        if read == "all" and config.added_classes:
+            check_boxes(self.datasets[0], config.added_classes)
 
     @cached_property
     def records(self) -> list[ImageRecord]:
@@ -315,6 +319,8 @@ class DetectionObjective(Objective):
         }
         if self.base.weights is None:
             model = DEIMv2.from_variant(self.base.variant, **overrides)
+        elif self.domain is not None:
+            model = self.domain.new_detector(overrides)
         else:
             model = DEIMv2.from_pretrained(self.base.weights, self.base.variant, **overrides)
         warn_of_crowded(dataset.records, model.config.decoder.num_queries)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from thawline.models.deimv2.fused.blocks import FusedCSP, FusedELAN, fuse_down_sample, fuse_rep_vgg
-from thawline.models.deimv2.fused.conv import FusedConv, linear_of
+from thawline.models.deimv2.fused.conv import FusedConv, by_columns, linear_of
 from thawline.models.deimv2.fused.decoder import FusedDecoder, FusedDeformableAttention, FusedSelfAttention
 from thawline.models.deimv2.fused.hgnetv2 import FusedBlock, FusedStem, fuse_unit
 from thawline.models.deimv2.fused.vit import (
@@ -22,10 +22,20 @@ from thawline.models.deimv2.fused.vit import (
     FusedViTBlock,
     fuse_adapter,
 )
-from thawline.models.deimv2.network import blocks, decoder, decoder_layer, hgnetv2, lite_encoder, sta, vit
+from thawline.models.deimv2.network import (
+    blocks,
+    class_rows,
+    decoder,
+    decoder_layer,
+    hgnetv2,
+    lite_encoder,
+    sta,
+    vit,
+)
 
 FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.Linear: lambda linear: linear_of(linear.weight, linear.bias),
+    class_rows.ClassHead: lambda head: head.lay_out(by_columns),
     blocks.ConvNorm: lambda unit: FusedConv.fold(unit.conv, unit.norm, unit.activation),
     blocks.RepVGG: fuse_rep_vgg,
     blocks.CSP: FusedCSP,
