@@ -250,6 +250,7 @@ def evaluate_domains(
     Returns: by name the evaluation, or why there is none.
     Raises: ConfigError: no such domain, or other data for several.
     """
+    from thawline.domains.domain import base_digest
     from thawline.domains.folder import SharedFolder
     from thawline.run import evaluate_domain
 
@@ -257,10 +258,11 @@ def evaluate_domains(
     if overrides and domain is None:
         raise ConfigError(f"`{next(iter(overrides))}` is for one domain: give `domain` as well.")
     base = shared.base()
+    digest = base_digest(base)
     found: dict[str, Evaluation | str] = {}
     for name, about in shared.domains() if domain is None else [(domain, "")]:
         try:
-            found[name] = evaluate_domain(base, shared.folder(name), overrides)
+            found[name] = evaluate_domain(base, digest, shared.folder(name), overrides)
         except (CheckpointError, DataError) as error:
             if domain is not None:
                 raise
@@ -295,9 +297,11 @@ def add_domain(
         raise ConfigError(f"`name={name!r}`: '{source}' holds {len(found)} domains. Give the folder of one.")
     if is_shared(folder):
         shared = SharedFolder(folder)
+        detector = shared.base()
     else:
-        shared = SharedFolder.create(folder, load_base(found[0], base))
-    return [shared.add(domain, name) for domain in found]
+        detector = load_base(found[0], base)
+        shared = SharedFolder.create(folder, detector)
+    return [shared.add(domain, name, detector) for domain in found]
 
 
 def remove_domain(folder: str | Path, name: str) -> None:
@@ -370,6 +374,7 @@ def export(
     data: str | Path | None = None,
     variant: str | None = None,
     weights: Literal["pretrained", "random"] = "pretrained",
+    domain: str | None = None,
     task: str | None = None,
     **settings: Any,
 ) -> ExportReport | list[Path]:
@@ -378,11 +383,15 @@ def export(
     With `format` merged, lora or gguf-ready: write the language model of a run for serving.
 
     Args:
-        model: a detector, or what `DEIMv2.from_pretrained` reads: a run's folder, weights, a size.
-        out: file to write, or a folder. None: exports/ in a run's folder, else the current one.
+        model: a detector, or what `DEIMv2.from_pretrained` reads: a run's folder, weights, a size; or a
+            shared folder of several domains.
+        out: file to write, or a folder. None: exports/ in a run's folder, exports/DOMAIN/ in a shared one,
+            else the current folder.
         data: labelled images to compare on. None: the run's held-out images, else generated ones.
         variant: the size, for weights that do not determine it.
         weights: "random" builds the size untrained, to try things out.
+        domain: of a shared folder: the domain to export, as the detector that it makes of the base. None: its
+            only one.
         task: of a text run that serves several: one of them, or "all".
         settings: `format` (onnx, openvino, tensorrt, pt2, executorch, or web), `batch`, `opset`, `sampling`,
             `half`, `int8`, `single_input`, `budget`, `ap_budget`: fields of
@@ -391,12 +400,14 @@ def export(
     Raises: BudgetError: the detections differ by more than the budget; no file is kept.
     """
     if settings.get("format") in ("merged", "lora", "gguf-ready"):
-        foreign = {"data": data, "variant": variant, "weights": weights if weights == "random" else None}
+        untrained = weights if weights == "random" else None
+        foreign = {"data": data, "variant": variant, "weights": untrained, "domain": domain}
         return _export_text(str(model), out, settings.pop("format"), task, {**settings, **foreign})
     if task is not None:
         raise ConfigError("`task` is for the formats of text: merged, lora, gguf-ready.")
     if settings.get("format") == "web":
-        return _export_site(model, out, settings, data=data, variant=variant, weights=weights)
+        options = {"data": data, "variant": variant, "weights": weights, "domain": domain}
+        return _export_site(model, out, settings, **options)
     from thawline.exporters.export import export_detector, read_samples
     from thawline.exporters.settings import Settings
     from thawline.models.deimv2 import DEIMv2
@@ -406,15 +417,19 @@ def export(
     if isinstance(model, DEIMv2):
         detector = model
     elif is_shared(model):
-        raise ConfigError(
-            f"'{model}' holds a base and its domains, and an export is of one detector: the run of a single "
-            "`domain`."
-        )
+        from thawline.domains.folder import SharedFolder
+
+        shared = SharedFolder(model)
+        name = shared.only_one(domain)
+        detector, out = shared.load(name), out or shared.path / "exports" / name
+    elif domain is not None:
+        raise ConfigError(f"`domain={domain!r}`: '{model}' is no folder of base/ and domains/.")
     elif weights == "random":
         detector = DEIMv2.from_variant(variant or str(model))
     else:
         detector = DEIMv2.from_pretrained(model, variant)
-    run = None if isinstance(model, DEIMv2) or not RunFolder(Path(model)).is_run else Path(model)
+    is_run = not isinstance(model, DEIMv2) and not is_shared(model) and RunFolder(Path(model)).is_run
+    run = Path(str(model)) if is_run else None
     samples = None
     if data is not None or run is not None:
         training, held_out = _images(str(model), data, detector.config.class_names or ())

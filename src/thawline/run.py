@@ -167,11 +167,14 @@ def evaluate(model: str | Path, *, config: RunConfig | None = None) -> Evaluatio
     return objective.evaluate(_load_tuned(objective, folder.weights()), _evaluation_batch(config))
 
 
-def evaluate_domain(base: nn.Module, folder: str | Path, overrides: Mapping[str, Any]) -> Evaluation:
+def evaluate_domain(
+    base: nn.Module, digest: str, folder: str | Path, overrides: Mapping[str, Any]
+) -> Evaluation:
     """Evaluate a domain on the held-out images of the data that it was trained on, or of other data.
 
     Args:
         base: the detector that it was trained on.
+        digest: of the base.
         folder: the domain's.
         overrides: values over those of its recipe.
     Raises: CheckpointError: the domain is damaged. ConfigError, DataError: there is nothing to evaluate on.
@@ -182,7 +185,7 @@ def evaluate_domain(base: nn.Module, folder: str | Path, overrides: Mapping[str,
     config = build_config([(str(folder), about.recipe), ("the overrides", overrides)])
     described = {"class_names": about.class_names, "image_size": about.image_size}
     objective = build_objective(config, read="held-out", described=described)
-    return objective.evaluate(load_domain(cast(DEIMv2, base), folder), _evaluation_batch(config))
+    return objective.evaluate(load_domain(cast(DEIMv2, base), folder, digest), _evaluation_batch(config))
 
 
 def predict(

@@ -15,7 +15,7 @@ import supervision
 import torch
 
 from tests.support.domains import NAMES, TUNERS, make_base, make_domain
-from thawline import SharedDetector
+from thawline import SharedDetector, jobs
 from thawline.domains.domain import base_digest, load_domain
 from thawline.domains.folder import SharedFolder
 from thawline.errors import CheckpointError, ConfigError
@@ -233,3 +233,31 @@ def test_an_unreadable_image_of_a_mixed_list_says_so(shared: SharedDetector, tmp
     first, second = shared([str(broken), str(broken)], domain=["cards", "pcb"])
     assert "broken.jpg" in first.metadata["error"]
     assert len(second) == 0
+
+
+def test_a_domain_is_exported_as_its_merged_detector(
+    folder: Path, base: DEIMv2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    monkeypatch.setattr("thawline.exporters.export.export_detector", lambda *words: given.append(words))
+    jobs.export(folder, domain="cards")
+    ((detector, out, *_),) = given
+    expected = load_domain(base, folder / "domains" / "cards").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in detector.state_dict().items())
+    assert (out, detector.config.class_names) == (folder / "exports" / "cards", NAMES["cards"])
+    for domain, message in ((None, "Which domain.*cards, pcb, plates"), ("card", "Did you mean 'cards'")):
+        with pytest.raises(ConfigError, match=message):
+            jobs.export(folder, domain=domain)
+    with pytest.raises(ConfigError, match="no folder of base/"):
+        jobs.export(folder / "base", domain="cards")
+
+
+def test_the_base_is_read_once_for_a_new_folder(
+    base: DEIMv2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base.save_pretrained(tmp_path / "base")
+    domain, read = make_domain(base, tmp_path / "pcb", "pcb"), []
+    load = DEIMv2.from_pretrained
+    monkeypatch.setattr(DEIMv2, "from_pretrained", lambda *words: read.append(words[0]) or load(*words))
+    jobs.add_domain(tmp_path / "shop", domain, base=tmp_path / "base")
+    assert read == [tmp_path / "base"]

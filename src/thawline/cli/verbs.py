@@ -372,6 +372,7 @@ EXPORT_OPTIONS = [
         help="Largest box error in pixels. Default: 0.5; 4 with --half; any with --int8.",
     ),
     argument("--data", help="Labelled images to compare on. Default: a run's held-out images, or generated."),
+    argument("--domain", help="Of a shared folder: the domain to export. Default: its only one."),
     argument("--task", help="Of a text run that serves several: one of them, or all."),
     argument("--variant", help="Size of the detector, where the weights do not say."),
     argument("--weights", choices=["pretrained", "random"], help="Default: pretrained."),

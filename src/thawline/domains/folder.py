@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from thawline.domains import BASE, DOMAINS, shared_path
+from thawline.domains.attach import merged_detector
 from thawline.domains.domain import Domain, load_domain, read_domain
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.files import atomic_folder, write_json
@@ -117,12 +118,25 @@ class SharedFolder:
         """Return the folder of a domain. Raises: ConfigError: there is none of this name."""
         return named_domain(self.path, name)
 
-    def add(self, source: str | Path, name: str | None = None) -> str:
+    def only_one(self, name: str | None) -> str:
+        """Return the name, if given, else that of the only domain. Raises: ConfigError: there is no only one."""
+        names = [folder.name for folder in domain_folders(self.path)]
+        if name is None and len(names) != 1:
+            known = ", ".join(names) or "it has none"
+            raise ConfigError(f"Which domain of '{self.path}'? Give `domain`: {known}.")
+        return names[0] if name is None else name
+
+    def load(self, name: str) -> DEIMv2:
+        """Load the detector that a domain makes of the base, merged. Raises: ConfigError, CheckpointError."""
+        return merged_detector(load_domain(self.base(), self.folder(name)))
+
+    def add(self, source: str | Path, name: str | None = None, base: DEIMv2 | None = None) -> str:
         """Copy a domain into the folder, once it is known to fit the base, and return its name.
 
         Args:
             source: folder of a domain, or of a run that trained one.
             name: None: the one it was trained under.
+            base: the base, where it is loaded.
         Raises: ConfigError: the name is taken or cannot be one. CheckpointError: as `load_domain`.
         """
         folder = find_domain(source)
@@ -131,7 +145,7 @@ class SharedFolder:
             raise ConfigError(
                 f"'{self.path}' already has a domain '{name}'. Remove or rename it, or give --name."
             )
-        load_domain(self.base(), folder)
+        load_domain(base or self.base(), folder)
         self._copy(folder, name)
         return name
 
