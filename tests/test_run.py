@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -232,3 +233,15 @@ def test_data_that_is_all_held_out_is_refused(recipe, tmp_path: Path) -> None:
 def test_other_fields_of_training_arguments_are_reached_by_their_names(recipe) -> None:
     result = run(recipe("args", max_steps=2, args={"neftune_noise_alpha": 5.0}))
     assert result.steps == 2
+
+
+def test_deprecations_between_libraries_are_hidden_in_python_too(recipe, monkeypatch, recwarn) -> None:
+    def warn(*args: object, **kwargs: object) -> None:
+        place = {"filename": "f.py", "lineno": 1, "module": "transformers.modeling_utils"}
+        warnings.warn_explicit("gone in v6", FutureWarning, **place)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("thawline.run.build_objective", warn)
+    with pytest.raises(ConfigError, match="enough"):
+        run(recipe("warned"))
+    assert not recwarn.list

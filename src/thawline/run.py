@@ -19,6 +19,7 @@ import gc
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,15 @@ USUAL_BATCH = 8
 """Rows evaluated at a time where the recipe does not say."""
 
 
+@contextmanager
+def _hide_deprecations() -> Iterator[None]:
+    """Hide what the libraries below say of calls between them, which no user can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+        yield
+
+
+@_hide_deprecations()
 def run(
     config: RunConfig, *, resume: bool = False, dry_run: bool = False, plan_memory: bool = False
 ) -> RunResult:
@@ -146,6 +156,7 @@ def run(
     return result
 
 
+@_hide_deprecations()
 def evaluate(model: str | Path, *, config: RunConfig | None = None) -> Evaluation:
     """Evaluate on held-out rows.
 
@@ -188,6 +199,7 @@ def evaluate_domain(
     return objective.evaluate(load_domain(cast(DEIMv2, base), folder, digest), _evaluation_batch(config))
 
 
+@_hide_deprecations()
 def predict(
     model: str | Path,
     texts: Sequence[str],
