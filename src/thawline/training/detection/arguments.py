@@ -7,7 +7,6 @@ __all__ = ["DetectionTrainingData", "detection_arguments"]
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import TrainingArguments
@@ -44,9 +43,6 @@ class DetectionTrainingData(TrainingData, Protocol):
     @property
     def schedule(self) -> DetectionSchedule:
         """Rates and windows of the run."""
-
-    def class_repeats(self, dataset: RunDataset) -> np.ndarray | None:
-        """Return the repeat factor of each class. None: every image comes once an epoch."""
 
     @property
     def train_rows(self) -> TrainingImages | MixedImages:

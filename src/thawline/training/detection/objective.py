@@ -22,19 +22,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from thawline.data.detection.augment import TrainingImages
 from thawline.data.detection.collate import Collate
-from thawline.data.detection.custom import CustomAugmentation, load_augmentation
-from thawline.data.detection.dataset import DetectionDataset
 from thawline.data.detection.drawing import Panel, panel_grid, save_image
-from thawline.data.detection.mixture import MixedImages, batches_by_dataset
+from thawline.data.detection.mixture import MixedImages
 from thawline.data.detection.records import ImageRecord
-from thawline.data.detection.sampling import class_repeats, image_repeats
 from thawline.data.draws import Draw
 from thawline.domains import BASE, DOMAINS
 from thawline.domains.domain import load_domain
@@ -63,7 +59,13 @@ from thawline.training.callbacks import Annealing
 from thawline.training.checkpoints import load_state
 from thawline.training.detection.arguments import detection_arguments
 from thawline.training.detection.backbone import tune_backbone
-from thawline.training.detection.datasets import RunDataset, check_boxes, read_dataset
+from thawline.training.detection.datasets import (
+    RunDataset,
+    build_images,
+    check_boxes,
+    count_batches,
+    read_dataset,
+)
 from thawline.training.detection.detectors import Detectors
 from thawline.training.detection.domain import DomainRun, ExtendedDomainRun, save_domains
 from thawline.training.detection.evaluation import (
@@ -141,32 +143,17 @@ class DetectionObjective(Objective):
         """Images to judge by, of all datasets."""
         return [record for dataset in self.datasets for record in dataset.held_out]
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Classes of the first dataset, which mostly is the only one."""
-        return self.datasets[0].class_names
-
     @cached_property
     def schedule(self) -> DetectionSchedule:
         """Rates and windows of the run."""
         schedule = self._published() if self.settings.preset == "published" else self._derived()
         settings = override(schedule.settings, self.base, self.settings, self.training)
-        n_batches = sum(self._batches(self._per_forward(settings.batch_size)))
+        batch_size = self._per_forward(settings.batch_size)
+        n_batches = sum(count_batches(self.datasets, self.data, batch_size))
         steps = math.ceil(math.ceil(n_batches / n_devices()) / self.training.gradient_accumulation)
         given = {"rates": self.training.lr, "boxes": self.settings.min_box_size}
         reasons = {name: why for name, why in schedule.reasons.items() if given.get(name) is None}
         return replace(schedule, settings=settings, steps_per_epoch=steps, reasons=reasons)
-
-    def class_repeats(self, dataset: RunDataset) -> np.ndarray | None:
-        """Return the repeat factor of each class. None: every image comes once an epoch."""
-        if self.data.sampling != "repeat":
-            return None
-        return class_repeats(dataset.records, len(dataset.class_names), self.data.sampling_threshold)
-
-    def image_repeats(self, dataset: RunDataset) -> np.ndarray | None:
-        """Return the number of times that each image comes in an epoch, on average. None: once."""
-        factors = self.class_repeats(dataset)
-        return None if factors is None else image_repeats(dataset.records, factors)
 
     @property
     def device_batch_size(self) -> int:
@@ -188,44 +175,10 @@ class DetectionObjective(Objective):
     @cached_property
     def train_rows(self) -> TrainingImages | MixedImages:
         """Augmented training images, by draw."""
-        size, seed = self.device_batch_size, self.config.seed
-        if len(self.datasets) == 1:
-            return self._images(self.datasets[0], seed, self.image_repeats(self.datasets[0]))
-        parts = []
-        for number, (dataset, n) in enumerate(zip(self.datasets, self._batches(size), strict=True)):
-            repeats = self.image_repeats(dataset)
-            repeats = np.ones(len(dataset.records)) if repeats is None else repeats
-            own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-            parts.append(self._images(dataset, own_seed, repeats * (n * size / repeats.sum())))
-        return MixedImages(parts, batch_size=size, seed=seed)
-
-    def _images(self, dataset: RunDataset, seed: int, repeats: np.ndarray | None) -> TrainingImages:
-        path = self.settings.augmentation
-        custom = None
-        if path is not None:
-            custom = CustomAugmentation(load_augmentation(path), path, len(dataset.class_names))
-        return TrainingImages(
-            DetectionDataset(dataset.records),
-            self.schedule.settings,
-            seed=seed,
-            batch_size=self.device_batch_size,
-            n_lanes=8 * n_devices(),
-            repeats=repeats,
-            custom=custom,
-        )
-
-    def _batches(self, batch_size: int) -> list[int]:
-        """Return the number of batches of each dataset in an epoch."""
-        factors = [self.image_repeats(dataset) for dataset in self.datasets]
-        n_draws = [
-            len(dataset.records) if repeats is None else round(repeats.sum())
-            for dataset, repeats in zip(self.datasets, factors, strict=True)
-        ]
-        if len(n_draws) == 1:
-            return [max(1, n_draws[0] // batch_size)]
-        return batches_by_dataset(
-            n_draws, batch_size, self.data.sampling, temperature=self.data.sampling_temperature
-        )
+        return build_images(
+            self.datasets, self.data, self.schedule.settings, batch_size=self.device_batch_size,
+            seed=self.config.seed, augmentation=self.settings.augmentation,
+        )  # fmt: skip
 
     @cached_property
     def collate(self) -> Collate:
@@ -394,7 +347,7 @@ class DetectionObjective(Objective):
         size = {} if self.domain is None else {"image_size": list(self.size)}
         if len(self.datasets) > 1:
             return {"datasets": {one.name: list(one.class_names) for one in self.datasets}, **size}
-        return {"class_names": list(self.class_names), **size}
+        return {"class_names": list(self.datasets[0].class_names), **size}
 
     def evaluate(self, model: nn.Module, batch_size: int) -> Evaluation:
         """Evaluate on the held-out images. In a process group each process takes its share."""

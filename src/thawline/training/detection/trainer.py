@@ -302,7 +302,7 @@ class DetectionTrainer(Trainer):
         if isinstance(rows, MixedImages):
             names = [dataset.name for dataset in datasets]
             sampling["batches"] = dict(zip(names, rows.n_batches, strict=True))
-        elif (repeats := self.objective.class_repeats(datasets[0])) is not None:
+        elif (repeats := datasets[0].class_repeats) is not None:
             sampling["sampling"] = sampling_plan(rows.order, repeats, datasets[0].class_names)
         if sizes := domain_bytes(self.model.detector, self.objective.domain):
             sampling["domains"] = sizes
