@@ -1,4 +1,4 @@
-"""Layers with quantised weights: a stand-in of HQQ's, and bitsandbytes' where it is installed."""
+"""Layers with quantised weights: a stand-in of HQQ's; bitsandbytes', torchao's, HQQ's where installed."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ def bnb_layer(linear: nn.Linear, kind: str) -> nn.Module:
         )
     layer.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
     return layer.to("cpu")
+
+
+def torchao_layer(linear: nn.Linear) -> nn.Module:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(holder := nn.Sequential(linear), Int8WeightOnlyConfig())
+    return holder[0].requires_grad_(False)
+
+
+def hqq_layer(linear: nn.Linear) -> nn.Module:
+    pytest.importorskip("hqq")
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    how = BaseQuantizeConfig(nbits=4, group_size=64)
+    return HQQLinear(linear.requires_grad_(False), how, compute_dtype=torch.float32, device="cpu")

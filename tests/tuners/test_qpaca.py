@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -14,22 +15,23 @@ from torch import Tensor, nn
 import thawline
 from tests.support.models import tiny_llama
 from tests.support.paca import tokens, train, trainable, wrap
-from tests.support.quantised import Hqq, bnb_layer
+from tests.support.quantised import Hqq, bnb_layer, hqq_layer, torchao_layer
 from thawline import ConfigError
 from thawline.bench.quantised import ReferenceLinear
 from thawline.measure import saved_bytes
 from thawline.ops.dequantised_linear import dequantised_linear
 from thawline.tuners.paca import PacaLinear
-from thawline.tuners.paca.quantised import dequantise, merge_and_dequantise
+from thawline.tuners.paca.quantised import BITSANDBYTES, dequantise, merge_and_dequantise
 
 IN, OUT = 128, 64
 
 
-@pytest.fixture(params=["hqq", "nf4", "int8"])
+@pytest.fixture(params=["hqq", "nf4", "int8", "torchao", "hqq itself"])
 def base(request) -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(IN, OUT), nn.Linear(OUT, IN)]
-    make = Hqq if request.param == "hqq" else lambda linear: bnb_layer(linear, request.param)
+    others = {"hqq": Hqq, "torchao": torchao_layer, "hqq itself": hqq_layer}
+    make = others.get(request.param) or partial(bnb_layer, kind=request.param)
     return nn.Sequential(make(layers[0]), nn.Tanh(), make(layers[1]))
 
 
@@ -51,11 +53,13 @@ def dense(model: PeftModel) -> nn.Module:
 def test_the_start_is_the_quantised_base_in_training_and_evaluation(base):
     x = torch.randn(4, 3, IN)
     expected = base.train()(x.clone().requires_grad_()).detach()
+    # torchao multiplies with the scales after the sum, the others before.
+    atol = 1e-5 if isinstance(base[0], nn.Linear) and "torchao" in type(base[0].weight).__module__ else 0
     model = adapt(base)
     for module in (model.train(), model.eval()):
-        assert torch.equal(module(x), expected)
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=atol)
     with model.disable_adapter():
-        assert torch.equal(model(x), expected)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=atol)
 
 
 def test_gradients_are_those_of_the_dequantised_weight(base):
@@ -88,6 +92,12 @@ def test_gradients_against_finite_differences():
     assert torch.equal(weight, weight.clone())
 
 
+def test_all_linear_reaches_layers_of_any_quantisation(base):
+    holder = nn.ModuleDict({"inner": base, "head": nn.Linear(IN, 2)})
+    layers = wrap(holder, target_modules="all-linear").base_model.model["inner"]
+    assert [isinstance(layer, PacaLinear) for layer in layers] == [True, False, True]
+
+
 def test_nothing_of_full_weight_size_is_kept(base):
     model = adapt(base, r=4)
     x = torch.randn(8, IN, requires_grad=True)
@@ -107,6 +117,13 @@ def test_a_merged_model_is_plain_and_equal_to_bf16(base):
     assert [type(layer) for layer in merged] == [nn.Linear, nn.Tanh, nn.Linear]
     for name, tensor in expected.state_dict().items():
         assert torch.equal(merged.state_dict()[name], tensor)
+
+
+def test_a_merged_model_has_one_type_and_runs(base):
+    network = nn.Sequential(base[0], nn.LayerNorm(OUT), base[2], nn.Linear(IN, 3))
+    merged = adapt(network).merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    assert merged(torch.randn(4, IN).bfloat16()).dtype is torch.bfloat16
 
 
 def test_training_moves_columns_and_saves_them(base, tmp_path):
@@ -170,8 +187,9 @@ def test_the_reference_in_torch_is_near_the_weight(kind):
 def test_requantising_in_place_is_asked_for_by_name_and_says_what_it_changes(base, caplog):
     x, original = torch.randn(5, IN), copy.deepcopy(base)
     model = adapt(base, init_weights=False).eval()
-    if isinstance(original[0], Hqq):
-        with pytest.raises(ConfigError, match="'0' is a Hqq: only layers of bitsandbytes"):
+    if type(original[0]._parameters.get("weight")).__name__ not in BITSANDBYTES:
+        kind = type(original[0]).__name__
+        with pytest.raises(ConfigError, match=f"'0' is a {kind}: only layers of bitsandbytes"):
             model.merge_and_requantise({"input": x})
         return
     expected = model(x)

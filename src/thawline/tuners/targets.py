@@ -66,7 +66,7 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
     _maybe_include_all_linear_layers(config, model)
     modules = dict(modules_of(model))
     if every:
-        config.target_modules |= {name for name, m in modules.items() if isinstance(m, ExpertsLinear)}
+        config.target_modules |= {name for name, m in modules.items() if _is_linear_for_us(m)}
         config.target_modules -= {
             name for name in config.target_modules if name in modules and why_unfit(model, name)
         }
@@ -79,6 +79,14 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
             found |= {f"{name}.{leaf}": layer for leaf, layer in module.products().items()}
         config.target_modules = found.keys() - experts.keys()
     return found
+
+
+def _is_linear_for_us(module: nn.Module) -> bool:
+    """Return whether a module that PEFT takes for no linear layer is one: experts; HQQ's, GPTQ's or AWQ's."""
+    if isinstance(module, nn.Linear | BaseTunerLayer | ExpertsLinear):
+        return isinstance(module, ExpertsLinear)
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(isinstance(size, int) for size in sizes) and not any(module.children())
 
 
 def find_routers(model: nn.Module) -> list[str]:

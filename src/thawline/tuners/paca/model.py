@@ -22,7 +22,7 @@ from thawline.tuners.experts import ExpertsLinear, join_experts, split_experts
 from thawline.tuners.paca.config import PACA, PacaConfig
 from thawline.tuners.paca.layer import ASKED_FOR, LAYERS, PacaLayer, layer_class, shape_of
 from thawline.tuners.paca.origin import OriginalColumns, difference, sketch
-from thawline.tuners.paca.quantised import check_rewritable, dequantise_model, is_dequantisable
+from thawline.tuners.paca.quantised import check_rewritable, dequantise_model, is_dequantisable, is_quantised
 from thawline.tuners.paca.selection import choose_columns
 from thawline.tuners.paca.weights import find_obstacles, warn_of_twins
 from thawline.tuners.targets import is_left_out
@@ -165,10 +165,11 @@ class PacaModel(Tuner):
         super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        """Unload; after a merge, layers that are quantised still are dequantised too: the model is plain."""
+        """Unload; a merge of a quantised model gives a plain one in bfloat16."""
+        is_dequantised = merge and is_quantised(self.model)
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         join_experts(model)
-        return dequantise_model(model) if merge else model
+        return dequantise_model(model) if is_dequantised else model
 
     @torch.no_grad()
     def merge_and_requantise(self, batch: Mapping[str, Any]) -> nn.Module:

@@ -6,10 +6,12 @@ bitsandbytes (4 and 8 bits), torchao and HQQ are read; bitsandbytes alone is wri
 from __future__ import annotations
 
 __all__ = [
+    "BITSANDBYTES",
     "check_rewritable",
     "dequantise",
     "dequantise_model",
     "is_dequantisable",
+    "is_quantised",
     "merge_and_dequantise",
     "plain_linear",
     "quantise_again",
@@ -84,12 +86,14 @@ def quantise_again(layer: Any, weight: Tensor) -> None:
 
 
 def merge_and_dequantise(model: Any) -> nn.Module:
-    """Merge the active adapters of a `PeftModel`; return a plain model, in bfloat16 where it was quantised.
+    """Merge the active adapters of a `PeftModel`; return a plain model, in bfloat16 if it was quantised.
 
     PEFT's own merge of LoRA into quantised layers quantises them again, the neighbours of what changed too.
 
     Raises: ConfigError: for an adapter whose change of a weight is not a sum (DoRA).
     """
+    if not is_quantised(model):
+        return model.merge_and_unload()
     merged = {}
     for name, layer in model.get_base_model().named_modules():
         is_pefts = isinstance(layer, BaseTunerLayer) and type(layer).__module__.startswith("peft.")
@@ -117,15 +121,23 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def dequantise_model(model: nn.Module) -> nn.Module:
-    """Replace every quantised layer by a plain one in bfloat16, in place; transformers' config forgets it.
+def is_quantised(model: nn.Module) -> bool:
+    """Return whether a model has a quantised layer."""
+    return any(map(is_dequantisable, model.modules()))
 
-    A model without quantised layers is returned as it is.
+
+def dequantise_model(model: nn.Module) -> nn.Module:
+    """Replace every quantised layer by a plain one and cast all parameters to bfloat16, in place.
+
+    Buffers stay: rotary frequencies lose too much. transformers' config forgets the quantisation.
     """
     for name, module in list(model.named_modules()):
         if is_dequantisable(module):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, plain_linear(dequantise(module), module.bias))
+    for parameter in model.parameters():  # of one type, or the model could not run
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
     return model
