@@ -1,4 +1,4 @@
-"""Two processes train what one would: DDP, and FSDP2 with its columns written shard by shard."""
+"""Two processes train what one would: DDP, FSDP2 with its columns written shard by shard, and FSDP1."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def one_process(dtype: torch.dtype = torch.float32):
     return report(model), model(batch(-1, 0)).detach()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2 kept gathered", "fsdp2 bf16 base"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2", "fsdp2 kept gathered", "fsdp2 bf16 base"])
 def test_two_processes_train_what_one_would(two_processes, kind):
     deltas, output = one_process(torch.bfloat16 if "bf16" in kind else torch.float32)
     # A sum over processes rounds otherwise than one over a batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import nn
 
 import thawline
@@ -332,3 +334,15 @@ def test_command_prints_the_keys_of_the_plan(tmp_path: Path, capsys: pytest.Capt
     assert main(["plan", "--config", str(file), *words]) == 0
     assert RunConfig.from_mapping(yaml.safe_load(out.read_text())).tuner.method == "none"
     assert main(["plan", "--config", str(file), "--within", "2h"]) == 2
+
+
+def test_planning_leaves_the_state_of_a_launched_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = PartialState, AcceleratorState
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for kind in kinds:
+        monkeypatch.setattr(kind, "_shared_state", {"distributed_type": DistributedType.DEEPSPEED})
+    thawline.plan(recipe(base(tmp_path), tuner="lora"))
+    assert [kind._shared_state for kind in kinds] == [{"distributed_type": DistributedType.DEEPSPEED}] * 2
+    assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"

@@ -16,7 +16,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -110,6 +111,26 @@ def run_fsdp2(
     return results
 
 
+def run_fsdp1() -> dict[str, Any]:
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}  # as accelerate launches it
+    adapted = paca()
+    del os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"]
+    policy = ModuleWrapPolicy([nn.Sequential])
+    device = torch.device("cpu")
+    model = FullyShardedDataParallel(adapted, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(STEPS):
+        for micro in range(2):
+            train_step(model, batch(2 * step + micro, dist.get_rank()))
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        output = model(batch(-1, 0))
+    with FullyShardedDataParallel.summon_full_params(model):
+        deltas = {n.replace("_fsdp_wrapped_module.", ""): d for n, d in report(adapted).items()}
+        return {"deltas": deltas, "output": output}
+
+
 def switch_while_gathered() -> str:
     """The message for switching adapters while FSDP2's root keeps its layers gathered after a forward."""
     model = fully_shard(paca())
@@ -179,6 +200,7 @@ def worker(rank: int, folder: str) -> None:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     results = {
         "ddp": run_ddp(rank),
+        "fsdp1": run_fsdp1(),
         "fsdp2": run_fsdp2(rank),
         "fsdp2 kept gathered": run_fsdp2(rank, reshard=False),
         "fsdp2 bf16 base": run_fsdp2(rank, dtype=torch.bfloat16),

@@ -6,6 +6,7 @@ __all__ = ["Blueprint", "draw_blueprint"]
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 from thawline.domains.attach import attach_domain
@@ -33,6 +34,8 @@ from thawline.training.objective import Objective, build_objective
 from thawline.training.text.rows import read_rows
 from thawline.training.trainer import smoothed_loss
 
+LAUNCHED_WITH = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+"""Variables of `accelerate launch` from which TrainingArguments make plugins."""
 BOXES = 8
 """Boxes assumed per image, about COCO's mean; their number hardly changes a detector's memory."""
 DETECTION_BATCH = 32
@@ -242,11 +245,16 @@ def _arguments(config: RunConfig, training: Training) -> Any:
     plain = {"eval_every": "end", "save_every": "end", "best_metric": None, "report_to": "none"}
     args = {name: value for name, value in training.args.items() if name != "use_liger_kernel"}
     training = dataclasses.replace(training, args=args, **plain)  # type: ignore[arg-type]
-    before = dict(AcceleratorState._shared_state)
+    # In a launched process accelerate's state says how the model is trained: it must survive.
+    states = {kind: dict(kind._shared_state) for kind in (PartialState, AcceleratorState)}
+    launched = {name: os.environ.pop(name) for name in LAUNCHED_WITH if name in os.environ}
     try:
         return training_arguments(training, folder=config.run_folder, tuner=config.tuner, seed=config.seed)
     finally:
-        AcceleratorState._shared_state.update(before)
+        os.environ |= launched
+        for kind, state in states.items():
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
 
 
 def _spread_matches(cost: Tensor, counts: tuple[int, ...]) -> tuple[Matches, Matches]:

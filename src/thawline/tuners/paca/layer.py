@@ -498,8 +498,8 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         if hasattr(weight, "ds_id") or is_flat or (is_distributed and type(weight) is Tensor):
             raise ConfigError(
                 f"The weight of '{self.name}' was flattened or partitioned (FSDP1 or ZeRO-3). PaCA writes "
-                "columns in place: use FSDP2 (fsdp_version: 2), ZeRO-1, ZeRO-2 or DDP; or mode='additive', "
-                "which works with FSDP1."
+                "columns in place: attach it with mode='additive', or use FSDP2 (fsdp_version: 2), ZeRO-1, "
+                "ZeRO-2 or DDP."
             )
         if is_sharded(weight):
             state.sharded = True

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from thawline.errors import ConfigError
@@ -49,6 +50,7 @@ def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
     is_partial = not all(parameter.is_meta for parameter in model.parameters())
     holders = {layer.base_layer.weight.data_ptr(): layer for layer in watched() if layer.holds_columns}
     found = {}
+    partitioner = _partitioner()
     for name, layer in layers.items():
         if is_dequantisable(layer):
             continue
@@ -60,10 +62,10 @@ def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
         others = [other for other in owners[id(weight)] if other != name]
         if others:
             found[name] = f"Its weight is tied to {others}: writing its columns would change those too."
-        elif _is_fsdp1_to_come():
-            found[name] = "FSDP1 is going to flatten it (fsdp_version: 1); FSDP2 does not."
         elif hasattr(weight, "ds_id"):
             found[name] = "DeepSpeed has partitioned its weight."
+        elif partitioner is not None:
+            found[name] = f"{partitioner} will partition its weight."
         elif weight.is_meta and (is_partial or hasattr(layer, "_hf_hook")):
             found[name] = "It is offloaded (meta device)."
         elif weight.dtype not in FLOATS or type(weight) is not nn.Parameter:
@@ -74,9 +76,16 @@ def find_obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
     return found
 
 
-def _is_fsdp1_to_come() -> bool:
-    """Return whether accelerate, which wraps models after adapters are attached, is set up for FSDP1."""
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION", "1") == "1"
+def _partitioner() -> str | None:
+    """Return what `accelerate launch` will partition weights with, if columns cannot be written then."""
+
+    def asks(name: str) -> bool:
+        return os.environ.get(name, "false").lower() in ("true", "1")
+
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    if is_deepspeed_zero3_enabled() or (asks("ACCELERATE_USE_DEEPSPEED") and stage == "3"):
+        return "DeepSpeed (ZeRO-3)"
+    return "FSDP1" if asks("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1" else None
 
 
 def warn_of_twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
