@@ -119,7 +119,7 @@ class SharedFolder:
         return named_domain(self.path, name)
 
     def only_one(self, name: str | None) -> str:
-        """Return the name, if given, else that of the only domain. Raises: ConfigError: there is no only one."""
+        """Return the name, if given, else that of the only domain. Raises: ConfigError: there are others."""
         names = [folder.name for folder in domain_folders(self.path)]
         if name is None and len(names) != 1:
             known = ", ".join(names) or "it has none"

@@ -13,6 +13,7 @@ __all__ = ["DomainRun", "ExtendedDomainRun", "domain_bytes", "save_domains"]
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ class DomainRun:
         self.image_size = config_of(checkpoint, base.variant, {}).image_size
         """Height and width that the base takes, and all of its domains."""
 
+    @cached_property
     def base(self) -> DEIMv2:
-        """Load the frozen detector as it was before."""
+        """The frozen detector as it was before."""
         return DEIMv2.from_pretrained(self.weights, self._config.base.variant)  # type: ignore[union-attr]
 
     def new_detector(self, overrides: Mapping[str, Any]) -> DEIMv2:
@@ -133,15 +135,16 @@ class ExtendedDomainRun(DomainRun):
         self.class_names = (*self.before.class_names, *config.added_classes)
         self.image_size, self.digest = self.before.image_size, self.before.base
 
+    @cached_property
     def base(self) -> DEIMv2:
-        """Load the frozen detector as it was before."""
+        """The frozen detector as it was before."""
         return SharedFolder(self.weights).base() if is_shared(self.weights) else load_base(self.folder)
 
     def new_detector(self, overrides: Mapping[str, Any]) -> DEIMv2:
         """Load the domain's detector with rows for the new classes."""
         names = ("class_loss", "matcher_change_epoch", *ONLY_IN_TRAINING)
         settings = {name: value for name, value in overrides.items() if name in names}
-        model = load_domain(self.base(), self.folder)
+        model = load_domain(self.base, self.folder)
         model.config = with_overrides(model.config, settings)
         return extend_classes(model, self.groups[:-1], self._config.added_classes)
 
@@ -183,11 +186,11 @@ def save_domains(
             save_domain(model, about, folder / DOMAINS / name, adapter=adapter)
         return
     assert isinstance(model, Detectors)
-    base = merged_detector(model.member(0)) if run is None else run.base()
+    base = merged_detector(model.member(0)) if run is None else run.base
     base.save_pretrained(folder / BASE)
     if isinstance(config.tuner, Mhr):
         save_adapter(model.member(0), folder)
-    digest = base_digest(base)
+    digest = base_digest(base) if run is None else run.digest
     for number, name in enumerate(model.names):
         member = model.member(number)
         about = _about(member, config, name, digest, run, evaluations.get(name))
