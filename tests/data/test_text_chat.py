@@ -315,6 +315,14 @@ def test_a_row_whose_answer_is_not_to_be_learned_is_refused(tmp_path: Path, mark
     read(tmp_path, prompt="a", completion="b", label=0, weight=1, train=True, mask="User", loss=0.3)
 
 
+@pytest.mark.parametrize("key", ["label", "loss"])
+def test_a_key_that_is_read_as_the_answer_is_no_mark(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"sentence": "a", key: "false"}) + "\n")
+    [example] = load_examples(file, columns={"input": "sentence", "output": key})
+    assert example.answer == "false"
+
+
 def test_a_part_of_a_turn_cannot_be_left_out(tmp_path: Path) -> None:
     detail = [{"begin_offset": 0, "end_offset": 4, "train": False}]
     with pytest.raises(DataError, match="turn 2: 'train_detail' is not read"):

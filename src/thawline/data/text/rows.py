@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from thawline.data.text.datasets import dataset_rows, is_dataset
 from thawline.data.text.files import Rows, data_files, file_name, file_rows, read_text
-from thawline.data.text.turns import CHAT_KEYS, is_learned, parse_json, read_chat
+from thawline.data.text.turns import CHAT_KEYS, WEIGHTS, is_learned, parse_json, read_chat
 from thawline.errors import ConfigError, DataError, all_of, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ OTHER_KEYS = {"task", "split", "choices"}
 """Keys that rows of every format may have."""
 LABELS = ("label", "kto_tag")
 """Keys by which rows for preference learning mark an answer to avoid."""
+MARKS = {*LABELS, *WEIGHTS}
+"""Keys that may say of a row that it is not learned, unless they are read as something else."""
 
 HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 """Values of `split`, and file stems, that mark held-out rows; the first one present is used."""
@@ -171,6 +173,8 @@ def load_examples(
                     keys.update(row)
                     if row_format == "auto":
                         row_format = _detect_format(row, where)
+                    if marks := MARKS & row.keys():
+                        _check_learned(row, marks - _read_keys(row_format, template, columns), where)
                     name = _text(row.get("task", task), f"{where}: the row's task")
                     if not name:
                         raise DataError(f"{where}: the row's task is empty. Name it, or leave the key out.")
@@ -321,6 +325,16 @@ def _read_keys(format: str, template: str | None, columns: Mapping[str, str]) ->
     return read | {theirs for ours, theirs in columns.items() if ours in read}
 
 
+def _check_learned(row: Mapping[str, Any], marks: Collection[str], where: str) -> None:
+    """Raise DataError if one of the keys `marks` says of a row that its answer is not to be learned."""
+    for key in sorted(marks):
+        if not is_learned(key, row[key]) or (key in LABELS and str(row[key]).lower() == "false"):
+            raise DataError(
+                f"{where}: the row's '{key}' is {row[key]!r}, so its answer is not to be learned. Remove the "
+                "row, or the key where it means something else."
+            )
+
+
 def _example(
     row: Mapping[str, Any], format: str, template: str | None, task_entry: Mapping[str, Any], **shared: Any
 ) -> Example:
@@ -329,12 +343,6 @@ def _example(
     missing = [key for key in FORMATS[format] if key not in row]
     if missing:
         raise DataError(f"{where}: a row of format '{format}' needs '{missing[0]}', got {_quoted(row)}.")
-    for key in row:
-        if not is_learned(key, row[key]) or (key in LABELS and str(row[key]).lower() == "false"):
-            raise DataError(
-                f"{where}: the row's '{key}' is {row[key]!r}, so its answer is not to be learned. Remove the "
-                "row, or the key where it means something else."
-            )
     if format in ("messages", "conversations") or (format != "text" and isinstance(row.get("prompt"), list)):
         return Example(**read_chat(row, where), format="messages", **shared)
     texts = {key: _text(row[key], f"{where}: '{key}'") for key in FORMATS[format]}

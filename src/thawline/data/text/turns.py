@@ -5,7 +5,7 @@ row ── read_chat ──► messages: turns with `role` and text as `content`
 
 from __future__ import annotations
 
-__all__ = ["CHAT_KEYS", "is_learned", "parse_json", "read_chat"]
+__all__ = ["CHAT_KEYS", "WEIGHTS", "is_learned", "parse_json", "read_chat"]
 
 import json
 from collections.abc import Mapping
