@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ import torch
 
 from tests.support.domains import NAMES, TUNERS, make_base, make_domain
 from thawline import SharedDetector, jobs
-from thawline.domains.domain import base_digest, load_domain
+from thawline.domains.domain import base_digest, load_domain, read_domain
 from thawline.domains.folder import SharedFolder
 from thawline.errors import CheckpointError, ConfigError
 from thawline.inference import Detector
@@ -261,3 +263,23 @@ def test_the_base_is_read_once_for_a_new_folder(
     monkeypatch.setattr(DEIMv2, "from_pretrained", lambda *words: read.append(words[0]) or load(*words))
     jobs.add_domain(tmp_path / "shop", domain, base=tmp_path / "base")
     assert read == [tmp_path / "base"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("threshold", "high", "expected a number"),
+        ("class_groups", [1, 1], "not 3 classes"),
+        ("name", 0, None),
+    ],
+)
+def test_what_a_domain_says_of_itself_is_checked(
+    folder: Path, tmp_path: Path, key: str, value: object, message: str | None
+) -> None:
+    copy = tmp_path / "pcb"
+    shutil.copytree(folder / "domains" / "pcb", copy)
+    about = json.loads((copy / "domain.json").read_text())
+    text = json.dumps([1] if message is None else {**about, key: value})
+    (copy / "domain.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"domain.json' is damaged.*{message or ''}"):
+        read_domain(copy)

@@ -63,6 +63,13 @@ class Domain:
         object.__setattr__(self, "class_groups", tuple(self.class_groups))
         object.__setattr__(self, "image_size", tuple(self.image_size))
 
+    def check(self) -> None:
+        """Raises: ValueError: values that cannot be a domain's."""
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
+            raise ValueError(f"`threshold` is {self.threshold!r}, expected a number")
+        if self.class_groups and sum(self.class_groups) != len(self.class_names):
+            raise ValueError(f"`class_groups` {self.class_groups} are not {len(self.class_names)} classes")
+
 
 def base_digest(model: DEIMv2) -> str:
     """Return a SHA-256 of a detector's shape, and of every weight and statistic outside the class layers.
@@ -118,7 +125,8 @@ def read_domain(folder: str | Path) -> Domain:
     known = {one.name for one in dataclasses.fields(Domain)}
     try:
         about = Domain(**{name: value for name, value in values.items() if name in known})
-    except TypeError as error:
+        about.check()
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"'{Path(folder) / ABOUT}' is damaged: {error}.") from error
     if about.tuner != "frozen" and not (Path(folder) / ADAPTER).is_file():
         raise CheckpointError(f"'{folder}' is not whole: {ADAPTER} is missing.")
