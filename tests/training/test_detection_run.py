@@ -417,3 +417,25 @@ def test_a_run_applies_an_augmentation_of_ones_own_and_evaluating_does_not_impor
     assert evaluate(folder).metrics
     with pytest.raises(ConfigError, match="cannot import 'dark_images:dark': RuntimeError: imported"):
         build_objective(config).first_batch()
+
+
+def cut(best: Path) -> None:
+    weights = best / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def test_a_run_whose_best_detector_is_lost_resumes_and_keeps_the_best_of_what_follows(recipe, caplog) -> None:
+    whole = run(recipe()).folder
+    before_last, last = sorted(int(one.name.split("-")[1]) for one in whole.glob("checkpoint-*"))
+    for damage in (shutil.rmtree, cut, lambda best: (best / "config.json").write_text("{")):
+        copy = whole.with_name("damaged")
+        shutil.copytree(whole, copy)
+        forget_after(copy, step=before_last)
+        damage(copy / "best")
+        caplog.clear()
+        result = run(saved_config(copy), resume=True)
+        assert "The run's best detector is lost" in caplog.text
+        assert result.steps == last
+        found, kept = (DEIMv2.from_pretrained(copy / name).state_dict() for name in ("model", "last"))
+        assert_same(found, kept)
+        shutil.rmtree(copy)

@@ -19,6 +19,7 @@ __all__ = ["DetectionTrainer"]
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from thawline.data.detection.collate import build_loader
 from thawline.data.detection.mixture import MixedImages
 from thawline.domains import DOMAINS
-from thawline.errors import ConfigError, did_you_mean
+from thawline.errors import ConfigError, ThawlineError, did_you_mean
 from thawline.files import atomic_file, atomic_folder, read_json, write_json, write_text
 from thawline.metrics.detection import STATISTICS
 from thawline.models.deimv2.model import DEIMv2
@@ -200,7 +201,18 @@ class DetectionTrainer(Trainer):
             saved = read_json(self._resumed_from / SCORES)
             # JSON holds null for the scores that there are none of yet.
             self.scores = Scores(**{name: value for name, value in saved.items() if value is not None})
+            self._check_best()
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def _check_best(self) -> None:
+        """Forget the run's best detector if it cannot be read; the best of those to come takes its place."""
+        if self.scores.best_step == -1:
+            return
+        try:
+            self.objective.load_base(str(self.folder / "best"))
+        except ThawlineError as error:
+            logger.warning("The run's best detector is lost. The best from here on is kept. %s", error)
+            self.scores.best, self.scores.best_step = -math.inf, -1
 
     def checkpoint_bytes(self) -> int:
         """Return the approximate size of a checkpoint, with the averaged weights."""
@@ -262,7 +274,7 @@ class DetectionTrainer(Trainer):
             return
         with self._averaged():
             self._save_last()
-        kept = self.folder / ("best" if (self.folder / "best").is_dir() else "last")
+        kept = self.folder / ("last" if self.scores.best_step == -1 else "best")
         _copy_folder(kept, folder)
         if (kept / DOMAINS).is_dir():
             _copy_folder(kept / DOMAINS, self.folder / DOMAINS)
