@@ -395,6 +395,13 @@ def test_names_that_are_none_are_refused(tmp_path: Path, names: str, message: st
         load_detection(root)
 
 
+def test_keys_that_differ_in_capitals_alone_are_refused(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path / "set")
+    (root / "data.yaml").write_text("train: images/train\nTrain: images/val\nnames: [ant]\n")
+    with pytest.raises(DataError, match="differ in capitals alone: train, Train, names. Keep one"):
+        load_detection(root)
+
+
 # --- files that cannot be parsed, and splits without anything
 
 

@@ -260,6 +260,7 @@ def test_what_trains_is_the_adapter_and_the_heads_of_each(folder: Path, base: DE
         ({"domain": "x"}, ConfigError, "each is a domain"),
         ({"data__images": "images"}, ConfigError, "`data.images` is for one dataset"),
         ({"data": ["discs", "x/discs"]}, ConfigError, "both called 'discs'"),
+        ({"data": ["discs/annotations/a.json", "x/discs/annotations/b.json"]}, ConfigError, "called 'discs'"),
         ({"data": ["discs", "absent"]}, DataError, "absent"),
         ({"data": "discs", "tuner": MHR}, ConfigError, "mixes skills for each of several"),
         ({"data": "discs", "data__sampling": "equal"}, ConfigError, "`data.path` has one"),

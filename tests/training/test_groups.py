@@ -88,6 +88,14 @@ def test_clean_groups_decay_matrices_and_nothing_else(vit: bool) -> None:
     assert {name for name in shapes if name.startswith(inside)} == backbone | undecayed_backbone
 
 
+def test_rows_of_added_classes_are_embeddings_too() -> None:
+    model = Tiny(vit=False)
+    model.decoder.denoising_class_embed = nn.Module()
+    model.decoder.denoising_class_embed.weight_1 = nn.Parameter(torch.zeros(2, 3))
+    _, _, undecayed, rest = names(model, "s", published=False)
+    assert "decoder.denoising_class_embed.weight_1" in undecayed - rest
+
+
 @pytest.mark.parametrize("published", [False, True])
 def test_groups_hold_every_trainable_parameter_once_and_no_frozen_one(published: bool) -> None:
     model = Tiny(vit=True)

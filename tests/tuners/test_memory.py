@@ -89,12 +89,13 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_a_live_twin_that_shares_weights_is_said(caplog, share, kind) -> None:
     model = tiny_llama()
     twin = share(model)
+    without_address = torch.eye(3).to_sparse()  # alive too
     with caplog.at_level(logging.WARNING):
         get_peft_model(model, CONFIGS["paca"]())
     (said,) = caplog.messages
     assert f"are also held outside the model ({kind})" in said
     assert "copy.deepcopy" in said
-    del twin
+    del twin, without_address
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         get_peft_model(tiny_llama(), CONFIGS["paca"]())

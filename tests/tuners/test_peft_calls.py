@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -203,6 +205,10 @@ def test_columns_beside_the_weight_train_under_fsdp1_as_accelerate_announces_it(
     set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
     torch.testing.assert_close(logits(plain), logits(model))
     caplog.clear()
+    with monkeypatch.context() as patch:  # given in Python, which sets no variable
+        plugin = SimpleNamespace(fsdp_version=2)
+        patch.setattr(AcceleratorState, "_shared_state", {"fsdp_plugin": plugin})
+        get_peft_model(tiny_llama(), config)
     monkeypatch.setenv("FSDP_VERSION", "2")
     get_peft_model(tiny_llama(), config)
     assert not caplog.text

@@ -98,6 +98,20 @@ def test_all_linear_reaches_layers_of_any_quantisation(base):
     assert [isinstance(layer, PacaLinear) for layer in layers] == [True, False, True]
 
 
+def test_all_linear_leaves_a_quantised_output_head_out():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = Hqq(nn.Linear(IN, OUT)), Hqq(nn.Linear(OUT, IN))
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    model = wrap(Model(), target_modules="all-linear").base_model.model
+    assert isinstance(model.inner, PacaLinear)
+    assert isinstance(model.head, Hqq)
+
+
 def test_nothing_of_full_weight_size_is_kept(base):
     model = adapt(base, r=4)
     x = torch.randn(8, IN, requires_grad=True)

@@ -23,7 +23,7 @@ def is_shared(path: str | Path) -> bool:
 
 
 def shared_path(path: str | Path) -> Path | None:
-    """Return the folder of a base and domains that a path means; None: it means none.
+    """Return the folder of a base and domains that `path` refers to; None: there is none.
 
     Of a run on several datasets that is its model/, or before its end the best or last one so far.
     """

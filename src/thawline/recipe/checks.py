@@ -82,23 +82,26 @@ def domain_name(name: str) -> str:
 
 
 def dataset_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return the paths of several datasets by name: that of the folder, or of the folder that holds the file.
+    """Return the paths of several datasets by name: that of the folder, which may be given by a file in it.
+
+    COCO's files lie in a folder "annotations" of the dataset's folder.
 
     Raises: ConfigError: two of one name, or a name that no domain can have.
     """
     found: dict[str, str] = {}
     for path in paths:
         place = Path(path).absolute()
-        name = (place.parent if place.suffix.lower() in (".json", ".yaml", ".yml") else place).name
+        folder = place.parent if place.suffix.lower() in (".json", ".yaml", ".yml") else place
+        name = (folder.parent if folder.name == "annotations" else folder).name
         if name in found:
             raise ConfigError(
-                f"`data.path`: '{found[name]}' and '{path}' are both called '{name}', by which their domains "
-                "go. Rename one of the folders."
+                f"`data.path`: '{found[name]}' and '{path}' are both called '{name}', and domains are named "
+                "after them. Rename one of the folders."
             )
         try:
             found[domain_name(name)] = path
         except ConfigError as error:
-            raise ConfigError(f"`data.path`: '{path}' goes by the name of its folder. {error}") from error
+            raise ConfigError(f"`data.path`: '{path}' is named after its folder. {error}") from error
     return found
 
 

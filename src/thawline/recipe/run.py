@@ -101,8 +101,8 @@ class RunConfig:
             raise ConfigError("`domain` adds to a trained detector: give it as `base.weights`.")
         if isinstance(self.tuner, Full):
             raise ConfigError(
-                "`domain` leaves the base as it is, and `tuner: none` would train it. Use paca, lora, dora, "
-                "or frozen for class heads alone."
+                "`domain` leaves the base as it is, and `tuner: none` would train it. Use paca, lora, dora "
+                "or mhr, or frozen for class heads alone."
             )
 
     def _check_datasets(self) -> None:

@@ -66,7 +66,9 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
     _maybe_include_all_linear_layers(config, model)
     modules = dict(modules_of(model))
     if every:
-        config.target_modules |= {name for name, m in modules.items() if _is_linear_for_us(m)}
+        get_head = getattr(model, "get_output_embeddings", lambda: None)
+        others = {name for name, m in modules.items() if _is_other_linear(m) and m is not get_head()}
+        config.target_modules |= others
         config.target_modules -= {
             name for name in config.target_modules if name in modules and why_unfit(model, name)
         }
@@ -81,7 +83,7 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _is_linear_for_us(module: nn.Module) -> bool:
+def _is_other_linear(module: nn.Module) -> bool:
     """Return whether a module that PEFT takes for no linear layer is one: experts; HQQ's, GPTQ's or AWQ's."""
     if isinstance(module, nn.Linear | BaseTunerLayer | ExpertsLinear):
         return isinstance(module, ExpertsLinear)

@@ -250,7 +250,7 @@ def _read_header(stream: BinaryIO, formats: Sequence[str] | None = None) -> Any:
 
 
 def _header_facts(data: bytes) -> tuple[int, bool]:
-    """Return of an image decoded by `_decode` its EXIF orientation, 1–8, and if further frames follow it."""
+    """Return the EXIF orientation, 1–8, of an image file, and whether it holds several images."""
     try:
         image = _open(io.BytesIO(data))
         return _exif_orientation(image), _has_frames(image)
@@ -259,7 +259,7 @@ def _header_facts(data: bytes) -> tuple[int, bool]:
 
 
 def _has_frames(image: Any) -> bool:
-    """Return True for an animation, or several pages; a camera's MPO holds one picture in two sizes."""
+    """Return True for an animation, or several pages; a camera's MPO holds one image in two sizes."""
     return image.format != "MPO" and bool(getattr(image, "is_animated", False))
 
 

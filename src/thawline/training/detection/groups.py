@@ -21,7 +21,7 @@ from thawline.errors import ConfigError
 from thawline.recipe.resolved import TrainingSettings
 
 _BACKBONE, _BACKBONE_UNDECAYED, _OTHERS_UNDECAYED, _OTHERS = range(4)
-_EMBEDDINGS = re.compile(r"(?:cls_token|mask_token|storage_tokens|class_embed\.weight)$")
+_EMBEDDINGS = re.compile(r"(?:cls_token|mask_token|storage_tokens|class_embed\.weight(?:_\d+)?)$")
 
 
 @dataclass

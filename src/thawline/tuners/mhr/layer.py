@@ -406,7 +406,7 @@ def find_layers(model: nn.Module) -> Iterator[tuple[str, MHRLinear]]:
 def linear_sizes(base: nn.Module) -> tuple[int, int]:
     """Return in and out features of a linear layer, including quantised ones and GPT-2's Conv1D.
 
-    Of a convolution these are its channels.
+    For a convolution: its channels.
     """
     if isinstance(base, Conv1D):
         return tuple(base.weight.shape)

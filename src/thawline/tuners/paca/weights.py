@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
@@ -85,7 +86,9 @@ def _partitioner() -> str | None:
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
     if is_deepspeed_zero3_enabled() or (asks("ACCELERATE_USE_DEEPSPEED") and stage == "3"):
         return "DeepSpeed (ZeRO-3)"
-    return "FSDP1" if asks("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1" else None
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")  # given in Python, it sets no version
+    version = str(getattr(plugin, "fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    return "FSDP1" if asks("ACCELERATE_USE_FSDP") and version == "1" else None
 
 
 def warn_of_twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -134,7 +137,9 @@ def _twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
         for holder in (gc.get_objects() if names else ())  # a tenth of a second: only where there is a reason
         if id(holder) not in inside
         for weight in _weights(holder)
-        if type(weight) in (nn.Parameter, Tensor) and weight.data_ptr() in names
+        if type(weight) in (nn.Parameter, Tensor)
+        and weight.layout is torch.strided  # others, packed or sparse, have no address
+        and weight.data_ptr() in names
     }
 
 

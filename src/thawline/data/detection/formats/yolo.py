@@ -122,7 +122,12 @@ def _parse_yaml(file: Path, text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise DataError(f"'{file}' is not YAML: {reason}. Repair it, or move it away.") from error
-    return {key.lower(): value for key, value in content.items()} if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    lowered = {key.lower(): value for key, value in content.items()}
+    if len(lowered) < len(content):
+        raise DataError(f"'{file}' has keys that differ in capitals alone: {', '.join(content)}. Keep one.")
+    return lowered
 
 
 def _is_data_yaml(content: dict[str, Any]) -> bool:
