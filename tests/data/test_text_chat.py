@@ -296,6 +296,26 @@ def test_arguments_have_the_names_of_several_apis(tmp_path: Path, key: str) -> N
     assert called["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
 
 
+def test_arguments_are_those_that_are_given_and_given_once(tmp_path: Path) -> None:
+    def read_call(**arguments: object) -> Example:
+        calls = [{"name": "weather", **arguments}]
+        return read(tmp_path, messages=[ASK, {"role": "assistant", "tool_calls": calls}])
+
+    [called] = read_call(arguments=None, parameters={"a": 1}).messages[1]["tool_calls"]
+    assert called["function"] == {"name": "weather", "arguments": {"a": 1}}
+    with pytest.raises(DataError, match="arguments of 'weather' are given twice, as 'arguments' and 'input'"):
+        read_call(arguments={"a": 1}, input={"b": 2})
+
+
+def test_functions_are_wrapped_once_and_no_second_list_of_tools(tmp_path: Path) -> None:
+    chat, bare = {"messages": [ASK, ANSWER]}, {"name": "weather"}
+    tool = {"type": "function", "function": bare}
+    assert read(tmp_path, **chat, functions=[tool]).tools == (tool,)
+    assert read(tmp_path, **chat, tools=[tool], functions=[bare]).tools == (tool,)
+    with pytest.raises(DataError, match="rows.jsonl:1: the row's `tools` and `functions` differ"):
+        read(tmp_path, **chat, tools=[tool], functions=[{"name": "add"}])
+
+
 def test_functions_are_tools(tmp_path: Path) -> None:
     example = read(tmp_path, messages=[ASK, ANSWER], functions=[{"name": "weather"}])
     assert example.tools == ({"type": "function", "function": {"name": "weather"}},)
@@ -305,21 +325,40 @@ def test_functions_are_tools(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "mark",
-    [{"label": False}, {"kto_tag": "False"}, {"weight": 0}, {"train": False}, {"masked": True}],
+    [{"label": False}, {"label": "false"}, {"kto_tag": "False"}, {"weight": 0}],
     ids=lambda mark: next(iter(mark)),
 )
 def test_a_row_whose_answer_is_not_to_be_learned_is_refused(tmp_path: Path, mark: dict) -> None:
     for row in ({"messages": [ASK, ANSWER]}, {"prompt": "a", "completion": "b"}):
-        with pytest.raises(DataError, match=f"rows.jsonl:1: the row's '{next(iter(mark))}' is .* not to be"):
+        name = next(iter(mark))
+        with pytest.raises(DataError, match=f"l:1: the row's '{name}' is .* not to be .*`data.columns`"):
             read(tmp_path, **row, **mark)
-    read(tmp_path, prompt="a", completion="b", label=0, weight=1, train=True, mask="User", loss=0.3)
+    with pytest.raises(DataError, match="the row's 'kto_tag'"):
+        read(tmp_path, instruction="a", output="b", kto_tag=False)
+    read(tmp_path, prompt="a", completion="b", label=0, weight=1)
 
 
-@pytest.mark.parametrize("key", ["label", "loss"])
+@pytest.mark.parametrize(
+    ("row", "other"),
+    [
+        ({"text": "a"}, {"label": "false", "mask": 1, "weight": 0}),
+        ({"text": "a"}, {"label": False}),
+        ({"input": "a", "output": "b"}, {"label": False, "choices": ["b", "c"], "weight": 0}),
+        ({"input": "a", "output": "b"}, {"train": False, "split": "test", "loss": 0.0}),
+        ({"instruction": "a", "output": "b"}, {"label": "False", "weight": 0.0}),
+        ({"prompt": "a", "completion": "b"}, {"loss": 0.0, "masked": True}),
+        ({"messages": [ASK, ANSWER]}, {"train": False, "mask": 1}),
+    ],
+)
+def test_ordinary_keys_are_no_marks_of_a_row(tmp_path: Path, row: dict, other: dict) -> None:
+    assert read(tmp_path, **row, **other).answer
+
+
+@pytest.mark.parametrize("key", ["label", "weight"])
 def test_a_key_that_is_read_as_the_answer_is_no_mark(tmp_path: Path, key: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"sentence": "a", key: "false"}) + "\n")
-    [example] = load_examples(file, columns={"input": "sentence", "output": key})
+    [example] = load_examples(file, columns={"prompt": "sentence", "completion": key})
     assert example.answer == "false"
 
 
@@ -399,11 +438,26 @@ def test_roles_are_read_in_any_case(tmp_path: Path) -> None:
         {"messages": [ASK, ANSWER], "chat_template_kwargs": {"enable_thinking": False}},
         {"instruction": "Rome?", "output": "18 degrees", "system": "Be short."},
         {"instruction": "Rome?", "output": "18 degrees", "history": [["Oslo?", "4"]]},
+        {"instruction": "Rome?", "output": "18 degrees", "system_prompt": "Be short."},
+        {"prompt": "Rome?", "completion": "18 degrees", "system_prompt": "Be short."},
+        {"prompt": "Rome?", "completion": "18 degrees", "tools": [{"name": "weather"}]},
+        {"input": "Rome?", "output": "18 degrees", "functions": '[{"name": "weather"}]'},
     ],
 )
 def test_what_a_row_says_beside_its_turns_is_read_or_refused(tmp_path: Path, row: dict) -> None:
-    with pytest.raises(DataError, match="rows.jsonl:1: the row's '(system|documents|chat_|history)"):
+    with pytest.raises(DataError, match="l:1: the row's '(system|documents|chat_|history|tools|functions)"):
         read(tmp_path, **row)
+
+
+def test_parts_of_a_prompt_that_are_empty_or_read_are_not_refused(tmp_path: Path) -> None:
+    empty = {"system": "", "system_prompt": None, "history": [], "tools": "[]", "functions": float("nan")}
+    assert read(tmp_path, prompt="a", completion="b", **empty).prompt == "a"
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"history": "a", "output": "b"}))
+    assert load_examples(file, columns={"input": "history"})[0].prompt == "a\n"
+    file.write_text(json.dumps({"prompt": "a", "completion": "b", "system": "s", "system_prompt": "t"}))
+    with pytest.raises(DataError, match="the row's 'system' is in no prompt"):
+        load_examples(file, template="{system_prompt} {prompt}")
 
 
 def test_a_template_may_write_the_system_of_an_instruction(tmp_path: Path) -> None:

@@ -553,3 +553,14 @@ def test_keys_that_a_table_fills_in_are_not_learned(tmp_path: Path, kind: str) -
         one["function"] for one in calls
     ]
     assert list(example.tools) == tools
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "a", "kto_tag": True}, {"input": "a", "output": "b", "history": "c"}]
+)
+@pytest.mark.parametrize("template", ["{input", "input}"])
+def test_a_template_that_is_no_format_string_is_refused_whatever_reads_it(
+    tmp_path: Path, row: dict, template: str
+) -> None:
+    with pytest.raises(ConfigError, match="`data.template` .* is not a format string"):
+        load_examples(write(tmp_path / "rows.jsonl", row), template=template)

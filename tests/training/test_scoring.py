@@ -72,6 +72,18 @@ def test_settings_of_a_generation_config_that_need_more_than_a_model_work(tiny_l
     assert (whole[0][: len(first)], second) == (first, whole[1])
 
 
+@pytest.mark.parametrize("stops", ["\nQ:", ["(never)", "Q:", "\nQ"]])
+def test_an_answer_does_not_hold_the_stop_string_that_ended_it(tiny_llama: Path, monkeypatch, stops) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    prompt, written = (tokenizer(text, add_special_tokens=False).input_ids for text in ("Q:", "18\nQ:"))
+    monkeypatch.setattr(model, "generate", lambda **_: torch.tensor([prompt + written]))
+    model.generation_config.stop_strings = stops
+    options = {"stop_ids": [], "max_new_tokens": 6, "batch_size": 1}
+    assert generate_answers(model, [prompt], tokenizer, **options) == ["18"]
+    assert generate_answers(model, [prompt], tokenizer, **options, stop_strings=["8"]) == ["1"]
+
+
 def test_an_answer_ends_at_any_of_the_stop_tokens(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from thawline.data.text.datasets import dataset_rows, is_dataset
 from thawline.data.text.files import Rows, data_files, file_name, file_rows, read_text
-from thawline.data.text.turns import CHAT_KEYS, WEIGHTS, is_learned, parse_json, read_chat
+from thawline.data.text.turns import CHAT_KEYS, is_learned, parse_json, read_chat
 from thawline.errors import ConfigError, DataError, all_of, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -56,15 +56,17 @@ TEMPLATES: dict[str, str] = {
 """Format → its prompt where the recipe has no template of its own."""
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
-PARTS_OF_PROMPT = ("system", "history")
-"""Keys with which other tools build a chat of an instruction."""
+PARTS_OF_PROMPT = ("system", "system_prompt", "history", "tools", "functions")
+"""Keys with which other tools build a chat of a row without turns."""
+EMPTY = ("", "nan", "null", "[]")
+"""What tables and JSON text write where a key has no value."""
 
 OTHER_KEYS = {"task", "split", "choices"}
 """Keys that rows of every format may have."""
-LABELS = ("label", "kto_tag")
-"""Keys by which rows for preference learning mark an answer to avoid."""
-MARKS = {*LABELS, *WEIGHTS}
-"""Keys that may say of a row that it is not learned, unless they are read as something else."""
+MAY_BE_CHATS = ("messages", "conversations", "prompt-completion")
+"""Formats whose rows may be chats, and so may have keys of chats."""
+MARKS = {"kto_tag", "label", "weight"}
+"""Keys that may say of a row that it is not learned; all but `kto_tag` in the formats of chats alone."""
 
 HELD_OUT = ("validation", "valid", "val", "dev", "eval", "test")
 """Values of `split`, and file stems, that mark held-out rows; the first one present is used."""
@@ -173,13 +175,14 @@ def load_examples(
                     keys.update(row)
                     if row_format == "auto":
                         row_format = _detect_format(row, where)
-                    if marks := MARKS & row.keys():
+                    if marks := row.keys() & (MARKS if row_format in MAY_BE_CHATS else {"kto_tag"}):
                         _check_learned(row, marks - _read_keys(row_format, template, columns), where)
                     name = _text(row.get("task", task), f"{where}: the row's task")
                     if not name:
                         raise DataError(f"{where}: the row's task is empty. Name it, or leave the key out.")
                     shared = {"task": name, "split": _split(row.get("split") or split), "where": where}
-                    examples.append(_example(row, row_format, template, manifest.get(name, {}), **shared))
+                    entry = manifest.get(name, {})
+                    examples.append(_example(row, row_format, template, columns, entry, **shared))
                 except DataError as fault:
                     faults.append(fault)
             if unread := keys - _read_keys(row_format, template, columns):
@@ -233,13 +236,7 @@ def format_prompt(row: Mapping[str, Any], format: str, template: str | None, whe
         template = TEMPLATES[format]
         if format == "instruction" and row.get("input"):
             template = INSTRUCTION_WITH_INPUT
-    try:
-        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ConfigError(
-            f"`data.template` {template!r} is not a format string: {error}. Write fields in braces, "
-            f"{{input}}, and double a literal brace, {{{{."
-        ) from error
+    fields = _template_fields(template)
     missing = [name for name in fields if name not in row]
     if missing:
         raise DataError(f"{where}: the template asks for '{missing[0]}', the row has {_quoted(row)}.")
@@ -254,6 +251,17 @@ def format_prompt(row: Mapping[str, Any], format: str, template: str | None, whe
         return template.format(**{name: row[name] for name in fields})
     except ValueError as error:
         raise DataError(f"{where}: `data.template` {template!r} does not fit the row: {error}.") from error
+
+
+def _template_fields(template: str | None) -> list[str]:
+    """Return the names of a template's fields. Raises: ConfigError: if it is not a format string."""
+    try:
+        return [name for _, name, _, _ in Formatter().parse(template or "") if name is not None]
+    except ValueError as error:
+        raise ConfigError(
+            f"`data.template` {template!r} is not a format string: {error}. Write fields in braces, "
+            f"{{input}}, and double a literal brace, {{{{."
+        ) from error
 
 
 def prompt_example(
@@ -319,8 +327,8 @@ def _detect_format(row: Mapping[str, Any], where: str) -> str:
 def _read_keys(format: str, template: str | None, columns: Mapping[str, str]) -> set[str]:
     """Return the keys of rows that are read."""
     read = OTHER_KEYS.union(FORMATS.get(format, ()), ["input"] if format == "instruction" else [])
-    read.update(name for _, name, _, _ in Formatter().parse(template or "") if name)
-    if format in ("messages", "conversations", "prompt-completion"):
+    read.update(_template_fields(template))
+    if format in MAY_BE_CHATS:
         read |= CHAT_KEYS
     return read | {theirs for ours, theirs in columns.items() if ours in read}
 
@@ -328,15 +336,20 @@ def _read_keys(format: str, template: str | None, columns: Mapping[str, str]) ->
 def _check_learned(row: Mapping[str, Any], marks: Collection[str], where: str) -> None:
     """Raise DataError if one of the keys `marks` says of a row that its answer is not to be learned."""
     for key in sorted(marks):
-        if not is_learned(key, row[key]) or (key in LABELS and str(row[key]).lower() == "false"):
+        if str(row[key]).lower() == "false" or not is_learned(key, row[key]):
             raise DataError(
                 f"{where}: the row's '{key}' is {row[key]!r}, so its answer is not to be learned. Remove the "
-                "row, or the key where it means something else."
+                "row; where the key means something else, remove it or read it by `data.columns`."
             )
 
 
 def _example(
-    row: Mapping[str, Any], format: str, template: str | None, task_entry: Mapping[str, Any], **shared: Any
+    row: Mapping[str, Any],
+    format: str,
+    template: str | None,
+    columns: Mapping[str, str],
+    task_entry: Mapping[str, Any],
+    **shared: Any,
 ) -> Example:
     """Convert a row. `task_entry`: the manifest's entry of its task; `shared`: task, split and where."""
     where = shared["where"]
@@ -350,7 +363,8 @@ def _example(
     if format == "text":
         return Example(completion=completion, **shared)
     for key in PARTS_OF_PROMPT:
-        if row.get(key) and f"{{{key}" not in (template or ""):
+        given = str(row.get(key) or "").strip() not in EMPTY
+        if given and key not in {*_template_fields(template), *columns.values()}:
             raise DataError(
                 f"{where}: the row's '{key}' is in no prompt. Put {{{key}}} into `data.template`, give the "
                 "row as a chat (`messages`), or remove it."

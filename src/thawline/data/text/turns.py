@@ -5,7 +5,7 @@ row ── read_chat ──► messages: turns with `role` and text as `content`
 
 from __future__ import annotations
 
-__all__ = ["CHAT_KEYS", "WEIGHTS", "is_learned", "parse_json", "read_chat"]
+__all__ = ["CHAT_KEYS", "is_learned", "parse_json", "read_chat"]
 
 import json
 from collections.abc import Mapping
@@ -155,8 +155,11 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call["function"]
     if not _is_object(function) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call needs a function with a 'name', got {function!r}.")
-    given = next((function[key] for key in ARGUMENTS if key in function), None)
+    names = [key for key in ARGUMENTS if function.get(key)]
     what = f"{where}: the arguments of '{function['name']}'"
+    if len(names) > 1:
+        raise DataError(f"{what} are given twice, as '{names[0]}' and '{names[1]}'. Keep one.")
+    given = function[names[0]] if names else None
     arguments = _decoded(_decoded(given or {}, what) or {}, what)  # encoded twice by some tools
     if not _is_object(arguments):
         raise DataError(f"{what} must be an object, or its JSON text, got {given!r}.")
@@ -166,11 +169,20 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    key = "tools" if row.get("tools") else "functions"  # OpenAI's older key, of what `function` holds
-    tools = _decoded(row.get(key) or [], f"{where}: `{key}`") or []
-    if not isinstance(tools, (list, tuple)) or not all(map(_is_object, tools)):
-        raise DataError(f"{where}: `{key}` must be a list of JSON schemas, or its JSON text, got {tools!r}.")
-    return tuple(tools if key == "tools" else ({"type": "function", "function": one} for one in tools))
+    """Return a row's `tools`, or its `functions`: OpenAI's older key, of what a tool's `function` holds."""
+    found: dict[str, list[Any]] = {}
+    for key in ("tools", "functions"):
+        given = _decoded(row.get(key) or [], f"{where}: `{key}`") or []
+        if not isinstance(given, (list, tuple)) or not all(map(_is_object, given)):
+            raise DataError(
+                f"{where}: `{key}` must be a list of JSON schemas, or its JSON text, got {given!r}."
+            )
+        found[key] = list(given)
+    tools, functions = found["tools"], found["functions"]
+    wrapped = [one if "function" in one else {"type": "function", "function": one} for one in functions]
+    if tools and functions and tools not in (functions, wrapped):
+        raise DataError(f"{where}: the row's `tools` and `functions` differ. Keep one of the two.")
+    return tuple(tools or wrapped)
 
 
 def _decoded(value: Any, where: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Score", "batches_by_length", "generate_answers", "score_answers", "score_labels"]
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -92,9 +93,12 @@ def generate_answers(
         extras: further arguments of `generate`, one value per prompt (task ids).
         sampling: forwarded to `generate` (do_sample, temperature, top_p, num_beams, …).
 
-    Returns: one text per prompt, in the order given, without special tokens.
+    Returns: one text per prompt, in the order given, without special tokens and ending before the first
+    of the base's stop strings.
     """
     answers = [""] * len(prompts)
+    stops = sampling.get("stop_strings", model.generation_config.stop_strings) or []
+    end = "|".join(map(re.escape, [stops] if isinstance(stops, str) else stops))
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
 
     def pad_left(rows: Rows) -> dict[str, Tensor]:
@@ -124,7 +128,8 @@ def generate_answers(
         written = written[:, 1 if is_seq2seq else batch["input_ids"].shape[1] :]
         for i, ids in zip(indices, written.tolist(), strict=True):
             ids = list(takewhile(lambda token: token not in stop_ids, ids))
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True)
+            answer = tokenizer.decode(ids, skip_special_tokens=True)
+            answers[i] = re.split(end, answer, maxsplit=1)[0] if end else answer
     return answers
 
 
