@@ -288,20 +288,21 @@ def add_domain(
         name: name in the folder, for a single one. None: the one it was trained under.
         base: detector that they were trained on, for a new folder. None: the one that the run names.
     Returns: the names of the domains that were added.
-    Raises: ConfigError: a name is taken. CheckpointError: a domain is damaged, or of another base.
+    Raises: ConfigError: a name is taken. CheckpointError: a domain is damaged, or of another base. Nothing
+        is copied then.
     """
-    from thawline.domains.folder import SharedFolder, find_domains, load_base
+    from thawline.domains.folder import SharedFolder, check_new, find_domains, load_base
 
     found = find_domains(source)
     if name is not None and len(found) > 1:
         raise ConfigError(f"`name={name!r}`: '{source}' holds {len(found)} domains. Give the folder of one.")
-    if is_shared(folder):
-        shared = SharedFolder(folder)
-        detector = shared.base()
-    else:
-        detector = load_base(found[0], base)
-        shared = SharedFolder.create(folder, detector)
-    return [shared.add(domain, name, detector) for domain in found]
+    shared = SharedFolder(folder) if is_shared(folder) else None
+    detector = load_base(found[0], base) if shared is None else shared.base()
+    names = check_new(folder if shared is None else shared.path, found, detector, name)
+    shared = shared or SharedFolder.create(folder, detector)
+    for domain, new in zip(found, names, strict=True):
+        shared.copy(domain, new)
+    return names
 
 
 def remove_domain(folder: str | Path, name: str) -> None:
@@ -419,6 +420,9 @@ def export(
     elif is_shared(model):
         from thawline.domains.folder import SharedFolder
 
+        if variant is not None or weights != "pretrained":
+            name = "weights" if variant is None else "variant"
+            raise ConfigError(f"`{name}`: the base of '{model}' is trained, and has its size. Leave it out.")
         shared = SharedFolder(model)
         name = shared.only_one(domain)
         detector, out = shared.load(name), out or shared.path / "exports" / name
@@ -503,8 +507,10 @@ def _images(
                 f"'{model}' is no detection run. Text models are exported as merged, lora, gguf-ready."
             )
         section, seed = config.data, config.seed
+    if not isinstance(section.path, str):
+        raise ConfigError(f"`data.path` has {len(section.path)} datasets: give `data`, the path of one.")
     try:
-        found = load_detection(str(section.path), section.format, section.images)
+        found = load_detection(section.path, section.format, section.images)
     except DataError as error:
         if data is not None:
             raise

@@ -18,6 +18,7 @@ from thawline.domains.domain import load_domain, read_domain
 from thawline.domains.folder import SharedFolder
 from thawline.errors import CheckpointError, ConfigError, DataError
 from thawline.models.deimv2 import DEIMv2
+from thawline.planning.blueprint import draw_blueprint
 from thawline.recipe import RunConfig
 from thawline.run import run
 
@@ -100,6 +101,16 @@ def test_only_the_new_rows_of_the_decoder_train(folder: Path) -> None:
     }
 
 
+def test_the_plan_counts_what_trains_and_what_the_domain_has(folder: Path) -> None:
+    config = recipe(folder, name="planned", tuner={"method": "mhr", "r": 2, "target_modules": "none such"})
+    found = run(config, dry_run=True)
+    planned = draw_blueprint(config)
+    assert sum(p.numel() for p in planned.model.parameters() if p.requires_grad) == found.trainable
+    plan = json.loads((found.folder / "plan.json").read_text())
+    before = read_domain(folder / "cards").parameters
+    assert plan["domains"] == {"cards": 4 * (before + found.trainable)}
+
+
 def test_a_shared_detector_asks_both_versions(extended: Path, folder: Path) -> None:
     shop = SharedDetector(folder / "shop", "cpu")
     shop.add("more", extended)
@@ -160,11 +171,14 @@ def test_a_fresh_process_gets_the_same_bits(both: Path, folder: Path) -> None:
         ({"domain": "card"}, "has no domain 'card'.*Did you mean 'cards'"),
         ({"domain": None}, "for the domain that `domain` names"),
         ({"add_classes": [NEW, NEW]}, "each once"),
+        ({"base": {"overrides": {"num_queries": 5}}}, "queries'.*Only box_noise"),
         ({"add_classes": ["queen"]}, "boxes of joker"),
         ({"add_classes": [NEW, "queen"]}, "No training image has a box of 'queen'"),
     ],
 )
 def test_what_cannot_be_added_is_refused(folder: Path, changes: dict, message: str) -> None:
+    if "base" in changes:
+        changes = {"base": {**changes["base"], "weights": str(folder / "shop")}}
     with pytest.raises((ConfigError, DataError), match=message):
         run(recipe(folder, name="refused", **changes), dry_run=True)
 

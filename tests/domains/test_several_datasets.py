@@ -267,6 +267,8 @@ def test_what_trains_is_the_adapter_and_the_heads_of_each(folder: Path, base: DE
         ({"data__format": "voc"}, DataError, "discs"),
         ({"tuner": {**MHR, "target_modules": r".*stem1\.conv"}}, ConfigError, "Conv2d of 3 × 3"),
         ({"tuner": {**MHR, "start_from": "skills"}, "data": "new", "domain": "new"}, RoutingError, "not new"),
+        ({"tuner": {**MHR, "start_from": "skills"}, "data": "discs", "domain": "discs"}, RoutingError,
+         "routes discs, plates, and a domain is one task.*`tuner.adapt` z, mu or full"),
         ({"tuner": {**MHR, "adapt": "z", "start_from": "skills"}, "base__weights": "other"}, CheckpointError,
          "belongs to the base"),
     ],

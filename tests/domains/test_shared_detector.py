@@ -10,20 +10,24 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import supervision
 import torch
+from torch import nn
 
 from tests.support.domains import NAMES, TUNERS, make_base, make_domain
 from thawline import SharedDetector, jobs
+from thawline.domains.changes import Changes, JoinedWeights
 from thawline.domains.domain import base_digest, load_domain, read_domain
 from thawline.domains.folder import SharedFolder
 from thawline.errors import CheckpointError, ConfigError
 from thawline.inference import Detector
 from thawline.models.deimv2 import DEIMv2
 from thawline.recipe import Paca
+from thawline.training.detection.objective import DetectionObjective
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,23 @@ def test_a_domain_is_exchanged_in_a_copy_for_each_length_of_columns(shared: Shar
     changes.exchange()
     changes.exchange()
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_a_network_that_was_moved_exchanges_nothing(base: DEIMv2, folder: Path) -> None:
+    joined = JoinedWeights(base.fuse())
+    changes = Changes(joined, load_domain(base, folder / "domains" / "cards").fuse())
+    joined.network.decoder.double()
+    before = joined.network.decoder.enc_score_head.weight
+    with pytest.raises(RuntimeError, match="moved or cast"):
+        changes.exchange()
+    assert joined.network.decoder.enc_score_head.weight is before
+
+
+def test_kernels_keep_their_layout_on_other_devices() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 4))
+    assert len(JoinedWeights(network).places) == 3
+    network.to("meta")
+    assert set(JoinedWeights(network).places) == {network[1].weight, network[2].weight}
 
 
 def test_a_batch_of_several_domains_equals_single_calls(shared: SharedDetector) -> None:
@@ -250,6 +271,9 @@ def test_a_domain_is_exported_as_its_merged_detector(
     for domain, message in ((None, "Which domain.*cards, pcb, plates"), ("card", "Did you mean 'cards'")):
         with pytest.raises(ConfigError, match=message):
             jobs.export(folder, domain=domain)
+    for name, value in (("variant", "atto"), ("weights", "random")):
+        with pytest.raises(ConfigError, match=f"`{name}`"):
+            jobs.export(folder, domain="cards", **{name: value})
     with pytest.raises(ConfigError, match="no folder of base/"):
         jobs.export(folder / "base", domain="cards")
 
@@ -265,11 +289,45 @@ def test_the_base_is_read_once_for_a_new_folder(
     assert read == [tmp_path / "base"]
 
 
+def test_all_domains_of_a_run_are_added_or_none(base: DEIMv2, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "domains", tmp_path / "run" / "domains")
+    base.save_pretrained(tmp_path / "base")
+    SharedFolder.create(tmp_path / "shop", base).add(folder / "domains" / "plates")
+    with pytest.raises(ConfigError, match="already has a domain 'plates'"):
+        jobs.add_domain(tmp_path / "shop", tmp_path / "run")
+    assert [one.name for one in (tmp_path / "shop" / "domains").iterdir()] == ["plates"]
+    (tmp_path / "run" / "domains" / "plates" / "heads.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="plates/heads"):
+        jobs.add_domain(tmp_path / "new", tmp_path / "run", base=tmp_path / "base")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("load", ["run", "folder"])
+def test_the_base_is_hashed_once_for_all_domains(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str
+) -> None:
+    hashed = []
+    for module in ("domains.domain", "domains.folder", "training.detection.objective"):
+        name = f"thawline.{module}.base_digest"
+        monkeypatch.setattr(name, lambda base: hashed.append(base) or base_digest(base))
+    if load == "folder":
+        jobs.add_domain(tmp_path / "shop", folder, base=folder / "base")
+    else:
+        datasets = [SimpleNamespace(name=name) for name in NAMES]
+        DetectionObjective.load_base(SimpleNamespace(datasets=datasets), str(folder))
+    assert len(hashed) == 1
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("threshold", "high", "expected a number"),
+        ("threshold", float("nan"), "expected 0 to 1"),
+        ("threshold", 5, "expected 0 to 1"),
+        ("class_names", "abc", "expected a list"),
         ("class_groups", [1, 1], "not 3 classes"),
+        ("class_groups", [3, 0], "not 3 classes"),
+        ("recipe", None, "expected a mapping"),
         ("name", 0, None),
     ],
 )

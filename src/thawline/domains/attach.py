@@ -46,7 +46,7 @@ def attach_domain(model: DEIMv2, settings: TunerSettings, tasks: Sequence[str] =
             alone.
         tasks: names of the domains, which MHR routes.
     Raises: ConfigError: a tuner that changes the base, or does not fit the detector. RoutingError: the
-        adapter that MHR starts from knows none of these tasks.
+        adapter that MHR starts from does not know these tasks, or several where there is one.
     """
     if not isinstance(settings, Frozen):
         if isinstance(settings, PeftMethod) or not isinstance(settings, Adapter):
@@ -62,6 +62,11 @@ def attach_domain(model: DEIMv2, settings: TunerSettings, tasks: Sequence[str] =
             raise RoutingError(
                 f"The adapter in '{settings.start_from}' routes {', '.join(known)}, and not "
                 f"{', '.join(unknown)}. Adapt it to them: `tuner.adapt` z, mu or full."
+            )
+        if known is not None and len(known) > len(tasks) == 1:
+            raise RoutingError(
+                f"`tuner.start_from`: '{settings.start_from}' routes {', '.join(known)}, and a domain is one "
+                "task. Adapt it to that: `tuner.adapt` z, mu or full."
             )
     else:
         model.requires_grad_(False)

@@ -31,7 +31,8 @@ class JoinedWeights:
 
     Args:
         network: fused network of the base; its weights are moved, and keep their values. Kernels get the
-            layout of rows, on which no bit of a convolution depends; matrices keep theirs.
+            layout of rows, on which no bit of a convolution on a CPU depends, and are left out elsewhere;
+            matrices keep theirs.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -40,7 +41,7 @@ class JoinedWeights:
         """Weight → the tensor that holds its rows, and the first of them."""
         by_length: dict[tuple[int, torch.dtype], list[nn.Parameter]] = defaultdict(list)
         for weight in network.parameters():
-            if weight.dim() in (2, 4):
+            if weight.dim() == 2 or (weight.dim() == 4 and _keeps_layout(weight)):
                 by_length[rows_of(weight)[0].numel(), weight.dtype].append(weight)
         for (length, dtype), weights in by_length.items():
             step = ALIGNMENT // math.gcd(ALIGNMENT, length * dtype.itemsize)
@@ -132,6 +133,7 @@ class Changes:
                     rows = rows_of(other, _axis(tensor))
                     index = (rows_of(tensor) != rows).any(dim=1).nonzero().flatten()
                     found[joined].append((start + index, rows[index]))
+        self._addresses = [tensor.data_ptr() for tensor in self._changed]
         for joined, parts in found.items():
             index, values = (torch.cat(part) for part in zip(*parts, strict=True))
             self._items.append(_Rows(joined, index, values))
@@ -143,7 +145,15 @@ class Changes:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the changes into the network, or take them out again."""
+        """Put the changes into the network, or take them out again.
+
+        Raises: RuntimeError: the network's weights are elsewhere than when the changes were found.
+        """
+        if [tensor.data_ptr() for tensor in self._changed] != self._addresses:
+            raise RuntimeError(
+                "The network was moved or cast after its domains were prepared, so they cannot be exchanged. "
+                "Load it again, on the device that it is for."
+            )
         for item in self._items:
             item.exchange()
         increment_version(self._changed)  # what a layer has computed from them is no longer true
@@ -153,6 +163,11 @@ def rows_of(weight: Tensor, axis: int | None = None) -> Tensor:
     """Return a weight as rows, (N, L): slices along an axis. None: its own."""
     rows = weight.detach().movedim(_axis(weight) if axis is None else axis, 0)
     return rows.flatten(1)
+
+
+def _keeps_layout(weight: Tensor) -> bool:
+    """Return whether a kernel may have the layout of rows without another result of its convolution."""
+    return weight.device.type == "cpu" or weight[0, 0].numel() == 1
 
 
 def _axis(weight: Tensor) -> int:

@@ -17,7 +17,7 @@ background.
 
 from __future__ import annotations
 
-__all__ = ["extend_classes", "group_classes"]
+__all__ = ["extend_classes", "group_classes", "train_last_group"]
 
 import dataclasses
 from collections.abc import Sequence
@@ -64,9 +64,14 @@ def extend_classes(model: DEIMv2, groups: Sequence[int], names: Sequence[str]) -
     state["decoder.enc_score_head.weight"][n_old:] = 0
     state["decoder.enc_score_head.bias"][n_old:] = NEVER
     group_classes(extended, (*groups, len(names))).load_state_dict(state)
-    freeze(extended.eval())
-    last = len(groups)
-    for layer in (extended.decoder.denoising_class_embed, *extended.decoder.dec_score_head):
+    return train_last_group(extended.eval())
+
+
+def train_last_group(model: DEIMv2) -> DEIMv2:
+    """Freeze a detector of grouped classes, in place, but for the rows that train of its last group."""
+    freeze(model)
+    last = len(model.decoder.enc_score_head.sizes) - 1
+    for layer in (model.decoder.denoising_class_embed, *model.decoder.dec_score_head):
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(name.endswith(f"_{last}"))
-    return extended
+    return model

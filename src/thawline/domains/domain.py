@@ -59,6 +59,8 @@ class Domain:
     """Recipe that trained it; its data is what `thawline eval` judges the domain on."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_names, str):
+            raise ValueError(f"`class_names` is the text {self.class_names!r}, expected a list")
         object.__setattr__(self, "class_names", tuple(self.class_names))
         object.__setattr__(self, "class_groups", tuple(self.class_groups))
         object.__setattr__(self, "image_size", tuple(self.image_size))
@@ -67,7 +69,12 @@ class Domain:
         """Raises: ValueError: values that cannot be a domain's."""
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
             raise ValueError(f"`threshold` is {self.threshold!r}, expected a number")
-        if self.class_groups and sum(self.class_groups) != len(self.class_names):
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"`threshold` is {self.threshold}, expected 0 to 1")
+        if not isinstance(self.recipe, Mapping):
+            raise ValueError(f"`recipe` is {self.recipe!r}, expected a mapping")
+        groups = self.class_groups
+        if groups and (min(groups) < 1 or sum(groups) != len(self.class_names)):
             raise ValueError(f"`class_groups` {self.class_groups} are not {len(self.class_names)} classes")
 
 

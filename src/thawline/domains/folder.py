@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["SharedFolder", "domain_folders", "find_domain", "find_domains", "load_base"]
+__all__ = ["SharedFolder", "check_new", "domain_folders", "find_domain", "find_domains", "load_base"]
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from thawline.domains import BASE, DOMAINS, shared_path
 from thawline.domains.attach import merged_detector
-from thawline.domains.domain import Domain, load_domain, read_domain
+from thawline.domains.domain import Domain, base_digest, load_domain, read_domain
 from thawline.errors import CheckpointError, ConfigError, did_you_mean
 from thawline.files import atomic_folder, write_json
 from thawline.models.deimv2.model import DEIMv2
@@ -73,6 +73,26 @@ def load_base(domain: str | Path, base: str | Path | None = None) -> DEIMv2:
         if base is not None:
             raise
         raise CheckpointError(f"The base of '{domain}' cannot be read; give --base. {error}") from error
+
+
+def check_new(path: str | Path, folders: Iterable[Path], base: DEIMv2, name: str | None = None) -> list[str]:
+    """Return the names that domains get in a shared folder, once all are known to fit.
+
+    Args:
+        path: the shared folder, which may not exist yet.
+        folders: of the domains.
+        base: the detector of the shared folder.
+        name: None: those that they were trained under.
+    Raises: ConfigError: a name is taken or cannot be one. CheckpointError: as `load_domain`.
+    """
+    digest, names = base_digest(base), []
+    for folder in folders:
+        new = domain_name(name or read_domain(folder).name)
+        if new in names or (Path(path) / DOMAINS / new).exists():
+            raise ConfigError(f"'{path}' already has a domain '{new}'. Remove or rename it, or give --name.")
+        load_domain(base, folder, digest)
+        names.append(new)
+    return names
 
 
 class SharedFolder:
@@ -140,13 +160,8 @@ class SharedFolder:
         Raises: ConfigError: the name is taken or cannot be one. CheckpointError: as `load_domain`.
         """
         folder = find_domain(source)
-        name = domain_name(name or read_domain(folder).name)
-        if (self.path / DOMAINS / name).exists():
-            raise ConfigError(
-                f"'{self.path}' already has a domain '{name}'. Remove or rename it, or give --name."
-            )
-        load_domain(base or self.base(), folder)
-        self._copy(folder, name)
+        (name,) = check_new(self.path, [folder], base or self.base(), name)
+        self.copy(folder, name)
         return name
 
     def remove(self, name: str) -> None:
@@ -161,10 +176,11 @@ class SharedFolder:
         folder, new = self.folder(name), domain_name(new)
         if (self.path / DOMAINS / new).exists():
             raise ConfigError(f"'{self.path}' already has a domain '{new}'.")
-        self._copy(folder, new)
+        self.copy(folder, new)
         self.remove(name)
 
-    def _copy(self, folder: Path, name: str) -> None:
+    def copy(self, folder: Path, name: str) -> None:
+        """Copy a domain, which fits the base, under a name that is free."""
         with atomic_folder(self.path / DOMAINS / name) as temporary:
             shutil.copytree(folder, temporary, dirs_exist_ok=True)
             about = replace(read_domain(folder), name=name)

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 from thawline.domains.attach import attach_domain
+from thawline.domains.classes import group_classes, train_last_group
 from thawline.errors import ConfigError
 from thawline.models.deimv2.loss.matcher import Matches
 from thawline.models.deimv2.model import DEIMv2
@@ -202,7 +203,9 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
     detector = members[0]
     if config.lean and not is_lean(apply_lean(detector)):
         raise ConfigError(f"`lean`: '{base.variant}' has nothing that can be lean. Leave it out.")
-    if config.domain is not None or (config.datasets and not isinstance(config.tuner, Full)):
+    if n_added := len(config.added_classes):
+        train_last_group(group_classes(detector, (detector.config.num_classes - n_added, n_added)))
+    elif config.domain is not None or (config.datasets and not isinstance(config.tuner, Full)):
         attach_domain(detector, config.tuner, names)
     else:
         tune_backbone(detector, config.tuner)

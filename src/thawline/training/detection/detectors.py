@@ -11,7 +11,6 @@ from torch import nn
 from thawline.domains.attach import is_class_layer
 from thawline.models.deimv2.config import DEIMv2Config
 from thawline.models.deimv2.model import DEIMv2
-from thawline.tuners.mhr.layer import find_layers
 from thawline.tuners.mhr.task_ids import set_task_ids
 
 FORWARD_HOOKS = (
@@ -45,7 +44,7 @@ class Detectors(nn.Module):
     def member(self, number: int) -> DEIMv2:
         """Return the detector of a dataset, with MHR set to route by it."""
         member: DEIMv2 = self.members[number]
-        if next(find_layers(member), None) is not None:
+        if hasattr(member, "mhr_state"):
             set_task_ids(member, self.names[number])
         return member
 

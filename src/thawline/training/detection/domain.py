@@ -59,11 +59,7 @@ class DomainRun:
         self.names = tuple(config.datasets) or (str(config.domain),)
         self.weights, self._config = str(base.weights), config
         what = "A domain" if config.domain else "An adapter on several datasets"
-        if shaping := sorted(base.overrides.keys() - ONLY_IN_TRAINING):
-            raise ConfigError(
-                f"`base.overrides` has '{shaping[0]}': {what.lower()} takes its base as it is. Only "
-                f"{', '.join(sorted(ONLY_IN_TRAINING))} may differ."
-            )
+        _check_overrides(base.overrides, what)
         checkpoint = read_checkpoint(self.weights)
         if checkpoint.layout == "backbone":
             raise ConfigError(
@@ -130,8 +126,7 @@ class ExtendedDomainRun(DomainRun):
                 f"`add_classes`: '{self.folder}' has '{known[0]}' already. Its classes are "
                 f"{', '.join(self.before.class_names)}."
             )
-        if foreign := sorted(base.overrides.keys() - ONLY_IN_TRAINING):
-            raise ConfigError(f"`base.overrides` has '{foreign[0]}': a domain takes its base as it is.")
+        _check_overrides(base.overrides, "A domain")
         self.class_names = (*self.before.class_names, *config.added_classes)
         self.image_size, self.digest = self.before.image_size, self.before.base
 
@@ -203,7 +198,19 @@ def domain_bytes(model: nn.Module, run: DomainRun | None) -> dict[str, int]:
         return {
             name: 4 * _n_parameters(one, run) for name, one in zip(model.names, model.members, strict=True)
         }
-    return {} if run is None else {run.names[0]: 4 * _n_parameters(model, run)}
+    if run is None:
+        return {}
+    before = run.before.parameters if isinstance(run, ExtendedDomainRun) else 0
+    return {run.names[0]: 4 * (before + _n_parameters(model, run))}
+
+
+def _check_overrides(overrides: Mapping[str, Any], what: str) -> None:
+    """Raises: ConfigError: settings that would change the shape of the base."""
+    if shaping := sorted(overrides.keys() - ONLY_IN_TRAINING):
+        raise ConfigError(
+            f"`base.overrides` has '{shaping[0]}': {what.lower()} takes its base as it is. Only "
+            f"{', '.join(sorted(ONLY_IN_TRAINING))} may differ."
+        )
 
 
 def _about(

@@ -33,7 +33,7 @@ from thawline.data.detection.mixture import MixedImages
 from thawline.data.detection.records import ImageRecord
 from thawline.data.draws import Draw
 from thawline.domains import BASE, DOMAINS
-from thawline.domains.domain import load_domain
+from thawline.domains.domain import base_digest, load_domain
 from thawline.errors import ConfigError
 from thawline.files import read_json
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
@@ -246,7 +246,8 @@ class DetectionObjective(Objective):
         if source is None:
             return Detectors(names, [self._new_detector(dataset) for dataset in self.datasets]).share()
         base = DEIMv2.from_pretrained(Path(source) / BASE)
-        return Detectors(names, [load_domain(base, Path(source) / DOMAINS / name) for name in names])
+        digest, folder = base_digest(base), Path(source) / DOMAINS
+        return Detectors(names, [load_domain(base, folder / name, digest) for name in names])
 
     def load_tuned(self, folder: Path | None) -> nn.Module:
         """Load what a run saved in `folder`: a detector, adapters merged, or a checkpoint, as it trains.
