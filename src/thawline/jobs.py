@@ -507,10 +507,11 @@ def _images(
                 f"'{model}' is no detection run. Text models are exported as merged, lora, gguf-ready."
             )
         section, seed = config.data, config.seed
-    if not isinstance(section.path, str):
-        raise ConfigError(f"`data.path` has {len(section.path)} datasets: give `data`, the path of one.")
+    path, *others = section.datasets.values()
+    if others:
+        raise ConfigError(f"'{model}' has {1 + len(others)} datasets: give `data`, the path of one.")
     try:
-        found = load_detection(section.path, section.format, section.images)
+        found = load_detection(path, section.format, section.images)
     except DataError as error:
         if data is not None:
             raise

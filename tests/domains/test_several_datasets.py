@@ -289,3 +289,14 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(error, match=message):
         run(recipe(folder, "refused", **changes), dry_run=True)
     assert not (folder / "runs" / "refused" / "config.yaml").exists()
+
+
+def test_an_export_reads_the_one_dataset_of_a_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for sets in (["discs"], ["discs", "plates"]):
+        config = recipe(folder, "listed", "none", data=[str(folder / one) for one in sets])
+        monkeypatch.setattr("thawline.run.saved_config", lambda model, config=config: config)
+        if len(sets) == 1:
+            assert all(jobs._images("run", None, ()))
+        else:
+            with pytest.raises(ConfigError, match="'run' has 2 datasets: give `data`"):
+                jobs._images("run", None, ())
