@@ -12,7 +12,7 @@ import torch
 from tests.support.text_runs import LORA, TextRecipes, logged, stop_at_batch, weights, write_first_letters
 from thawline.errors import CheckpointError, ConfigError
 from thawline.run import run
-from thawline.training.checkpoints import newest_checkpoint, remove_half_written
+from thawline.training.checkpoints import newest_checkpoint, remove_half_written, seal_checkpoint
 
 
 @pytest.fixture
@@ -70,6 +70,7 @@ def test_a_torn_checkpoint_is_passed_over_and_removed(tmp_path: Path) -> None:
         folder.mkdir()
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
+    seal_checkpoint(tmp_path / "checkpoint-8")
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
     remove_half_written(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]

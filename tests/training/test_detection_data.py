@@ -271,7 +271,7 @@ def test_classes_are_joined_by_name(trained: Path, tmp_path: Path, names: tuple[
         saved_config(trained).to_mapping() | {"data": {"path": str(tmp_path), "eval_fraction": 1}}
     )
     objective = build_objective(config, read="held-out", described={"class_names": list(NAMES)})
-    assert objective.class_names == NAMES
+    assert objective.datasets[0].class_names == NAMES
     wanted = [[label for label, _ in boxes if label in names] for _, boxes in SETS["train"].values()]
     found = [[NAMES[label] for label in record.labels] for record in objective.held_out_rows]
     assert found == wanted
