@@ -66,7 +66,7 @@ class Domain:
         object.__setattr__(self, "image_size", tuple(self.image_size))
 
     def check(self) -> None:
-        """Raises: ValueError: values that cannot be a domain's."""
+        """Check the values of a file that was read. Raises: ValueError: naming one that cannot be."""
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
             raise ValueError(f"`threshold` is {self.threshold!r}, expected a number")
         if not 0 <= self.threshold <= 1:

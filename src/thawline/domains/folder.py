@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["SharedFolder", "check_new", "domain_folders", "find_domain", "find_domains", "load_base"]
+__all__ = [
+    "SharedFolder", "check_new", "domain_folders", "find_domain", "find_domains", "load_base", "named_domain",
+]  # fmt: skip
 
 import os
 import shutil

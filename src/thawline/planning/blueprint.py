@@ -25,7 +25,7 @@ from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.variants import get_variant
 from thawline.ops.lean import apply_lean, is_lean
 from thawline.ops.lean_head import LeanHeadModel
-from thawline.recipe import Full, Mhr, Paca, RunConfig, Training
+from thawline.recipe import Mhr, Paca, RunConfig, Training
 from thawline.recipe.checks import height_width
 from thawline.training.arguments import training_arguments
 from thawline.training.detection.backbone import tune_backbone
@@ -180,6 +180,7 @@ def _text(
 
 def _detector(config: RunConfig, objective: Any) -> Blueprint:
     base: Any = config.base
+    data: Any = config.data
     settings: Any = config.objective
     training: Any = config.training
     size = height_width("base.size", base.size or get_variant(base.variant).config.image_size)
@@ -188,7 +189,7 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
     n_rows, epochs = None, 72
     names = tuple(config.datasets) or (config.domain or "",)
     classes: list[dict[str, Any]] = [{} for _ in names]
-    if objective is None and all(Path(path).exists() for path in config.data.datasets.values()):  # type: ignore[union-attr]
+    if objective is None and all(Path(path).exists() for path in data.datasets.values()):
         objective = build_objective(config)
     if objective is not None:  # else the data are elsewhere, and the detector has COCO's classes
         fields |= {"image_size": objective.size}
@@ -205,7 +206,7 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
         raise ConfigError(f"`lean`: '{base.variant}' has nothing that can be lean. Leave it out.")
     if n_added := len(config.added_classes):
         train_last_group(group_classes(detector, (detector.config.num_classes - n_added, n_added)))
-    elif config.domain is not None or (config.datasets and not isinstance(config.tuner, Full)):
+    elif config.keeps_base:
         attach_domain(detector, config.tuner, names)
     else:
         tune_backbone(detector, config.tuner)

@@ -158,6 +158,11 @@ class RunConfig:
         return found if len(found) > 1 else {}
 
     @property
+    def keeps_base(self) -> bool:
+        """True for a detection run that leaves `base.weights` frozen and adds one domain or several to it."""
+        return self.domain is not None or (bool(self.datasets) and not isinstance(self.tuner, Full))
+
+    @property
     def run_folder(self) -> Path:
         """Folder of this run."""
         return Path(self.folder) / self.run_name

@@ -24,7 +24,7 @@ class Evaluation:
     files: dict[str, Any] = field(default_factory=dict)
     """Further results: name of a JSON file in the run's folder → plain values."""
     datasets: dict[str, Evaluation] = field(default_factory=dict)
-    """Of several detection datasets, the evaluation on each."""
+    """Evaluation on each dataset, by name, where a detection run has several."""
     detections: tuple[Any, Any, Any] | None = None
     """For a detector: images, evaluator and its metrics, from which its worst images are drawn."""
 

@@ -66,8 +66,8 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, nn.Module]:
     _maybe_include_all_linear_layers(config, model)
     modules = dict(modules_of(model))
     if every:
-        get_head = getattr(model, "get_output_embeddings", lambda: None)
-        others = {name for name, m in modules.items() if _is_other_linear(m) and m is not get_head()}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        others = {name for name, m in modules.items() if _is_other_linear(m) and m is not head}
         config.target_modules |= others
         config.target_modules -= {
             name for name in config.target_modules if name in modules and why_unfit(model, name)

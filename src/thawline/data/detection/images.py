@@ -20,16 +20,18 @@ __all__ = [
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from thawline.errors import DataError, requires_extra
+
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jp2"
@@ -133,12 +135,13 @@ def decode_image(data: bytes, oriented: bool = True) -> np.ndarray:
         raise DataError(
             f"cannot be decoded ({_reason(error)}). Replace the file, or remove it from the data."
         ) from error
-    return _turn(image, _header_facts(data)[0]) if oriented else image
+    return _turn(image, _from_header(io.BytesIO(data), _exif_orientation, 1)) if oriented else image
 
 
 def has_frames(path: Path) -> bool:
     """Return True if an image file holds several images, as an animation does; only the first is used."""
-    return _header_facts(path.read_bytes())[1]
+    with path.open("rb") as stream:
+        return _from_header(stream, _has_frames, False)
 
 
 def stored_size(data: bytes, formats: Sequence[str]) -> tuple[int, int]:
@@ -197,13 +200,12 @@ def _probe_pixels(data: bytes) -> ImageProbe:
     if pixels.max() <= (LOW_RANGE + 1) >> 8:
         deep = _decode(data, opencv().IMREAD_ANYDEPTH)
         is_low_range = deep.dtype == np.uint16 and 0 < deep.max() <= LOW_RANGE
-    orientation, has_frames = _header_facts(data)
     return ImageProbe(
         width=width,
         height=height,
-        orientation=orientation,
+        orientation=_from_header(io.BytesIO(data), _exif_orientation, 1),
         is_low_range=bool(is_low_range),
-        has_frames=has_frames,
+        has_frames=_from_header(io.BytesIO(data), _has_frames, False),
     )
 
 
@@ -249,13 +251,12 @@ def _read_header(stream: BinaryIO, formats: Sequence[str] | None = None) -> Any:
             module.MAX_IMAGE_PIXELS = limit
 
 
-def _header_facts(data: bytes) -> tuple[int, bool]:
-    """Return the EXIF orientation, 1–8, of an image file, and whether it holds several images."""
+def _from_header(stream: BinaryIO, read: Callable[[Any], T], otherwise: T) -> T:
+    """Return what `read` finds in an image that Pillow has opened; `otherwise`, if Pillow cannot open it."""
     try:
-        image = _open(io.BytesIO(data))
-        return _exif_orientation(image), _has_frames(image)
+        return read(_open(stream))
     except Exception:  # OpenCV reads formats that Pillow does not
-        return 1, False
+        return otherwise
 
 
 def _has_frames(image: Any) -> bool:

@@ -59,7 +59,7 @@ INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}
 PARTS_OF_PROMPT = ("system", "system_prompt", "history", "tools", "functions")
 """Keys with which other tools build a chat of a row without turns."""
 EMPTY = ("", "nan", "null", "[]")
-"""What tables and JSON text write where a key has no value."""
+"""Texts with which tables and JSON stand for a missing value."""
 
 OTHER_KEYS = {"task", "split", "choices"}
 """Keys that rows of every format may have."""

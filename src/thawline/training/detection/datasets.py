@@ -104,7 +104,7 @@ def read_dataset(
 
 
 def check_boxes(dataset: RunDataset, names: Sequence[str]) -> None:
-    """Raises: DataError: a class has no box in the training images."""
+    """Check that each class has a box in the training images. Raises: DataError: naming one without."""
     found = {dataset.class_names[label] for record in dataset.records for label in record.labels}
     if missing := [name for name in names if name not in found]:
         raise DataError(f"No training image has a box of '{missing[0]}', which `add_classes` names.")

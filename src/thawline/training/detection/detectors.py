@@ -20,7 +20,7 @@ FORWARD_HOOKS = (
     "_forward_hooks_always_called",
 )
 TUNER_STATE = ("peft_config", "mhr_state")
-"""What a tuner leaves at the module that it adapts."""
+"""Attributes that a tuner sets on the module that it adapts."""
 
 
 class Detectors(nn.Module):

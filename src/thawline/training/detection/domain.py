@@ -57,7 +57,7 @@ class DomainRun:
     def __init__(self, config: RunConfig) -> None:
         base: Any = config.base  # a DetectionBase with weights, as RunConfig has checked
         self.names = tuple(config.datasets) or (str(config.domain),)
-        self.weights, self._config = str(base.weights), config
+        self.weights, self._variant, self._config = str(base.weights), base.variant, config
         what = "A domain" if config.domain else "An adapter on several datasets"
         _check_overrides(base.overrides, what)
         checkpoint = read_checkpoint(self.weights)
@@ -72,11 +72,11 @@ class DomainRun:
     @cached_property
     def base(self) -> DEIMv2:
         """The frozen detector as it was before."""
-        return DEIMv2.from_pretrained(self.weights, self._config.base.variant)  # type: ignore[union-attr]
+        return DEIMv2.from_pretrained(self.weights, self._variant)
 
     def new_detector(self, overrides: Mapping[str, Any]) -> DEIMv2:
         """Load the frozen detector with new class layers, as `overrides` describe them."""
-        return DEIMv2.from_pretrained(self.weights, self._config.base.variant, **overrides)  # type: ignore[union-attr]
+        return DEIMv2.from_pretrained(self.weights, self._variant, **overrides)
 
     def attach(self, model: DEIMv2) -> DEIMv2:
         """Freeze the detector and attach the adapter, in place.
@@ -205,7 +205,7 @@ def domain_bytes(model: nn.Module, run: DomainRun | None) -> dict[str, int]:
 
 
 def _check_overrides(overrides: Mapping[str, Any], what: str) -> None:
-    """Raises: ConfigError: settings that would change the shape of the base."""
+    """Check that no setting would change the shape of the base. Raises: ConfigError: naming one."""
     if shaping := sorted(overrides.keys() - ONLY_IN_TRAINING):
         raise ConfigError(
             f"`base.overrides` has '{shaping[0]}': {what.lower()} takes its base as it is. Only "

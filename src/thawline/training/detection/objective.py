@@ -109,9 +109,8 @@ class DetectionObjective(Objective):
 
     def __init__(self, config: RunConfig, *, read: ReadRows = "all", described: Mapping[str, Any]) -> None:
         super().__init__(config, read=read, described=described)
-        is_frozen = config.domain is not None or (config.datasets and not isinstance(config.tuner, Full))
         run = ExtendedDomainRun if config.added_classes else DomainRun
-        self.domain = run(config) if is_frozen and read == "all" else None
+        self.domain = run(config) if config.keeps_base and read == "all" else None
         usual: Any = described.get("image_size", get_variant(self.base.variant).config.image_size)
         usual = usual if self.domain is None else self.domain.image_size
         self.size = height_width("base.size", self.base.size or usual)
@@ -129,7 +128,7 @@ class DetectionObjective(Objective):
             )
             for name, path in self.data.datasets.items()
         )
-        """What the run trains on and is judged by: one dataset, or several."""
+        """Datasets that the run trains and is evaluated on: one, or several."""
         if read == "all" and config.added_classes:
             check_boxes(self.datasets[0], config.added_classes)
 
