@@ -11,7 +11,8 @@ to switch the adapter of a layer as large as the 8B's.
 from __future__ import annotations
 
 import copy
-import statistics
+import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,13 @@ def main() -> None:
         "model_8b": 2 * (LAYERS * sum(i * o for i, o in linears_8b()) + 2 * VOCAB * HIDDEN),
         "update_8b": LAYERS * sum(16 * o * 2 + 16 * 8 for _, o in linears_8b()),
     }
-    results["switch_ms_per_layer"] = {mode: time_switch(mode) for mode in ("resident", "additive")}
+    results["switch_ms_per_layer"] = {
+        "random columns": time_switch(seed=1),
+        "random, the same": time_switch(),
+        "adjacent": time_switch(seed=1, selection="adjacent"),
+        "adjacent, the same": time_switch(selection="adjacent"),
+        "beside the weight": time_switch(seed=1, mode="additive"),
+    }
     block = build_base(layers=1, hidden=256)
     results["drift"] = {"paca": drift(with_paca(block)), "lora": drift(with_lora(block))}
     write_results(args.out, results)
@@ -139,17 +146,23 @@ def drift(model: PeftModel) -> dict[str, float]:
     }
 
 
-def time_switch(mode: str) -> dict[str, float]:
-    """Milliseconds to switch the adapter of one layer of the 8B, by its kind, and of a block: medians."""
+def time_switch(seed: int = 0, **fields: Any) -> dict[str, float]:
+    """Milliseconds to switch the adapter of one layer of the 8B, by its kind, and of a block: medians.
+
+    Args:
+        seed: of the second adapter's columns; the first has 0.
+        fields: of both adapters' configs.
+    """
     found = {}
     for name, (n_in, n_out) in zip(("q", "k", "v", "o", "gate", "up", "down"), linears_8b(), strict=True):
+        config = PacaConfig(r=16, target_modules=["0"], init_weights=False, **fields)
         layer = nn.Sequential(nn.Linear(n_in, n_out, bias=False).bfloat16())
-        model = get_peft_model(layer, PacaConfig(r=16, target_modules=["0"], init_weights=False, mode=mode))
-        model.add_adapter("b", PacaConfig(r=16, target_modules=["0"], init_weights=False, seed=1))
+        model = get_peft_model(layer, config)
+        model.add_adapter("b", dataclasses.replace(config, seed=seed))
         adapted = next(module for module in model.modules() if isinstance(module, PacaLayer))
-        steps = {"a": lambda a=adapted: a.set_adapter("default"), "b": lambda a=adapted: a.set_adapter("b")}
-        samples = paired_rounds(steps, rounds=20)
-        found[name] = 1e3 * statistics.median(sample.cpu for one in samples.values() for sample in one)
+        turns = itertools.cycle(["b", "default"])
+        steps = {"switch": lambda a=adapted, turns=turns: a.set_adapter(next(turns))}
+        found[name] = 1e3 * median_seconds(paired_rounds(steps, rounds=40)["switch"])
     return found | {"block": sum(found.values())}
 
 
@@ -166,7 +179,7 @@ def tables(results: dict[str, Any]) -> str:
             markdown(["update", "ms", "÷ columns"], updates),
             markdown(["1,000 merges", "drift", "weights changed"], drifts),
             markdown(["model", "bytes of an update"], shares),
-            markdown(["switch, ms", *switches["resident"]], switch),
+            markdown(["switch, ms", *switches["adjacent"]], switch),
         )
     )
 

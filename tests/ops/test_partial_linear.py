@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from thawline.ops.partial_linear import tap_columns, write_columns
+from thawline.ops.partial_linear import place_of, read_columns, tap_columns, write_columns
 
 B, T, IN, OUT, R = 2, 3, 8, 6, 4
 INDEX = torch.tensor([0, 2, 5, 7])
@@ -105,3 +105,18 @@ def test_writing_between_forward_and_backward_does_not_invalidate_the_graph():
     write_columns(weight, INDEX, weight[:, INDEX].clone())
     y.sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(T, IN))
+
+
+@pytest.mark.parametrize(
+    ("index", "adjacent"),
+    [([3, 4, 5], True), ([5], True), ([2, 9, 4], False), ([4, 3], False), ([0, 2], False)],
+)
+def test_adjacent_columns_are_read_and_written_as_a_slice(index, adjacent):
+    weight, columns = torch.randn(7, 10, 2), torch.randn(7, len(index), 2)
+    place, expected = place_of(torch.tensor(index)), weight.clone()
+    assert isinstance(place, slice) == adjacent
+    assert torch.equal(read_columns(weight, place), weight[:, index])
+    assert read_columns(weight, place).data_ptr() != weight.data_ptr()
+    expected[:, index] = columns
+    write_columns(weight, place, columns)
+    assert torch.equal(weight, expected)

@@ -42,6 +42,17 @@ def test_random_columns_depend_on_seed_and_name_and_nothing_else():
     assert all(c == sorted(set(c)) and len(c) == 4 for c in first.values())
 
 
+def test_adjacent_columns_are_one_block_and_these_for_ever():
+    adjacent, weight = SELECTIONS["adjacent"], torch.empty(3, 64)
+    assert adjacent(weight, 5, "model.layers.0.mlp.up_proj", 0).tolist() == [45, 46, 47, 48, 49]
+    assert adjacent(weight, 5, "model.layers.0.mlp.up_proj", 7).tolist() == [15, 16, 17, 18, 19]
+    firsts = {adjacent(weight, 5, str(name), 0)[0].item() for name in range(500)}
+    assert firsts == set(range(0, 60, 5))  # every block that fits
+    for r in (1, 64):
+        chosen = adjacent(weight, r, "layer", 0)
+        assert torch.equal(chosen, torch.arange(chosen[0], chosen[0] + r))
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda: nn.Linear(9, 5), lambda: Conv1D(5, 9), lambda: nn.Conv2d(9, 5, 2)],

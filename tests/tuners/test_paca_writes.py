@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from tests.support.models import tiny_llama
-from tests.support.paca import IN, B, Net, T, loss_of, same, trainable, weights, wrap
+from tests.support.paca import IN, OUT, B, Net, T, loss_of, same, trainable, weights, wrap
+from thawline import PacaConfig
 from thawline.tuners.paca import PacaLayer
 
 
@@ -375,6 +377,44 @@ def test_columns_are_written_after_the_step_and_before_a_forward_that_follows_a_
             loss_of(model)
             loss_of(model)
         assert len(writes) == n_layers * accumulate
+
+
+BASES = {
+    "Linear": lambda: nn.Linear(IN, OUT),
+    "Conv1D": lambda: Conv1D(OUT, IN),
+    "Conv2d": lambda: nn.Conv2d(IN, OUT, 3),
+    "depthwise": lambda: nn.Conv2d(IN, IN, 3, groups=IN),
+}
+
+
+@pytest.mark.parametrize("second", [0, 3], ids=["same columns", "others"])
+@pytest.mark.parametrize("selection", ["random", "adjacent"])
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_a_switch_leaves_the_original_and_the_new_columns(monkeypatch, base, selection, second):
+    from thawline.tuners.paca import resident
+
+    fields = {"target_modules": ["0"], "selection": selection, "init_weights": False}
+    model = wrap(nn.Sequential(base()), **fields)
+    model.add_adapter("b", PacaConfig(r=4, seed=second, **fields))
+    layer = next(module for module in model.modules() if isinstance(module, PacaLayer))
+    indices = layer.thawline_paca_indices
+    assert torch.equal(indices["default"], indices["b"]) == (second == 0)
+    with model.disable_adapter():
+        original = layer.base_layer.weight.clone()
+    writes = []
+    write = resident.write_columns
+    monkeypatch.setattr(resident, "write_columns", lambda *args: writes.append(1) or write(*args))
+    for name in ("b", "default", "b"):
+        writes.clear()
+        model.set_adapter(name)
+        assert len(writes) == (1 if second == 0 else 2)  # other columns are restored first
+        columns = layer.columns_of(original).index_select(1, indices[name])
+        expected = original.clone()
+        changed = columns + layer.thawline_paca_delta[name].detach()
+        layer.columns_of(expected).index_copy_(1, indices[name], changed)
+        assert torch.equal(layer.base_layer.weight, expected)
+    with model.disable_adapter():
+        assert torch.equal(layer.base_layer.weight, original)
 
 
 def test_the_step_of_another_optimiser_writes_nothing(monkeypatch):

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 __all__ = [
     "add_columns",
+    "place_of",
+    "read_columns",
     "refuse_second_derivatives",
     "skinny_product",
     "split_columns",
@@ -58,8 +60,27 @@ def tap_columns(
     return _TapColumns.apply(y, x, columns, index, scale, on_backward)
 
 
-def write_columns(weight: Tensor, index: Tensor, columns: Tensor) -> None:
-    """Set weight[:, index] to `columns`, in place and unseen by autograd.
+def place_of(index: Tensor) -> Tensor | slice:
+    """Return the columns `index` as a slice, or `index` itself where they are not adjacent.
+
+    A row's adjacent columns are a cache line or two; scattered ones are a line each, and writing them takes
+    15 to 60 times as long. Reads the index: on a GPU the host waits.
+
+    Args:
+        index: (R,), int64, unique.
+    """
+    columns = index.tolist()
+    first, after = columns[0], columns[0] + len(columns)
+    return slice(first, after) if columns == list(range(first, after)) else index
+
+
+def read_columns(weight: Tensor, place: Tensor | slice) -> Tensor:
+    """Return a copy of weight[:, place]: (O, R, ...)."""
+    return weight[:, place].clone() if isinstance(place, slice) else weight.index_select(1, place)
+
+
+def write_columns(weight: Tensor, place: Tensor | slice, columns: Tensor) -> None:
+    """Set weight[:, place] to `columns`, in place and unseen by autograd.
 
     The version counter of `weight` does not change: if several forwards are in flight (pipelines, two
     losses), the same values are written again between a forward and its backward, which must not invalidate
@@ -67,10 +88,13 @@ def write_columns(weight: Tensor, index: Tensor, columns: Tensor) -> None:
 
     Args:
         weight: (O, I, ...), the frozen weight, or a view with its input features on axis 1.
-        index: (R,), int64, unique, in [0, I).
+        place: the columns, (R,), int64, unique, in [0, I), or a slice of them, from `place_of`.
         columns: (O, R, ...), dtype of `weight`.
     """
-    weight.data.index_copy_(1, index, columns.detach())
+    if isinstance(place, slice):
+        weight.data[:, place].copy_(columns.detach())
+    else:
+        weight.data.index_copy_(1, place, columns.detach())
 
 
 def add_columns(y: Tensor, x_TR: Tensor, columns: Tensor, scale: float = 1.0) -> Tensor:

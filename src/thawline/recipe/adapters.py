@@ -85,20 +85,22 @@ class PacaFields(_CommonFields):
     columns_from: str | None = None
     """Folder of the checkpoint in 16 bits that a quantised base was made from: the changed columns start from
     its values, without quantisation error. None: from the quantised ones."""
-    selection: Literal["random", "weight_norm", "activation", "gradient", "explicit"] = "random"
-    """How the columns are chosen: at random, by their L2 norm, by the activations or gradients of a few
-    batches (`thawline train` runs them; in Python call `thawline.select_columns`), or listed in `indices`."""
+    selection: Literal["random", "adjacent", "weight_norm", "activation", "gradient", "explicit"] = "random"
+    """How the columns are chosen: at random, as a random block of adjacent ones, by their L2 norm, by the
+    activations or gradients of a few batches (`thawline train` runs them; in Python call
+    `thawline.select_columns`), or listed in `indices`."""
     indices: dict[str, list[int]] | None = None
     """Columns by module name or a regular expression for it, for `selection: explicit`."""
     bias: Literal["none", "all", "paca_only"] = "none"
     """Biases trained as well: of no layer, of every layer, or of the adapted layers."""
     seed: int = 0
-    """Seed of `selection: random`. Each layer mixes its name in: the same columns on every machine."""
+    """Seed of `selection: random` and `adjacent`. Each layer mixes its name in: the same columns on every
+    machine."""
 
     def check(self, prefix: str = "") -> None:
         """Check numbers and choices, and that `selection` and `indices` agree."""
         super().check(prefix)
-        if self.indices is not None and self.selection in ("random", "weight_norm"):
+        if self.indices is not None and self.selection in ("random", "adjacent", "weight_norm"):
             raise ConfigError(
                 f"`{prefix}indices` is set, but selection={self.selection!r} chooses its own columns. Set "
                 "selection='explicit'."

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from thawline.errors import ConfigError
-from thawline.ops.partial_linear import write_columns
+from thawline.ops.partial_linear import place_of, read_columns, write_columns
 
 
 class Change(NamedTuple):
@@ -38,10 +38,11 @@ class Change(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Values of a weight at some columns: values (O, R, ...) at index (R,)."""
+    """Values of a weight at some columns: values (O, R, ...) at index (R,), which `place` is too."""
 
     index: Tensor
     values: Tensor
+    place: Tensor | slice
 
 
 class Resident:
@@ -86,23 +87,33 @@ class Resident:
         """
         self._follow(weight)
         if [id(change.index) for change in changes] != [id(change.index) for change in self._changes]:
-            self.evict(weight)
-        if changes and self._original is None:
-            # A copy of the adapter's index, into which another one can be loaded.
-            index = torch.cat([change.index for change in changes]).to(weight.device)
-            index = index.unique() if len(changes) > 1 else index
-            self._original = Columns(index, self._columns_of(weight).index_select(1, index))
-            self._weight, self._address = weight, weight.data_ptr()
+            self._keep_original(weight, changes)
         self._changes, self._marks = changes, [change.mark() for change in changes]
         if self._original is not None:
-            write_columns(self._columns_of(weight), self._original.index, self._changed(self._original))
+            write_columns(self._columns_of(weight), self._original.place, self._changed(self._original))
+
+    def _keep_original(self, weight: Tensor, changes: list[Change]) -> None:
+        """Keep the original values of the columns that are to change; restore others that have."""
+        if not changes:
+            self.evict(weight)
+            return
+        index = torch.cat([change.index for change in changes]).to(
+            weight.device
+        )  # a copy: it may be loaded anew
+        index = index.unique() if len(changes) > 1 else index
+        if self._original is not None and torch.equal(index, self._original.index):
+            return  # adapters of one seed have the same columns: the next write replaces them
+        self.evict(weight)
+        place = place_of(index)
+        self._original = Columns(index, read_columns(self._columns_of(weight), place), place)
+        self._weight, self._address = weight, weight.data_ptr()
 
     @torch.no_grad()
     def evict(self, weight: Tensor) -> None:
         """Restore every bit of W₀."""
         self._follow(weight)
         if self._original is not None:
-            write_columns(self._columns_of(weight), *self._original)
+            write_columns(self._columns_of(weight), self._original.place, self._original.values)
         self.forget()
 
     @torch.no_grad()
@@ -110,13 +121,13 @@ class Resident:
         """Return a copy of the weight as it was, W₀."""
         copy = weight.detach().clone()
         if self._original is not None:
-            write_columns(self._columns_of(copy), *self._original)
+            write_columns(self._columns_of(copy), self._original.place, self._original.values)
         return copy
 
     @torch.no_grad()
     def original_columns(self, weight: Tensor, index: Tensor) -> Tensor:
         """Return a copy of the columns `index` of W₀."""
-        columns = self._columns_of(weight).index_select(1, index.to(weight.device))
+        columns = read_columns(self._columns_of(weight), index.to(weight.device))
         if self._original is not None:
             for position, column in enumerate(self._original.index.tolist()):
                 columns[:, index == column] = self._original.values[:, position, None]
@@ -135,7 +146,7 @@ class Resident:
 
     def _changed(self, original: Columns) -> Tensor:
         """Return W₀ + Σ scale · delta at the columns, summed in fp32 or wider and rounded once."""
-        index, values = original
+        index, values, _ = original
         if len(self._changes) == 1:
             change = self._changes[0]
             return torch.add(values, _local(change.delta), alpha=change.scale).to(values.dtype)
@@ -152,12 +163,13 @@ class Resident:
         """Adopt a weight that has become another tensor: sharded, moved, or replaced."""
         if self._original is None or self.is_in(weight):
             return
-        index, values = self._original
+        index, values, _ = self._original
         if isinstance(weight, DTensor) and not isinstance(self._weight, DTensor):
-            self._original = Columns(index, _rows_like(values, weight, self.name))
+            self._original = self._original._replace(values=_rows_like(values, weight, self.name))
         else:
-            self._original = Columns(index.to(weight.device), values.to(weight.device))
-            columns = self._columns_of(weight).index_select(1, self._original.index)
+            index = index.to(weight.device)
+            self._original = Columns(index, values.to(weight.device), place_of(index))
+            columns = read_columns(self._columns_of(weight), self._original.place)
             if torch.equal(columns, self._original.values):
                 self._changes, self._marks = [], []
             elif not torch.equal(columns, self._changed(self._original)):
