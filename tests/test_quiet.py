@@ -87,6 +87,18 @@ def test_a_new_head_is_no_news_and_any_other_missing_weight_is(rows: list, is_hi
     assert hidden is is_hidden
 
 
+def test_the_advice_of_onnxruntimes_quantiser_is_hidden_and_other_words_of_the_root_logger_are_not() -> None:
+    root = logging.getLogger()
+    before = list(root.filters)
+    quiet_libraries()
+    shown = [
+        root.filter(root.makeRecord("root", logging.WARNING, "file", 1, text, (), None))
+        for text in ("Please consider to run pre-processing before quantization. Refer to", "Please consider")
+    ]
+    root.filters[:] = before
+    assert [bool(one) for one in shown] == [False, True]
+
+
 # What makes other libraries speak: a new head, recomputed activations, a learned prompt.
 TALKATIVE = {
     "classifier": ["--base.head", "classifier", "--tuner", "lora"],

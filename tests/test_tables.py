@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from thawline.tables import aligned, evaluation_rows
+import pytest
+
+from thawline.tables import aligned, evaluation_rows, evenly_spaced
 
 
 def test_every_line_is_followed_by_what_it_started_from() -> None:
@@ -50,3 +52,11 @@ def test_datasets_have_images_and_their_mean_is_the_whole() -> None:
         ["cards", 9, 0.75, 0.5],
         ["mean over datasets", None, 0.5, 0.5],
     ]
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n", "expected"),
+    [(10, 4, [0, 2, 5, 7]), (6, 4, [0, 1, 3, 4]), (3, 5, [0, 1, 2]), (3, 0, []), (0, 4, [])],
+)
+def test_rows_are_evenly_spaced_also_where_less_than_half_are_left_out(n_rows, n, expected):
+    assert evenly_spaced(range(n_rows), n) == expected

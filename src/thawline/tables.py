@@ -1,12 +1,13 @@
-"""Tables as plain text, and the rows of an evaluation's table."""
+"""Tables as plain text, which rows of many to show, and the rows of an evaluation's table."""
 
 from __future__ import annotations
 
-__all__ = ["AT_START", "ZERO_SHOT", "aligned", "evaluation_rows", "labelled"]
+__all__ = ["AT_START", "ZERO_SHOT", "aligned", "evaluation_rows", "evenly_spaced", "labelled"]
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+Row = TypeVar("Row")
 AT_START, ZERO_SHOT = "at start", "zero-shot"
 """Names of an evaluation before the first step; the second where the tasks are new to the model."""
 
@@ -27,6 +28,12 @@ def labelled(rows: Iterable[tuple[str, str]], indent: str = "") -> str:
     rows = list(rows)
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{indent}{label:{width}}  {text}" for label, text in rows)
+
+
+def evenly_spaced(rows: Sequence[Row], n: int) -> list[Row]:
+    """Return at most `n` rows, in order and evenly spaced, of sorted ones of every kind."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 def evaluation_rows(

@@ -31,6 +31,8 @@ NOTICES: dict[str, Callable[[str], bool]] = {
     # Printed at import on CPUs with AVX-512 bf16; the kernel it misses is optional, its fallback exact.
     "bitsandbytes.backends.cpu.ops": lambda text: text.startswith("Failed to load CPU gemm_4bit_forward"),
     "transformers.modeling_utils": _is_expected,
+    # onnxruntime's quantiser, on every call: the graphs it gets are folded already.
+    "root": lambda text: text.startswith("Please consider") and "pre-processing before quantization" in text,
 }
 """Logger → which of its messages are hidden."""
 WARNINGS = (

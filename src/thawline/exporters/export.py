@@ -34,6 +34,7 @@ from thawline.exporters.tensorrt import write_tensorrt
 from thawline.files import write_json
 from thawline.models.deimv2.model import DEIMv2
 from thawline.sessions import Session, open_session
+from thawline.tables import evenly_spaced
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -51,10 +52,10 @@ def read_samples(
         records: of a dataset with the model's classes.
         calibration: other images of it, for int8.
     """
-    records = _spread(records, N_LABELLED)
+    records = evenly_spaced(records, N_LABELLED)
     sizes = np.array([(record.width, record.height) for record in records])
     source = f"{len(records)} held-out images"
-    calibrating = _read(_spread(calibration, N_CALIBRATION), model) if calibration else None
+    calibrating = _read(evenly_spaced(calibration, N_CALIBRATION), model) if calibration else None
     return Samples(_read(records, model), sizes, source, records, calibrating)
 
 
@@ -154,11 +155,6 @@ WRITERS: dict[str, Callable[[Job, Path], list[Path]]] = {
     "executorch": _write_executorch,
     "tensorrt": write_tensorrt,
 }
-
-
-def _spread(records: Sequence[ImageRecord], n: int) -> list[ImageRecord]:
-    """Return at most `n` records, evenly spaced."""
-    return list(records)[:: max(1, len(records) // n)][:n]
 
 
 def _read(records: Sequence[ImageRecord], model: DEIMv2) -> np.ndarray:

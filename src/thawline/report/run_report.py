@@ -15,7 +15,7 @@ from __future__ import annotations
 __all__ = ["ALIGN", "DETECTION_METRICS", "PICTURES", "build_report"]
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +41,7 @@ from thawline.report.page import (
     Text,
     write_page,
 )
-from thawline.tables import evaluation_rows
+from thawline.tables import evaluation_rows, evenly_spaced
 
 DETECTION_METRICS = "detection_metrics.json"
 PICTURES = "pictures"
@@ -265,7 +265,7 @@ def _predictions(folder: Path) -> Iterator[Section]:
     wrong = [row for row in rows if row["found"] != row["answer"]]
     right = [row for row in rows if row["found"] == row["answer"]]
     n_wrong = min(len(wrong), max(N_SAMPLES // 2, N_SAMPLES - len(right)))
-    chosen = _spread(wrong, n_wrong) + _spread(right, N_SAMPLES - n_wrong)
+    chosen = evenly_spaced(wrong, n_wrong) + evenly_spaced(right, N_SAMPLES - n_wrong)
     keys = [key for key in ("task", "input", "answer", "found") if any(row.get(key) for row in chosen)]
     yield Section(
         title="Predictions",
@@ -338,12 +338,6 @@ def _settings(folder: Path) -> Iterator[Section]:
         note = f"Started {len(starts)} times; this is the last one." if len(starts) > 1 else ""
         table = Table(header=("", ""), rows=list(_flat(starts[-1])))
         yield Section(title="Environment", parts=[table], note=note, is_folded=True)
-
-
-def _spread(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """Return at most `n` rows, evenly spaced."""
-    step = max(len(rows) / n, 1) if n else 1
-    return [rows[int(i * step)] for i in range(min(n, len(rows)))]
 
 
 def _shortened(text: object) -> str:
