@@ -86,7 +86,6 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
     import torch
     import transformers
 
-    from thawline.recipe import RunConfig
     from thawline.training.detection.schedule import DetectionSchedule
     from thawline.training.objective import build_objective
 
@@ -94,28 +93,7 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     start = time.process_time()
     folder = Path(tempfile.mkdtemp(prefix="recipe-"))
-    batch, denoising = (re.search(rf"{name}(\d+)", job.arm) for name in ("batch", "dn"))
-    class_loss = next((name for name in ("focal", "vfl") if name in job.arm), "mal")
-    config = RunConfig.from_mapping(
-        {
-            "objective": {"kind": "detection", "class_loss": class_loss},
-            "base": {
-                "variant": job.variant, "size": job.size,
-                "overrides": {"num_denoising": int(denoising[1])} if denoising else {},
-            },
-            "tuner": "none",
-            "data": {
-                "path": str(shared / "data" / "detection" / job.data), "format": "coco",
-                "max_images": job.n_images,
-            },
-            "training": {
-                "epochs": job.epochs, "save_every": "end", "eval_every": "end", "workers": 0,
-                "precision": "fp32", "log_every": 10_000, "args": {"disable_tqdm": True},
-                "batch_size": int(batch[1]) if batch else None,
-            },
-            "folder": str(folder), "name": "run", "seed": job.seed,
-        }
-    )  # fmt: skip
+    config = run_config(job, shared, folder)
     torch.manual_seed(job.seed)
     transformers.set_seed(job.seed)
     objective: Any = build_objective(config)
@@ -143,6 +121,34 @@ def train_one(job: Job, shared: Path) -> dict[str, Any]:
         "batch": s.batch_size,
         "cpu_seconds": round(time.process_time() - start, 1),
     }
+
+
+def run_config(job: Job, shared: Path, folder: Path) -> Any:
+    """Return the recipe of a job, which saves to `folder`."""
+    from thawline.recipe import RunConfig
+
+    batch, denoising = (re.search(rf"{name}(\d+)", job.arm) for name in ("batch", "dn"))
+    class_loss = next((name for name in ("focal", "vfl") if name in job.arm), "mal")
+    return RunConfig.from_mapping(
+        {
+            "objective": {"kind": "detection", "class_loss": class_loss},
+            "base": {
+                "variant": job.variant, "size": job.size,
+                "overrides": {"num_denoising": int(denoising[1])} if denoising else {},
+            },
+            "tuner": "none",
+            "data": {
+                "path": str(shared / "data" / "detection" / job.data), "format": "coco",
+                "max_images": job.n_images,
+            },
+            "training": {
+                "epochs": job.epochs, "save_every": "end", "eval_every": "end", "workers": 0,
+                "precision": "fp32", "log_every": 10_000, "args": {"disable_tqdm": True},
+                "batch_size": int(batch[1]) if batch else None,
+            },
+            "folder": str(folder), "name": "run", "seed": job.seed,
+        }
+    )  # fmt: skip
 
 
 def changed(schedule: Any, job: Job) -> Any:
