@@ -24,10 +24,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from harness import Rows, study_parser, study_results
-from recipe import N_IMAGES, SIZE, Job, run_config, summarise
 from torch import Tensor, nn
 
+from harness import Rows, study_parser, study_results
+from recipe import N_IMAGES, SIZE, Job, run_config, summarise
 from thawline.measure import write_results
 from thawline.models.deimv2.postprocess import postprocess
 

@@ -27,10 +27,12 @@ from thawline.domains.attach import merged_detector
 from thawline.errors import ConfigError, DataError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.published import PUBLISHED
-from thawline.recipe import RunConfig
+from thawline.recipe import Lora, Paca, RunConfig
 from thawline.recipe.resolved import TrainingSettings, Window
 from thawline.run import evaluate, run, saved_config
+from thawline.training.detection import evaluation
 from thawline.training.detection import schedule as schedules
+from thawline.training.detection.backbone import tune_backbone
 from thawline.training.detection.trainer import DetectionTrainer
 from thawline.training.objective import build_objective
 
@@ -163,6 +165,25 @@ def test_a_tuner_on_the_backbone_trains_resumes_and_merges_into_a_plain_detector
         assert any(name.startswith("backbone.sta.") for name in changed)
     if tuner == "frozen":
         assert not {name for name in changed if name.startswith(part)}  # batch statistics neither
+
+
+@pytest.mark.parametrize("tuner", [None, Lora(method="lora", r=4), Paca(method="paca", r=4)])
+def test_a_detector_is_evaluated_in_its_fused_form_unless_adapters_are_inside(
+    recipe, monkeypatch: pytest.MonkeyPatch, tuner: Lora | Paca | None
+) -> None:
+    objective, forms = build_objective(recipe()), []
+    model = objective.build_model()
+    if tuner is not None:
+        tune_backbone(model, tuner)
+    model.register_forward_hook(lambda network, *_: forms.append(network.is_fused))
+    metrics, found = objective.measure(model, 2)
+    assert forms == [tuner is None]
+    monkeypatch.setattr(evaluation, "_inference_form", lambda network: network)
+    metrics_as_trained, found_as_trained = objective.measure(model, 2)
+    assert forms[1:] == [False]
+    assert metrics.statistics == pytest.approx(metrics_as_trained.statistics, nan_ok=True)
+    # Sums in another order: the last bits of a float32.
+    assert found.detections(0).scores == pytest.approx(found_as_trained.detections(0).scores, abs=1e-6)
 
 
 def test_a_frozen_backbone_of_random_weights_is_refused(recipe) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -22,6 +23,7 @@ from thawline.data.detection.dataset import DetectionDataset, Sample
 from thawline.data.detection.geometry import resize
 from thawline.data.detection.records import ImageRecord
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
+from thawline.models.deimv2.model import DEIMv2
 from thawline.training.evaluation import Evaluation
 
 SHOWN_SCORE = 0.05
@@ -67,12 +69,12 @@ def measure_detector(
         generator=torch.Generator(),  # leaves the run's own random state alone
     )
     evaluator = DetectionEvaluator(records, class_names, max_dets)
-    model.eval()
+    network = _inference_form(model.eval())
     bar = tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=len(loader) < 20 or None)
     with torch.no_grad():
         for pixels, indices, sizes in bar:
             inputs = to_float(pixels.to(device), mean=config.image_mean, std=config.image_std)
-            evaluator.update(indices, model.postprocess(model(inputs), sizes))
+            evaluator.update(indices, network.postprocess(network(inputs), sizes))
     return evaluator.compute(), evaluator
 
 
@@ -130,6 +132,12 @@ def mean_evaluation(datasets: Mapping[str, Evaluation]) -> Evaluation:
 def n_devices() -> int:
     """Return the number of processes that train together, also before the process group is initialised."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _inference_form(model: nn.Module) -> Any:
+    """Return the fused copy of a detector: the same detections in less time. With adapters inside: itself."""
+    has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    return model.fuse() if isinstance(model, DEIMv2) and not has_adapters else model
 
 
 def _shown(

@@ -86,7 +86,8 @@ def fuse_unit(unit: Unit) -> FusedConv:
         scale, shift = unit.lab.scale.item(), unit.lab.bias.item()
         fused.weight.mul_(scale)
         fused.bias.mul_(scale).add_(shift)
-        fused.activation = Clamp(low=shift) if scale >= 0 else Clamp(high=shift)
+        if math.isfinite(shift):  # else the bias makes every output so, and oneDNN refuses such a limit
+            fused.activation = Clamp(low=shift) if scale >= 0 else Clamp(high=shift)
     return fused
 
 
