@@ -91,6 +91,7 @@ def export_detector(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         written = WRITERS[settings.format](job, Path(folder) / path.name)
         report = job.report
+        report.bytes = sum(file.stat().st_size for file in written)
         write_json(report.file, report.to_dict())
         if not report.passed:
             raise BudgetError(over_budget(report))

@@ -35,6 +35,8 @@ class ExportReport:
     """None: of any size, as in int8."""
     rows: list[Row] = field(default_factory=list)
     passed: bool = True
+    bytes: int = 0
+    """Size of the file, and of those that belong to it."""
     images: str = ""
     """Source of the images that were compared."""
     opset: int | None = None
@@ -68,8 +70,8 @@ class ExportReport:
         notes = [f"AP on {self.images}: {values}", *self.notes] if self.ap else self.notes
         if self.kept_fp32:
             notes = [*notes, f"In full precision: {len(self.kept_fp32)} nodes, listed in the report."]
-        size = f", {self.path.stat().st_size / 2**20:.1f} MiB" if self.path.is_file() else ""
-        return [f"{self.path}: {self.format}, {self.precision}{size}", *table, *notes]
+        title = f"{self.path}: {self.format}, {self.precision}, {self.bytes / 2**20:.1f} MiB"
+        return [title, *table, *notes]
 
 
 def _cell(value: object) -> str:
