@@ -105,6 +105,8 @@ def test_other_formats_give_torchs_detections_too(format: str, name: str, tmp_pa
     assert [row.batch for row in report.rows] == [1, 3]
     assert max(row.box_error_px for row in report.rows) < 0.05
     assert (tmp_path / name).is_file()
+    files = [file for file in tmp_path.iterdir() if file != report.file]  # OpenVINO's weights are one of them
+    assert report.bytes == sum(file.stat().st_size for file in files) > 500_000
 
 
 def test_executorch_gives_torchs_detections_where_it_is_installed(lite: DEIMv2, tmp_path: Path) -> None:
