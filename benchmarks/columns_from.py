@@ -3,9 +3,9 @@
     python benchmarks/columns_from.py --minilm FOLDER
 
 Two real models are quantised: the Llama of 260 thousand parameters of stories, and, where its folder is
-given, the sentence encoder all-MiniLM-L6-v2 of 22 million. Measured, before any training, on texts that the Llama
-writes itself and on film reviews: how far the logits, or the sentences' embeddings, are from those of the
-model that is not quantised, with all columns quantised, and with r columns of every adapted layer as they
+given, the sentence encoder all-MiniLM-L6-v2 of 22 million. Measured, before any training, on texts that the
+Llama writes itself and on film reviews: how far the logits, or the sentences' embeddings, are from those of
+the model that is not quantised, with all columns quantised, and with r columns of every adapted layer as they
 were. Errors are relative Frobenius norms; `apart` is the mean divergence (KL, nats) of the next token's
 distribution, or the embeddings' mean distance by cosine.
 """
