@@ -48,7 +48,9 @@ def test_links_between_pages_and_images_exist(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+def test_the_quickstart_runs(
+    tmp_path: Path, tiny_llama: Path, painted_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Run the page as written, except for the base model and the length of the runs."""
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{word} ends in", "completion": word[-1], "split": split}
@@ -57,11 +59,10 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sh
         file = tmp_path / f"{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "dataset").symlink_to(shared / "data/detection/nuts")
-    photo = next((shared / "data/detection/nuts/images").glob("*.jp*g"))
-    shutil.copy(photo, "photo.jpg")
+    (tmp_path / "dataset").symlink_to(painted_set)
+    shutil.copy(painted_set / "7.png", "photo.jpg")  # decoders look at the content, not at the name
     stand_ins = {
-        "HuggingFaceTB/SmolLM2-135M": str(shared / "models/stories260K"),
+        "HuggingFaceTB/SmolLM2-135M": str(tiny_llama),
         '"epochs": 72': '"max_steps": 2',
         '{"variant": "atto"}': '{"variant": "atto", "size": 64}',
     }

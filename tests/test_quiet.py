@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from thawline.cli.quiet import quiet_libraries
 
+MARK = "\n== next ==\n"
 STAND_IN = """
 import logging
 logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
@@ -23,37 +24,23 @@ logger.warning("a warning that matters")
 """
 
 
-def stderr_of(tmp_path: Path, *words: str, before: str = "") -> list[str]:
-    """Lines on stderr of a command run after `before`, which stands in for what the command would import."""
-    code = f"from thawline.cli import main\nmain({list(words)!r})\n{before}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ
+def stderr_of(tmp_path: Path, *commands: Sequence[str], before: str = "") -> list[list[str]]:
+    """Lines on stderr of each command, all run by one process: it is the imports that take long.
+
+    `before` runs after them and stands in for what a command would import; its lines come last.
+    """
+    code = (
+        "import sys\nfrom thawline.cli import main\n"
+        f"for command in {[list(command) for command in commands]!r}:\n"
+        f"    assert main(command) == 0\n    sys.stderr.write({MARK!r})\n{before}"
     )
-    return done.stderr.splitlines()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return [part.splitlines() for part in done.stderr.split(MARK)]
 
 
 def test_the_notice_of_bitsandbytes_is_hidden_and_its_warnings_are_not(tmp_path: Path) -> None:
-    assert stderr_of(tmp_path, "list", before=STAND_IN) == ["a warning that matters"]
-
-
-def test_training_and_predicting_print_only_our_lines(tiny_llama: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        '{"input": "a", "output": "b"}\n' * 4 + '{"input": "a", "output": "b", "split": "test"}\n'
-    )
-    words = ["--base", str(tiny_llama), "--data", str(rows), "--name", "one", "--training.max_steps", "1"]
-    # No bars: everything here takes less than a second, but for a slow machine's first step.
-    lines = [
-        line for line in stderr_of(tmp_path, "train", *words) if "it/s" not in line and "s/it" not in line
-    ]
-    labels = [line.split()[0] for line in lines if line.strip()]
-    assert labels[0] == "run"
-    assert set(labels) <= {
-        "run", "base", "tuner", "objective", "data", "steps", "rate", "memory", "evaluation", "checkpoints",
-        "sample", "step", "Report:",
-    }  # fmt: skip
-    assert labels.index("sample") < 12
-    assert stderr_of(tmp_path, "predict", "runs/one", "a", "--max_new_tokens", "1") == []
+    assert stderr_of(tmp_path, ["list"], before=STAND_IN) == [[], ["a warning that matters"]]
 
 
 def report(*rows: tuple[str, str]) -> str:
@@ -101,42 +88,43 @@ def test_the_advice_of_onnxruntimes_quantiser_is_hidden_and_other_words_of_the_r
 
 # What makes other libraries speak: a new head, recomputed activations, a learned prompt.
 TALKATIVE = {
+    "plain": [],
     "classifier": ["--base.head", "classifier", "--tuner", "lora"],
     "recomputing": ["--tuner", "lora", "--training.gradient_checkpointing", "true"],
     "prompt": ["--tuner", "prompt_tuning", "--tuner.args.num_virtual_tokens", "2"],
 }
 
 
-@pytest.mark.parametrize("name", TALKATIVE)
-def test_what_a_user_can_do_nothing_about_is_not_printed(name: str, tiny_llama: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
+@pytest.fixture(scope="module")
+def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
+    """The folder that the runs of `TALKATIVE` were trained in, and what each run printed on stderr."""
+    folder = tmp_path_factory.mktemp("quiet")
+    rows = folder / "rows.jsonl"
     rows.write_text(
         '{"input": "a", "output": "b"}\n{"input": "b", "output": "a"}\n' * 2
         + '{"input": "a", "output": "b", "split": "test"}\n'
     )
-    words = [
-        "--base.model",
-        str(tiny_llama),
-        "--data",
-        str(rows),
-        "--name",
-        "one",
-        "--training.max_steps",
-        "1",
-    ]
-    lines = [line for line in stderr_of(tmp_path, "train", *words, *TALKATIVE[name]) if line.strip()]
-    ours = {
-        "run",
-        "base",
-        "tuner",
-        "objective",
-        "data",
-        "steps",
-        "rate",
-        "memory",
-        "evaluation",
-        "checkpoints",
-    }
-    foreign = [line for line in lines if line.split()[0] not in ours | {"sample", "step", "Report:"}]
-    assert [line for line in foreign if "it/s" not in line and "s/it" not in line] == []
-    assert stderr_of(tmp_path, "eval", "runs/one") == []
+    words = ["train", "--base", str(tiny_llama), "--data", str(rows), "--training.max_steps", "1"]
+    lines = stderr_of(folder, *([*words, "--name", name, *more] for name, more in TALKATIVE.items()))
+    return folder, dict(zip(TALKATIVE, lines, strict=False))
+
+
+@pytest.mark.parametrize("name", TALKATIVE)
+def test_training_prints_only_our_lines(name: str, trained: tuple[Path, dict[str, list[str]]]) -> None:
+    """Also where another library says what a user can do nothing about."""
+    # No bars: everything here takes less than a second, but for a slow machine's first step.
+    lines = [line for line in trained[1][name] if "it/s" not in line and "s/it" not in line]
+    labels = [line.split()[0] for line in lines if line.strip()]
+    assert labels[0] == "run"
+    assert set(labels) <= {
+        "run", "base", "tuner", "objective", "data", "steps", "rate", "memory", "evaluation", "checkpoints",
+        "sample", "step", "Report:",
+    }  # fmt: skip
+    assert labels.index("sample") < 12
+
+
+def test_evaluating_and_predicting_print_nothing(trained: tuple[Path, dict[str, list[str]]]) -> None:
+    folder, _ = trained
+    evaluate = [["eval", f"runs/{name}"] for name in TALKATIVE if name != "plain"]
+    commands = [["predict", "runs/plain", "a", "--max_new_tokens", "1"], *evaluate]
+    assert stderr_of(folder, *commands) == [[]] * (len(commands) + 1)

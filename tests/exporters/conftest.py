@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.models.deimv2.conftest import SHAPES
+from tests.support.exports import equal_networks_share_a_trace
 from thawline.data.detection.records import ImageRecord
 from thawline.exporters.certificate import Reference, generated_images
 from thawline.exporters.job import Samples
@@ -36,6 +38,12 @@ def build_detector(kind: str = "lite", **overrides: Any) -> DEIMv2:
         images = torch.from_numpy(generated_images(8, model.config.image_size)[0])
         model.train()(images)
     return model.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces() -> Iterator[None]:
+    with equal_networks_share_a_trace():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def test_values_too_large_for_half_precision_stay_in_full(tmp_path: Path) -> Non
 
 
 def test_labelled_images_give_the_ap_of_both(steady: DEIMv2, samples: Samples, tmp_path: Path) -> None:
-    report = export_detector(steady, tmp_path / "m.onnx", Settings(batch=2), samples)
+    report = export_detector(steady, tmp_path / "m.onnx", samples=samples)
     assert report.ap["torch"] > 0.5
     assert report.ap["file"] == pytest.approx(report.ap["torch"], abs=1e-3)
     assert report.ap["difference"] == pytest.approx(0, abs=1e-3)
@@ -72,7 +72,7 @@ def test_int8_keeps_in_full_precision_what_costs_too_much(
     steady: DEIMv2, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("thawline.exporters.int8.FIRST", 64)
-    settings = Settings(int8=True, ap_budget=50.0, single_input=True)
+    settings = Settings(int8=True, ap_budget=50.0, single_input=True, batch=2)
     report = export_detector(steady, tmp_path / "m.onnx", settings, samples)
     weights = onnx.load(report.path).graph.initializer
     assert sum(w.data_type == onnx.TensorProto.INT8 for w in weights) > 10
