@@ -102,9 +102,10 @@ def keep_in_eval(module: nn.Module) -> None:
 
 def merged_detector(model: DEIMv2) -> DEIMv2:
     """Return a copy on the CPU, in eval mode, with every adapter merged."""
-    plain = merge_adapters(copy.deepcopy(model).cpu())
-    fresh = DEIMv2(model.config)
-    fresh.load_state_dict(plain.state_dict())
+    fresh, state = DEIMv2(model.config), model.state_dict()
+    if state.keys() != fresh.state_dict().keys():
+        state = merge_adapters(copy.deepcopy(model).cpu()).state_dict()
+    fresh.load_state_dict(state)
     return fresh.eval()
 
 
