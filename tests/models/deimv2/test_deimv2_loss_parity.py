@@ -95,7 +95,7 @@ def test_terms_and_gradients_are_the_authors(official: ModuleType, size: str) ->
 
 @pytest.mark.parametrize("size", ["pico", "n", "s"])
 def test_terms_and_gradients_with_denoising_are_the_authors(official: ModuleType, size: str) -> None:
-    """And in float32 within rounding: ten times the largest distance of any processor and kernel tried, 2e-4."""
+    """And in float32 to ten times the largest distance of any processor and kernel tried, 2e-4."""
     expected = official.meta(size)["train_denoising"]
     with torch.set_grad_enabled(size != "s"):
         model, output, targets = train_mode(official, size, DENOISING)
