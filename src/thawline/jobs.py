@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from thawline.domains import is_shared
+from thawline.domains import check_base_options, is_shared
 from thawline.errors import CheckpointError, ConfigError, DataError, MissingExtraError, requires_extra
 from thawline.files import write_json, write_jsonl
 from thawline.recipe import RunConfig, build_config, dotted_values, load_recipe
@@ -217,7 +217,8 @@ def detect(
 
     Args:
         model, variant, weights, device, threshold: as in `Detector.from_pretrained`; or `model` is a shared
-            folder of several domains, each with its own threshold where None is given.
+            folder of several domains, each with its own threshold where None is given, which refuses
+            variant and weights.
         domain: of a shared folder: the name of one, or "all". None: its only one.
         source, out, on_prediction: as in `thawline.inference.files.predict_files`.
         options: of `Detector.stream` (`classes`, `max_detections`, `tile`, `batch_size`), and `save_results`.
@@ -229,6 +230,7 @@ def detect(
     if is_shared(model):
         from thawline.inference.shared import SharedDetector
 
+        check_base_options(model, variant, weights)
         detector = SharedDetector.from_pretrained(model, device=device)
         options |= {"domain": domain, "threshold": threshold}
     elif domain is not None:
@@ -420,9 +422,7 @@ def export(
     elif is_shared(model):
         from thawline.domains.folder import SharedFolder
 
-        if variant is not None or weights != "pretrained":
-            name = "weights" if variant is None else "variant"
-            raise ConfigError(f"`{name}`: the base of '{model}' is trained, and has its size. Leave it out.")
+        check_base_options(model, variant, weights)
         shared = SharedFolder(model)
         name = shared.only_one(domain)
         detector, out = shared.load(name), out or shared.path / "exports" / name
@@ -545,8 +545,8 @@ def serve(
             name, which makes their paths /predict/NAME.
         host, port: address to listen at; port 0: any free one.
         token: bearer token that requests must send. None: the environment's THAWLINE_TOKEN, or none.
-        variant, weights, device, threshold: as in `Detector.from_pretrained`; of these a shared folder of
-            domains takes device and threshold.
+        variant, weights, device, threshold: as in `Detector.from_pretrained`; a shared folder of domains
+            refuses the first two.
         workers: processes per model.
         batch_size, batch_wait: largest number of images in a forward pass, and seconds to wait for others;
             batches are for GPUs, on a CPU they save no time.

@@ -26,7 +26,9 @@ from thawline.domains.folder import SharedFolder
 from thawline.errors import CheckpointError, ConfigError
 from thawline.inference import Detector
 from thawline.models.deimv2 import DEIMv2
+from thawline.models.deimv2.fused.conv import FusedConv
 from thawline.recipe import Paca
+from thawline.service.api import load_detector
 from thawline.training.detection.objective import DetectionObjective
 
 
@@ -99,16 +101,22 @@ def test_the_columns_of_every_family_survive_fusing(variant: str, tmp_path: Path
     assert shared.nbytes("cards") < 0.05 * weights
 
 
-def test_a_domain_is_exchanged_in_a_copy_for_each_length_of_columns(shared: SharedDetector) -> None:
+def test_a_domain_is_exchanged_where_layers_read_it(
+    shared: SharedDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, changes = shared._network.model, shared._member("cards").changes
     shared._network.switch(None)
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    lengths = {tuple(item.values.shape[1:]) for item in changes._items}
-    assert len(changes._items) == len(lengths) < len(changes._changed) / 4
-    assert all(weight.data_ptr() % 64 == 0 for weight in model.parameters() if weight.dim() > 1)
+    before = {name: weight.to_dense().clone() for name, weight in model.named_parameters()}
+    kernels = [weight for weight in model.parameters() if weight.is_mkldnn]
+    assert kernels
+    assert len(changes._items) - len(kernels) < len(changes._changed) / 2
+    assert all(weight.data_ptr() % 64 == 0 for weight in changes._changed)
     changes.exchange()
     changes.exchange()
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert all(torch.equal(weight.to_dense(), before[name]) for name, weight in model.named_parameters())
+    monkeypatch.delattr(FusedConv, "pack")  # oneDNN's layout is made once, not after every exchange
+    for domain in NAMES:
+        shared(images(1)[0], domain=domain)
 
 
 def test_a_network_that_was_moved_exchanges_nothing(base: DEIMv2, folder: Path) -> None:
@@ -121,11 +129,19 @@ def test_a_network_that_was_moved_exchanges_nothing(base: DEIMv2, folder: Path) 
     assert joined.network.decoder.enc_score_head.weight is before
 
 
-def test_kernels_keep_their_layout_on_other_devices() -> None:
+def test_kernels_that_no_call_has_packed_stay_as_they_are() -> None:
     network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 4))
-    assert len(JoinedWeights(network).places) == 3
-    network.to("meta")
+    network.append(FusedConv(torch.rand(4, 4, 3, 3), torch.zeros(4), padding=1))
+    kernel = network[3].weight
     assert set(JoinedWeights(network).places) == {network[1].weight, network[2].weight}
+    assert network[3].weight is kernel
+    x = torch.rand(1, 4, 6, 6)
+    with torch.no_grad():
+        expected = network[3](x)
+        JoinedWeights(network)
+        assert network[3].weight.is_mkldnn
+        assert torch.equal(network[3](x), expected)
+        torch.testing.assert_close(network[3](torch.cat([x, x]))[1:], expected)
 
 
 def test_a_batch_of_several_domains_equals_single_calls(shared: SharedDetector) -> None:
@@ -271,11 +287,19 @@ def test_a_domain_is_exported_as_its_merged_detector(
     for domain, message in ((None, "Which domain.*cards, pcb, plates"), ("card", "Did you mean 'cards'")):
         with pytest.raises(ConfigError, match=message):
             jobs.export(folder, domain=domain)
-    for name, value in (("variant", "atto"), ("weights", "random")):
-        with pytest.raises(ConfigError, match=f"`{name}`"):
-            jobs.export(folder, domain="cards", **{name: value})
     with pytest.raises(ConfigError, match="no folder of base/"):
         jobs.export(folder / "base", domain="cards")
+
+
+@pytest.mark.parametrize(("option", "value"), [("variant", "atto"), ("weights", "random")])
+def test_options_of_a_plain_detector_are_refused(folder: Path, option: str, value: str) -> None:
+    for ask in (
+        lambda **words: jobs.detect(folder, "photo.jpg", domain="cards", **words),
+        lambda **words: load_detector(str(folder), words),
+        lambda **words: jobs.export(folder, domain="cards", **words),
+    ):
+        with pytest.raises(ConfigError, match=f"`{option}`: the base of '.*' is trained"):
+            ask(**{option: value})
 
 
 def test_the_base_is_read_once_for_a_new_folder(
@@ -328,6 +352,11 @@ def test_the_base_is_hashed_once_for_all_domains(
         ("class_groups", [1, 1], "not 3 classes"),
         ("class_groups", [3, 0], "not 3 classes"),
         ("recipe", None, "expected a mapping"),
+        ("recipe", {"base": None}, "`recipe.base` is None, expected a mapping"),
+        ("recipe", {"base": {"weights": 5}}, "`recipe.base.weights` is 5, expected a text"),
+        ("base", 7, "`base` is 7, expected a text"),
+        ("metrics", None, "`metrics` is None, expected a mapping"),
+        ("class_names", ["a", 2, "c"], "expected names"),
         ("name", 0, None),
     ],
 )

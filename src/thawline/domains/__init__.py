@@ -9,9 +9,11 @@ The model/ of a run on several datasets is such a folder, and the run goes by it
 
 from __future__ import annotations
 
-__all__ = ["BASE", "DOMAINS", "is_shared", "shared_path"]
+__all__ = ["BASE", "DOMAINS", "check_base_options", "is_shared", "shared_path"]
 
 from pathlib import Path
+
+from thawline.errors import ConfigError
 
 BASE, DOMAINS = "base", "domains"
 """Folders of a shared folder."""
@@ -29,3 +31,10 @@ def shared_path(path: str | Path) -> Path | None:
     """
     places = (Path(path), *(Path(path) / part for part in ("model", "best", "last")))
     return next((place for place in places if (place / BASE / "config.json").is_file()), None)
+
+
+def check_base_options(path: str | Path, variant: str | None, weights: str) -> None:
+    """Refuse options of a plain detector for a shared folder. Raises: ConfigError: one is given."""
+    if variant is not None or weights != "pretrained":
+        name = "weights" if variant is None else "variant"
+        raise ConfigError(f"`{name}`: the base of '{path}' is trained, and has its size. Leave it out.")

@@ -10,38 +10,47 @@ from __future__ import annotations
 
 __all__ = ["Changes", "JoinedWeights"]
 
+import ctypes
 import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from thawline.models.deimv2.fused.conv import FusedConv
+
 ALIGNMENT = 64
 """Bytes; the memory of a weight begins at a multiple of them, as that of torch's own tensors."""
 
+LINES = (16, 8, 4, 2, 1)
+"""Numbers of neighbouring values of a packed kernel that may be exchanged together."""
+
 
 class JoinedWeights:
-    """A network whose matrices and kernels lie in few tensors, so that a domain is exchanged in few copies.
+    """A network whose matrices lie in few tensors, so that a domain is exchanged in few copies.
 
-    A row of these tensors is what an adapter changes as a whole: a column of a matrix, an input channel of a
-    kernel, a channel of a depthwise kernel. Rows of one length are together, whichever layers they belong to.
+    A row of these tensors is a column of a matrix, which an adapter changes as a whole. Rows of one length
+    are together, whichever layers they belong to. Kernels that oneDNN has packed are kept in its layout alone
+    and exchanged there: packing them again takes longer than all else. Other kernels stay as they are.
 
     Args:
-        network: fused network of the base; its weights are moved, and keep their values. Kernels get the
-            layout of rows, on which no bit of a convolution on a CPU depends, and are left out elsewhere;
-            matrices keep theirs.
+        network: fused network of the base, after a call; its weights are moved, and keep their values.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.places: dict[Tensor, tuple[Tensor, int]] = {}
-        """Weight → the tensor that holds its rows, and the first of them."""
+        """Matrix → the tensor that holds its rows, and the first of them."""
+        for module in network.modules():
+            if isinstance(module, FusedConv):
+                module.keep_packed()
         by_length: dict[tuple[int, torch.dtype], list[nn.Parameter]] = defaultdict(list)
         for weight in network.parameters():
-            if weight.dim() == 2 or (weight.dim() == 4 and _keeps_layout(weight)):
+            if _is_matrix(weight):
                 by_length[rows_of(weight)[0].numel(), weight.dtype].append(weight)
         for (length, dtype), weights in by_length.items():
             step = ALIGNMENT // math.gcd(ALIGNMENT, length * dtype.itemsize)
@@ -59,19 +68,26 @@ class JoinedWeights:
 
 @dataclass(eq=False)
 class _Rows:
-    """Rows of a tensor that holds those of many weights."""
+    """Rows of memory that belong to one weight or to many; on a CPU numpy's, which takes half as long."""
 
-    joined: Tensor
-    index: Tensor
-    values: Tensor
+    joined: Tensor | np.ndarray
+    index: Tensor | np.ndarray
+    """Numbers of the rows, int32."""
+    values: Tensor | np.ndarray
+
+    @classmethod
+    def of(cls, joined: Tensor, index: Tensor, values: Tensor) -> _Rows:
+        """Return rows of a tensor that get other values."""
+        tensors = joined, index.int(), values
+        return cls(*([one.numpy() for one in tensors] if joined.device.type == "cpu" else tensors))
 
     @property
     def nbytes(self) -> int:
         return self.index.nbytes + self.values.nbytes
 
     def exchange(self) -> None:
-        inside = self.joined.index_select(0, self.index)
-        self.joined.index_copy_(0, self.index, self.values)
+        inside = self.joined[self.index]
+        self.joined[self.index] = self.values
         self.values = inside
 
 
@@ -121,6 +137,12 @@ class Changes:
                     if tensor is None or theirs[name] is None:
                         continue
                     other = theirs[name].detach().to(tensor.device)
+                    if tensor.is_mkldnn:
+                        changed = _changed_memory(tensor, others[path].pack(module.packed_for))
+                        if len(changed.values):
+                            self.parts.add(path.partition(".")[0])
+                            self._items.append(changed)
+                        continue
                     if tensor.shape == other.shape and torch.equal(tensor, other):
                         continue
                     self.parts.add(path.partition(".")[0])
@@ -136,7 +158,7 @@ class Changes:
         self._addresses = [tensor.data_ptr() for tensor in self._changed]
         for joined, parts in found.items():
             index, values = (torch.cat(part) for part in zip(*parts, strict=True))
-            self._items.append(_Rows(joined, index, values))
+            self._items.append(_Rows.of(joined, index, values))
 
     @property
     def nbytes(self) -> int:
@@ -165,14 +187,35 @@ def rows_of(weight: Tensor, axis: int | None = None) -> Tensor:
     return rows.flatten(1)
 
 
-def _keeps_layout(weight: Tensor) -> bool:
-    """Return whether a kernel may have the layout of rows without another result of its convolution."""
-    return weight.device.type == "cpu" or weight[0, 0].numel() == 1
+def _is_matrix(weight: Tensor) -> bool:
+    """Return whether a weight is a matrix, (O, I) or (O, I, 1, 1), that torch lays out."""
+    return not weight.is_mkldnn and weight.dim() > 1 and weight.numel() == math.prod(weight.shape[:2])
 
 
 def _axis(weight: Tensor) -> int:
-    """Return the axis of a weight, (O, I) or (O, I, k, k), whose slices an adapter changes as a whole."""
-    if weight.shape[1] == 1:
-        return 0
-    is_matrix = weight[0, 0].numel() == 1
-    return 0 if is_matrix and weight.stride(0) > weight.stride(1) else 1
+    """Return the axis of a matrix whose slices are contiguous: columns, unless it has few rows."""
+    return 0 if weight.stride(0) > weight.stride(1) else 1
+
+
+def _changed_memory(packed: Tensor, other: Tensor) -> _Rows:
+    """Return what differs between two kernels of one layout of oneDNN's.
+
+    A channel is several lines of some length there, depending on the layout: the one that takes the least
+    memory is chosen.
+    """
+    memory, theirs = _memory(packed), _memory(other)
+    found = []
+    for length in LINES:
+        if memory.numel() % length == 0:
+            rows, changed = memory.view(-1, length), theirs.view(-1, length)
+            index = (rows != changed).any(dim=1).nonzero().flatten()
+            found.append(_Rows.of(rows, index, changed[index]))
+    return min(found, key=lambda one: one.nbytes)
+
+
+def _memory(packed: Tensor) -> Tensor:
+    """Return the memory of a weight in oneDNN's layout, as a flat tensor that keeps the weight alive."""
+    kind: Any = ctypes.c_char * torch.ops.mkldnn._nbytes(packed)
+    memory = kind.from_address(torch.ops.mkldnn.data_ptr(packed))
+    memory.owner = packed
+    return torch.frombuffer(memory, dtype=packed.dtype)

@@ -33,6 +33,14 @@ from thawline.tuners.to_lora import to_lora
 
 ABOUT, HEADS, ADAPTER = "domain.json", "heads.safetensors", "adapter_config.json"
 
+TEXT, MAPPING = (str, "a text"), (Mapping, "a mapping")
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "name": TEXT, "threshold": (int | float, "a number"), "base": TEXT, "base_label": TEXT, "tuner": TEXT,
+    "metrics": MAPPING, "recipe": MAPPING,
+}  # fmt: skip
+"""Kind of the values in domain.json that no other check looks at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
@@ -67,12 +75,20 @@ class Domain:
 
     def check(self) -> None:
         """Check the values of a file that was read. Raises: ValueError: naming one that cannot be."""
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
-            raise ValueError(f"`threshold` is {self.threshold!r}, expected a number")
+        for name, (kind, word) in KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"`{name}` is {value!r}, expected {word}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"`threshold` is {self.threshold}, expected 0 to 1")
-        if not isinstance(self.recipe, Mapping):
-            raise ValueError(f"`recipe` is {self.recipe!r}, expected a mapping")
+        if not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError(f"`class_names` are {list(self.class_names)}, expected names")
+        base = self.recipe.get("base", {})
+        if not isinstance(base, Mapping):
+            raise ValueError(f"`recipe.base` is {base!r}, expected a mapping")
+        for name in ("weights", "variant"):
+            if not isinstance(base.get(name), str | None):
+                raise ValueError(f"`recipe.base.{name}` is {base[name]!r}, expected a text")
         groups = self.class_groups
         if groups and (min(groups) < 1 or sum(groups) != len(self.class_names)):
             raise ValueError(f"`class_groups` {self.class_groups} are not {len(self.class_names)} classes")

@@ -36,6 +36,11 @@ class TensorCache:
             del self._kept[next(iter(self._kept))]
         return value
 
+    @property
+    def last_key(self) -> Any:
+        """Key that was asked for last."""
+        return next(reversed(self._kept))
+
     def clear(self) -> None:
         """Empty the cache, if what the tensors were built from has changed."""
         self._kept.clear()

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from thawline.data.detection.drawing import encode_image
 from thawline.data.detection.images import decode_image
-from thawline.domains import is_shared
+from thawline.domains import check_base_options, is_shared
 from thawline.errors import ThawlineError
 from thawline.inference.detector import Detector, Prediction, empty_detections
 from thawline.inference.files import draw
@@ -58,6 +58,7 @@ def load_detector(model: str, options: dict[str, Any]) -> Any:
     """Load a detector, or the domains of a shared folder."""
     if not is_shared(model):
         return Detector.from_pretrained(model, **options)
+    check_base_options(model, options.get("variant"), options.get("weights", "pretrained"))
     from thawline.inference.shared import SharedDetector  # loads torch, which an exported file does without
 
     return SharedDetector.from_pretrained(model, device=options.get("device"))

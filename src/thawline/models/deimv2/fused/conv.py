@@ -66,6 +66,8 @@ class FusedConv(nn.Module):
         self.activation = activation
         self.is_pointwise = tuple(weight.shape[2:]) == (1, 1) and (stride, padding, groups) == (1, 0, 1)
         self._packed = TensorCache(size=4)
+        self.packed_for: tuple[int, ...] | None = None
+        """Shape of the inputs that the weight is packed for; None: it is plain."""
         self._lay_out()
 
     @classmethod
@@ -87,41 +89,40 @@ class FusedConv(nn.Module):
             x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
             return self._activate(x)
         n_outputs = x.shape[0] * x.shape[2] * x.shape[3] * len(self.weight)
-        if self.is_pointwise and (x.shape[1] >= LONG_SUM or n_outputs <= LARGE_MAP):
+        is_product = self.is_pointwise and (x.shape[1] >= LONG_SUM or n_outputs <= LARGE_MAP)
+        if is_product and self.packed_for is None:
             product = F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias)
             return self._activate(product).permute(0, 3, 1, 2)
-        padding, stride = [self.padding] * 2, [self.stride] * 2
         # oneDNN's own name, parameters and algorithm of the activation.
         if isinstance(self.activation, Clamp):
             name, limits, algorithm = "hardtanh", [self.activation.low, self.activation.high], None
         else:
             name, limits = "swish" if self.activation == "silu" else self.activation, []
             algorithm = "none" if name == "gelu" else None
-        weight = self._packed_weight(tuple(x.shape), padding, stride)
+        shape, weight = tuple(x.shape), self.weight
+        if self.packed_for is None:
+            weight = self._packed.get((shape, weight._version), lambda: self.pack(shape))
         return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, self.bias, padding, stride, [1, 1], self.groups, name, limits, algorithm
+            x, weight, self.bias, *self._steps, self.groups, name, limits, algorithm
         )
 
-    def _packed_weight(self, shape: tuple[int, ...], padding: list[int], stride: list[int]) -> Tensor:
-        """Return the weight in oneDNN's layout for inputs of a shape.
+    @property
+    def _steps(self) -> tuple[list[int], ...]:
+        return [self.padding] * 2, [self.stride] * 2, [1, 1]
 
-        A changed weight is copied into the memory that already holds it packed. Packing it anew takes twice
-        as long, since oneDNN then plans the convolution first.
+    def pack(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the weight in oneDNN's layout for inputs of a shape, (B, I, H, W)."""
+        return torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._steps, self.groups, shape)
+
+    def keep_packed(self) -> None:
+        """Keep the weight in oneDNN's layout alone, if the last call has packed it.
+
+        Inputs of other shapes are served too. The module can then neither be moved nor cast.
         """
-        version = self.weight._version
-        kept = self._packed.get(
-            shape,
-            lambda: [
-                torch.ops.mkldnn._reorder_convolution_weight(
-                    self.weight, padding, stride, [1, 1], self.groups, shape
-                ),
-                version,
-            ],
-        )
-        if kept[1] != version:
-            kept[:] = kept[0].copy_(self.weight.to_mkldnn()), version
-        packed: Tensor = kept[0]
-        return packed
+        if len(self._packed):
+            self.packed_for, _ = self._packed.last_key
+            self.weight = nn.Parameter(self.pack(self.packed_for), requires_grad=False)
+            self._packed.clear()
 
     def _activate(self, x: Tensor) -> Tensor:
         """Apply the activation, in place where torch can."""
