@@ -272,6 +272,14 @@ def test_an_unreadable_image_of_a_mixed_list_says_so(shared: SharedDetector, tmp
     first, second = shared([str(broken), str(broken)], domain=["cards", "pcb"])
     assert "broken.jpg" in first.metadata["error"]
     assert len(second) == 0
+    asked = []
+    shared._network.model.decoder.register_forward_pre_hook(
+        lambda module, args: asked.append(len(args[0][0]))
+    )
+    (image,) = images(1)
+    first, second = shared([str(broken), image], domain=["cards", "pcb"])
+    assert (len(first), asked) == (0, [1])  # a domain without a readable image does not run
+    assert set(second.data["domain"]) == {"pcb"}
 
 
 def test_a_domain_is_exported_as_its_merged_detector(

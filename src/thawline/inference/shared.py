@@ -203,7 +203,8 @@ class SharedDetector:
         loaded = [load_frame(frame) for frame in frames]
         images = [image for image, _ in loaded if image is not None]
         readable = [name for name, (image, _) in zip(names, loaded, strict=True) if image is not None]
-        detector, tag = self._several(members, readable, options)
+        asked = {name: members[name] for name in dict.fromkeys(readable)}
+        detector, tag = self._several(asked, readable, options)
         options["batch_size"] = max(1, len(images))
         found = iter(detector(images, **options) if images else ())
         answers = []
