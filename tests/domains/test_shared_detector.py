@@ -25,6 +25,7 @@ from thawline.domains.domain import base_digest, load_domain, read_domain
 from thawline.domains.folder import SharedFolder
 from thawline.errors import CheckpointError, ConfigError
 from thawline.inference import Detector
+from thawline.measure import count_ops
 from thawline.models.deimv2 import DEIMv2
 from thawline.models.deimv2.fused.conv import FusedConv
 from thawline.recipe import Paca
@@ -117,6 +118,8 @@ def test_a_domain_is_exchanged_where_layers_read_it(
     monkeypatch.delattr(FusedConv, "pack")  # oneDNN's layout is made once, not after every exchange
     for domain in NAMES:
         shared(images(1)[0], domain=domain)
+    n_operations, _ = count_ops(lambda: shared._network.switch(changes))
+    assert n_operations == 0
 
 
 def test_a_network_that_was_moved_exchanges_nothing(base: DEIMv2, folder: Path) -> None:
