@@ -10,15 +10,18 @@ with the same seed takes. Given are input size, epochs, 8 images a step (its def
 step an epoch) and no loading processes. The weights as trained are scored by thawline on all held-out images,
 resized and counted as for its own detectors; the averaged ones are scored, too, as `EMA_AP`: in runs shorter
 than 32 epochs LibreYOLO averages from the start with a decay of 0.9999, so that they are still close to
-random. Rows are appended to <out>.rows.jsonl as they come, so that a stopped study resumes.
+random. Rows are appended to <out>.rows.jsonl as they come, so that a stopped study resumes; at the end the
+table of both recipes is printed, over the seeds that also recipe.rows.jsonl beside <out> has (arm `derived`).
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +30,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from harness import Rows, study_parser, study_results
-from recipe import N_IMAGES, SIZE, Job, run_config, summarise
+from recipe import N_IMAGES, SIZE, Job, run_config
 from thawline.measure import write_results
 from thawline.models.deimv2.postprocess import postprocess
 
-ARM = "libreyolo"
+OURS, THEIRS = "derived", "libreyolo"
 BATCH_SIZE = 8
 MAX_DETECTIONS = 300
 
@@ -40,20 +43,24 @@ def main() -> None:
     parser = study_parser(__doc__, "rival.json")
     parser.add_argument("--data", nargs="+", default=["bccd"], help="Sets in data/detection.")
     parser.add_argument("--budgets", nargs="+", type=int, default=[10], help="Epochs.")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--variant", default="atto", help="atto, femto, pico or n.")
     parser.add_argument("--images", type=int, default=N_IMAGES, help="Training images.")
     parser.add_argument("--size", type=int, default=SIZE, help="Side of the input, pixels.")
     args = parser.parse_args()
     rows = Rows(args.out, Job)
     jobs = [
-        Job(data, epochs, ARM, seed, args.variant, args.images, args.size)
+        Job(data, epochs, THEIRS, seed, args.variant, args.images, args.size)
         for epochs in args.budgets
         for seed in args.seeds
         for data in args.data
     ]
     rows.run(partial(train_one, shared=args.shared), jobs, workers=args.workers, jobs_per_process=1)
-    write_results(args.out, study_results("rival.py", table=summarise(rows.done)))
+    table = compare(rows.done, Rows(args.out.with_name("recipe.json"), Job).done)
+    write_results(args.out, study_results("rival.py", table=table))
+    for row in table:
+        cells = [f"{row['AP'][name]:.3f} | {values}" for name, values in row["AP_by_seed"].items()]
+        print("|", " | ".join([row["data"], str(row["epochs"]), *cells]), "|")
 
 
 def train_one(job: Job, shared: Path) -> dict[str, Any]:
@@ -111,6 +118,24 @@ def write_dataset(dataset: Any, source: Path, folder: Path) -> Path:
     }  # fmt: skip
     file.write_text(json.dumps(content))  # JSON is YAML
     return file
+
+
+def compare(theirs: dict[Job, dict[str, Any]], ours: dict[Job, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the AP of both recipes on each set and budget, of the seeds that both have."""
+    groups: dict[Job, dict[str, list[float]]] = {}
+    for job, row in sorted(theirs.items(), key=lambda item: item[0].seed):
+        if (same := replace(job, arm=OURS)) in ours:
+            found = groups.setdefault(replace(job, seed=0), {OURS: [], THEIRS: []})
+            found[OURS].append(ours[same]["AP"])
+            found[THEIRS].append(row["AP"])
+    return [
+        {
+            "data": job.data, "epochs": job.epochs, "variant": job.variant, "n_images": job.n_images,
+            "size": job.size, "AP_by_seed": found,
+            "AP": {name: round(statistics.mean(values), 4) for name, values in found.items()},
+        }
+        for job, found in groups.items()
+    ]  # fmt: skip
 
 
 class Scored(nn.Module):
