@@ -47,8 +47,15 @@ def folder(base: DEIMv2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def shared(folder: Path) -> SharedDetector:
+    """A detector to ask, never to change: what was asked before leaves no trace in an answer."""
+    return SharedDetector.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture
+def fresh(folder: Path) -> SharedDetector:
+    """A detector to add domains to, and to remove them from."""
     return SharedDetector.from_pretrained(folder, device="cpu")
 
 
@@ -168,15 +175,15 @@ def test_all_domains_see_every_image(shared: SharedDetector) -> None:
 
 
 def test_parts_that_no_domain_changes_run_once(
-    shared: SharedDetector, monkeypatch: pytest.MonkeyPatch
+    fresh: SharedDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    backbone = shared._network.model.backbone
+    backbone = fresh._network.model.backbone
     backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    shared.remove("cards")
-    shared.remove("plates")
-    shared.add("again", shared.folder.path / "domains" / "pcb")  # class heads alone
-    shared(images(3), domain=["pcb", "again", "pcb"])
+    fresh.remove("cards")
+    fresh.remove("plates")
+    fresh.add("again", fresh.folder.path / "domains" / "pcb")  # class heads alone
+    fresh(images(3), domain=["pcb", "again", "pcb"])
     assert calls == [3]
 
 
@@ -212,31 +219,31 @@ def test_a_base_of_another_shape_has_another_digest(base: DEIMv2) -> None:
     assert base_digest(other) != base_digest(base)
 
 
-def test_threads_get_whole_domains(shared: SharedDetector, folder: Path) -> None:
+def test_threads_get_whole_domains(fresh: SharedDetector, folder: Path) -> None:
     (image,) = images(1)
-    expected = {name: bits(shared(image, domain=name)) for name in NAMES}
+    expected = {name: bits(fresh(image, domain=name)) for name in NAMES}
     wrong: list[str] = []
 
     def ask(name: str) -> None:
-        wrong.extend(name for _ in range(6) if bits(shared(image, domain=name)) != expected[name])
+        wrong.extend(name for _ in range(6) if bits(fresh(image, domain=name)) != expected[name])
 
     threads = [threading.Thread(target=ask, args=(name,)) for name in NAMES]
     for thread in threads:
         thread.start()
     for _ in range(2):
-        shared.add("plates", folder / "domains" / "plates")  # replaced while others ask
+        fresh.add("plates", folder / "domains" / "plates")  # replaced while others ask
     for thread in threads:
         thread.join()
     assert not wrong
 
 
-def test_a_removed_domain_finishes_what_it_was_asked(shared: SharedDetector) -> None:
-    answers = shared.stream(images(3), domain="plates", batch_size=1)
+def test_a_removed_domain_finishes_what_it_was_asked(fresh: SharedDetector) -> None:
+    answers = fresh.stream(images(3), domain="plates", batch_size=1)
     next(answers)
-    shared.remove("plates")
+    fresh.remove("plates")
     assert len(list(answers)) == 2
     with pytest.raises(ConfigError, match="No domain 'plates'"):
-        shared(images(1)[0], domain="plates")
+        fresh(images(1)[0], domain="plates")
 
 
 def test_what_cannot_be_asked(shared: SharedDetector) -> None:

@@ -179,14 +179,6 @@ def test_two_processes_lose_and_double_nothing(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
 
-def test_results_have_the_ids_of_the_datasets_files() -> None:
-    evaluator = DetectionEvaluator([Annotated([], []), Annotated([], [])], NAMES)
-    evaluator.update([1, 0], [detected([[1, 2, 4, 8]], [0.5], [2]), detected()])
-    assert evaluator.to_coco_results(["x", 77], [1, 5, 90]) == [
-        {"image_id": 77, "category_id": 90, "bbox": [1, 2, 3, 6], "score": 0.5}
-    ]
-
-
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(MissingExtraError, match=r"faster-coco-eval: `pip install 'thawline\[detect\]'`"):

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import torch
 
 from tests.support.painted import Painted
+from thawline.models.deimv2.variants import get_variant
 from thawline.recipe import RunConfig
 
 NAMES = ("red", "green", "blue")
 
 
-# Atto with little to do: the run is what is tested.
-TINY = {"num_queries": 12, "num_denoising": 6, "decoder": {"num_layers": 2, "ffn_dim": 32}}
+# Atto with little to do: the run is what is tested. Fewer layers are sooner built, saved and read too.
+TINY = {
+    "num_queries": 12,
+    "num_denoising": 6,
+    "backbone": {
+        "stages": [{**asdict(stage), "n_layers": 1} for stage in get_variant("atto").config.backbone.stages]
+    },
+    "encoder": {"n_blocks": 1},
+    "decoder": {"num_layers": 2, "ffn_dim": 32},
+}
 
 
 TINY_VIT = {

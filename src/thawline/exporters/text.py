@@ -7,7 +7,7 @@ lora          stock PEFT LoRA folders, which vLLM and TGI load beside the base
 
 from __future__ import annotations
 
-__all__ = ["TEXT_FORMATS", "export_text"]
+__all__ = ["export_text"]
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,6 @@ from thawline.tuners.mhr import set_task_ids
 from thawline.tuners.paca.quantised import merge_and_dequantise
 from thawline.tuners.to_lora import to_lora
 
-TEXT_FORMATS = ("merged", "lora", "gguf-ready")
 RECORD = ".thawline-export"
 """File in the folder of an export, with its format: the folder may be written again."""
 ALL = "all"

@@ -243,16 +243,6 @@ class DetectionEvaluator:
         """Return the detections of an image; after `compute`, those of any process."""
         return self._detections[self._check_index(index)]
 
-    def to_coco_results(
-        self, image_ids: Sequence[int | str], class_ids: Sequence[int | str]
-    ) -> list[dict[str, Any]]:
-        """Return detections as COCO results, with the files' ids; after `compute`, those of all processes."""
-        return [
-            {"image_id": image_ids[index], "category_id": class_ids[label], "bbox": bbox, "score": score}
-            for index, found in sorted(self._detections.items())
-            for label, bbox, score in _coco_rows(found, found.scores)
-        ]
-
     def _remark_crowded(self) -> None:
         """Say that images hold more boxes of a class than detections count."""
         counts = [int(np.bincount(image.labels[~image.iscrowd], minlength=1).max()) for image in self.images]

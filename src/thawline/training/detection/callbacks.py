@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-_Function = Callable[[], None]
-
 logger = logging.getLogger(__name__)
 
 TIMED_STEPS, UNTIMED_STEPS = 20, 3

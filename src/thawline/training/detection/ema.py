@@ -86,10 +86,6 @@ class EMA:
         finally:
             self._write(own)
 
-    def copy_to_model(self) -> None:
-        """Write the averaged weights into the model for good."""
-        self._write(self._average)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs. The tensors are live, not copies."""
         return {"n_updates": self.n_updates, "tensors": self._by_name()}
