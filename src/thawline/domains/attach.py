@@ -22,7 +22,7 @@ from thawline.errors import ConfigError, RoutingError
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.network.sta import AdaptedViT
 from thawline.recipe import Adapter, Frozen, Mhr, Paca, PeftMethod, TunerSettings
-from thawline.tuners.adapters import merge_adapters
+from thawline.tuners.adapters import has_adapters, merge_adapters
 from thawline.tuners.build import attach_tuner, routed_tasks
 from thawline.tuners.mhr.conv import is_pointwise
 from thawline.tuners.mhr.layer import linear_sizes
@@ -102,10 +102,9 @@ def keep_in_eval(module: nn.Module) -> None:
 
 def merged_detector(model: DEIMv2) -> DEIMv2:
     """Return a copy on the CPU, in eval mode, with every adapter merged."""
-    fresh, state = DEIMv2(model.config), model.state_dict()
-    if state.keys() != fresh.state_dict().keys():
-        state = merge_adapters(copy.deepcopy(model).cpu()).state_dict()
-    fresh.load_state_dict(state)
+    plain = merge_adapters(copy.deepcopy(model).cpu()) if has_adapters(model) else model
+    fresh = DEIMv2(model.config)
+    fresh.load_state_dict(plain.state_dict())
     return fresh.eval()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["load_adapter", "merge_adapters", "save_adapter"]
+__all__ = ["has_adapters", "load_adapter", "merge_adapters", "save_adapter"]
 
 import copy
 from pathlib import Path
@@ -22,6 +22,11 @@ from thawline.tuners.targets import modules_of
 M = TypeVar("M", bound=nn.Module)
 PREFIX = "base_model.model."
 """Prefix of the names of modules in an adapter's file, as PEFT writes them."""
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Return True if a layer of the model is adapted."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def merge_adapters(model: M) -> M:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -25,6 +24,7 @@ from thawline.data.detection.records import ImageRecord
 from thawline.metrics.detection import DetectionEvaluator, DetectionMetrics
 from thawline.models.deimv2.model import DEIMv2
 from thawline.training.evaluation import Evaluation
+from thawline.tuners.adapters import has_adapters
 
 SHOWN_SCORE = 0.05
 """Detections below this score are left out of predictions.jsonl."""
@@ -136,8 +136,7 @@ def n_devices() -> int:
 
 def _inference_form(model: nn.Module) -> Any:
     """Return the fused copy of a detector: the same detections in less time. With adapters inside: itself."""
-    has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    return model.fuse() if isinstance(model, DEIMv2) and not has_adapters else model
+    return model.fuse() if isinstance(model, DEIMv2) and not has_adapters(model) else model
 
 
 def _shown(
