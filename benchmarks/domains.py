@@ -8,6 +8,7 @@ as `scratch`, from random weights; --images training images, one thread, fp32, t
     paca, lora    a domain: an adapter on every layer, and class heads        heads    class heads alone
     full          the whole detector, fine-tuned from the base                scratch  from random weights
     pacaR         r = R instead of 3                 plain  before an arm: no strong augmentation
+    adjacent, activation, gradient                   paca with columns chosen so
     @F            after an arm: F times the derived learning rate
 
 With --forget, the `paca` domains are added one after the other to a shared folder, and every domain is
@@ -98,6 +99,8 @@ def recipe(
         "paca": {"method": "paca", "r": int(r or 3)}, "lora": {"method": "lora", "r": int(r or 3)},
         "heads": "frozen", "full": "none", "scratch": "none",
     }  # fmt: skip
+    for selection in ("adjacent", "activation", "gradient"):
+        tuners[selection] = {"method": "paca", "r": int(r or 3), "selection": selection}
     return {
         "objective": {"kind": "detection", "strong_augmentation": False if "plain-" in job.arm else None},
         "base": {"variant": "atto", "size": SIZE, "weights": base},
