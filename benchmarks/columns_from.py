@@ -4,9 +4,9 @@
 
 Two real models are quantised: the Llama of 260 thousand parameters of stories, and, where its folder is
 given, the sentence encoder all-MiniLM-L6-v2 of 22 million. Measured, before any training, on texts that the
-Llama writes itself and on film reviews: how far the logits, or the sentences' embeddings, are from those of
+Llama writes itself and on movie reviews: how far the logits, or the sentences' embeddings, are from those of
 the model that is not quantised, with all columns quantised, and with r columns of every adapted layer as they
-were. Errors are relative Frobenius norms; `apart` is the mean divergence (KL, nats) of the next token's
+were. Errors are relative Frobenius norms; `distance` is the mean divergence (KL, nats) of the next token's
 distribution, or the embeddings' mean distance by cosine.
 """
 
@@ -61,7 +61,7 @@ class Subject:
         mask = inputs["attention_mask"][..., None].double()
         return (found.last_hidden_state.double() * mask).sum(1) / mask.sum(1)
 
-    def apart(self, found: Tensor, expected: Tensor) -> float:
+    def distance(self, found: Tensor, expected: Tensor) -> float:
         if found.dim() == 2:
             return float(1 - nn.functional.cosine_similarity(found, expected).mean())
         ours, theirs = found.log_softmax(-1), expected.log_softmax(-1)
@@ -79,7 +79,7 @@ def main() -> None:
         for row in measure(subject, kind)
     ]
     write_results(args.out, study_results(__file__, bench="columns_from", engine=engine(), rows=rows))
-    head = ["model", "base", "columns", "r", "error", "removed", "apart, thousandths", "removed"]
+    head = ["model", "base", "columns", "r", "error", "removed", "distance, thousandths", "removed"]
     lines = [[r["model"], r["base"], r["columns"], str(r["r"]), *cells(r, rows)] for r in rows]
     sys.stdout.write(markdown(head, lines))
 
@@ -105,7 +105,7 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     first = next(one for one in rows if (one["model"], one["base"]) == (row["model"], row["base"]))
     return [
         f"{row['error']:.4f}", f"{1 - row['error'] / first['error']:.1%}",
-        f"{row['apart'] * 1e3:.3f}", f"{1 - row['apart'] / first['apart']:.1%}",
+        f"{row['distance'] * 1e3:.3f}", f"{1 - row['distance'] / first['distance']:.1%}",
     ]  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def measure(subject: Subject, kind: str) -> list[dict[str, Any]]:
         found = subject.outputs(other)
         return {
             "model": subject.name, "base": kind, "columns": columns, "r": r,
-            "apart": subject.apart(found, expected),
+            "distance": subject.distance(found, expected),
             "error": float((found - expected).norm() / expected.norm()),
         }  # fmt: skip
 

@@ -32,6 +32,8 @@ def stderr_of(tmp_path: Path, *commands: Sequence[str], before: str = "") -> lis
     code = (
         "import sys\nfrom thawline.cli import main\n"
         f"for command in {[list(command) for command in commands]!r}:\n"
+        "    for module in list(sys.modules.values()):  # each warning is shown once a process\n"
+        "        vars(module).get('__warningregistry__', {}).clear()\n"
         f"    assert main(command) == 0\n    sys.stderr.write({MARK!r})\n{before}"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -106,7 +108,8 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     )
     words = ["train", "--base", str(tiny_llama), "--data", str(rows), "--training.max_steps", "1"]
     lines = stderr_of(folder, *([*words, "--name", name, *more] for name, more in TALKATIVE.items()))
-    return folder, dict(zip(TALKATIVE, lines, strict=False))
+    assert lines.pop() == []  # after the last command
+    return folder, dict(zip(TALKATIVE, lines, strict=True))
 
 
 @pytest.mark.parametrize("name", TALKATIVE)

@@ -66,7 +66,9 @@ def test_every_command_and_python_block_runs(
     assert told <= set(commands()), "what the demo tells to type next is typed here"
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks("python"):
-        block = block.replace('"max_steps": 50', '"max_steps": 5')
+        shorter = block.replace('"max_steps": 50', '"max_steps": 5')
+        assert shorter != block or "thawline.train(" not in block
+        block = shorter
         exec(compile(block, "README.md", "exec"), names)
     assert names["answer"][0] in list("aeiou")
 

@@ -31,7 +31,7 @@ def labelled(rows: Iterable[tuple[str, str]], indent: str = "") -> str:
 
 
 def evenly_spaced(rows: Sequence[Row], n: int) -> list[Row]:
-    """Return at most `n` rows, in order and evenly spaced, of sorted ones of every kind."""
+    """Return at most `n` rows, evenly spaced and in order."""
     n = min(n, len(rows))
     return [rows[i * len(rows) // n] for i in range(n)]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from tests.support.domains import NAMES, TUNERS, make_base, make_domain
 from thawline import SharedDetector, jobs
-from thawline.domains.changes import Changes, JoinedWeights
+from thawline.domains.changes import Changes, JoinedWeights, _Rows, _Whole
 from thawline.domains.domain import base_digest, load_domain, read_domain
 from thawline.domains.folder import SharedFolder
 from thawline.errors import CheckpointError, ConfigError
@@ -117,8 +117,11 @@ def test_a_domain_is_exchanged_where_layers_read_it(
     before = {name: weight.to_dense().clone() for name, weight in model.named_parameters()}
     kernels = [weight for weight in model.parameters() if weight.is_mkldnn]
     assert kernels
-    assert len(changes._items) - len(kernels) < len(changes._changed) / 2
-    assert all(weight.data_ptr() % 64 == 0 for weight in changes._changed)
+    addresses = {torch.ops.mkldnn.data_ptr(weight) for weight in kernels}
+    others = [item for item in changes._items if isinstance(item, _Whole) or _address(item) not in addresses]
+    assert len(others) < len(changes._changed) / 4
+    assert len(others) < len(changes._items)
+    assert all(weight.data_ptr() % 64 == 0 for weight in shared._network._weights.places)
     changes.exchange()
     changes.exchange()
     assert all(torch.equal(weight.to_dense(), before[name]) for name, weight in model.named_parameters())
@@ -127,6 +130,34 @@ def test_a_domain_is_exchanged_where_layers_read_it(
         shared(images(1)[0], domain=domain)
     n_operations, _ = count_ops(lambda: shared._network.switch(changes))
     assert n_operations == 0
+
+
+def _address(rows: _Rows) -> int:
+    return rows.joined.ctypes.data
+
+
+def test_a_kernel_that_a_domain_packs_otherwise_is_exchanged_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = (FusedConv(torch.rand(16, 16, 3, 3), torch.zeros(16), padding=1) for _ in range(2))
+    x, network = torch.rand(1, 16, 8, 8), nn.Sequential(ours)
+    with torch.no_grad():
+        before, expected = network(x), theirs(x)
+        weights = JoinedWeights(network)
+        # Another number of threads, of as many values in another order.
+        monkeypatch.setattr(FusedConv, "pack", lambda conv, shape: conv.weight.to_mkldnn())
+        changes = Changes(weights, nn.Sequential(theirs))
+        changes.exchange()
+        torch.testing.assert_close(network(x), expected)
+        changes.exchange()
+        assert torch.equal(network(x), before)
+
+
+def test_a_kernel_in_the_place_of_another_is_packed_too() -> None:
+    ours, theirs = (FusedConv(torch.rand(4, 4, 3, 3), torch.zeros(4), padding=1) for _ in range(2))
+    x = torch.rand(1, 4, 6, 6)
+    with torch.no_grad():
+        ours(x)
+        ours._parameters["weight"] = theirs.weight
+        assert torch.equal(ours(x), theirs(x))
 
 
 def test_a_network_that_was_moved_exchanges_nothing(base: DEIMv2, folder: Path) -> None:
@@ -152,6 +183,12 @@ def test_kernels_that_no_call_has_packed_stay_as_they_are() -> None:
         assert network[3].weight.is_mkldnn
         assert torch.equal(network[3](x), expected)
         torch.testing.assert_close(network[3](torch.cat([x, x]))[1:], expected)
+        with torch.backends.mkldnn.flags(enabled=False):
+            torch.testing.assert_close(network[3](x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(network[3](x).float(), expected, rtol=0.05, atol=0.05)
+    with pytest.raises(RuntimeError, match="moved or cast"):
+        network.double()
 
 
 def test_a_batch_of_several_domains_equals_single_calls(shared: SharedDetector) -> None:
@@ -276,7 +313,8 @@ def test_one_broken_domain_does_not_take_the_others_down(base: DEIMv2, tmp_path:
     assert set(shared(image, domain="boards").data["domain"]) == {"boards"}
 
 
-def test_an_unreadable_image_of_a_mixed_list_says_so(shared: SharedDetector, tmp_path: Path) -> None:
+def test_an_unreadable_image_of_a_mixed_list_says_so(fresh: SharedDetector, tmp_path: Path) -> None:
+    shared = fresh
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     first, second = shared([str(broken), str(broken)], domain=["cards", "pcb"])
@@ -290,6 +328,11 @@ def test_an_unreadable_image_of_a_mixed_list_says_so(shared: SharedDetector, tmp
     first, second = shared([str(broken), image], domain=["cards", "pcb"])
     assert (len(first), asked) == (0, [1])  # a domain without a readable image does not run
     assert set(second.data["domain"]) == {"pcb"}
+    only = shared._member("cards").about.class_names[0]
+    assert [len(one) for one in shared([str(broken), image], domain=["cards", "pcb"], classes=[only])] == [
+        0,
+        0,
+    ]
 
 
 def test_a_domain_is_exported_as_its_merged_detector(

@@ -186,6 +186,14 @@ def test_a_detector_is_evaluated_in_its_fused_form_unless_adapters_are_inside(
     assert found.detections(0).scores == pytest.approx(found_as_trained.detections(0).scores, abs=1e-6)
 
 
+def test_a_diverged_detector_is_evaluated_as_it_is(recipe) -> None:
+    objective = build_objective(recipe())
+    model = objective.build_model()
+    next(model.parameters()).data[0] = torch.nan  # which a fused activation would make a number of
+    with pytest.raises(DataError, match="has diverged"):
+        objective.measure(model, 2)
+
+
 def test_a_frozen_backbone_of_random_weights_is_refused(recipe) -> None:
     with pytest.raises(ConfigError, match="frozen.*random weights.*base.weights"):
         run(recipe(tuner="frozen"))

@@ -79,7 +79,8 @@ class _Rows:
     def of(cls, joined: Tensor, index: Tensor, values: Tensor) -> _Rows:
         """Return rows of a tensor that get other values."""
         tensors = joined, index.int(), values
-        return cls(*([one.numpy() for one in tensors] if joined.device.type == "cpu" else tensors))
+        is_numpys = joined.device.type == "cpu" and joined.dtype != torch.bfloat16
+        return cls(*([one.numpy() for one in tensors] if is_numpys else tensors))
 
     @property
     def nbytes(self) -> int:
@@ -138,10 +139,9 @@ class Changes:
                         continue
                     other = theirs[name].detach().to(tensor.device)
                     if tensor.is_mkldnn:
-                        changed = _changed_memory(tensor, others[path].pack(module.packed_for))
-                        if len(changed.values):
+                        if (item := _change_of_kernel(module, others[path])) is not None:
                             self.parts.add(path.partition(".")[0])
-                            self._items.append(changed)
+                            self._items.append(item)
                         continue
                     if tensor.shape == other.shape and torch.equal(tensor, other):
                         continue
@@ -197,13 +197,33 @@ def _axis(weight: Tensor) -> int:
     return 0 if weight.stride(0) > weight.stride(1) else 1
 
 
-def _changed_memory(packed: Tensor, other: Tensor) -> _Rows:
-    """Return what differs between two kernels of one layout of oneDNN's.
+def _change_of_kernel(conv: FusedConv, other: FusedConv) -> _Rows | _Whole | None:
+    """Return what a domain changes in a kernel that oneDNN has packed; None: nothing.
 
-    A channel is several lines of some length there, depending on the layout: the one that takes the least
+    The layout depends on the processor and the number of threads, so lines of it are exchanged only if the
+    kernel then reads as the domain's. Else it is exchanged whole, in a layout of its own.
+    """
+    assert conv.packed_for is not None
+    if torch.equal(conv.weight.to_dense(), other.weight):
+        return None
+    packed = other.pack(conv.packed_for)
+    memory, theirs = _memory(conv.weight), _memory(packed)
+    if memory.shape == theirs.shape:
+        lines = _changed_lines(memory, theirs)
+        lines.exchange()
+        is_right = torch.equal(conv.weight.to_dense(), other.weight)
+        lines.exchange()
+        if is_right:
+            return lines
+    return _Whole(conv._parameters, "weight", nn.Parameter(packed, requires_grad=False))
+
+
+def _changed_lines(memory: Tensor, theirs: Tensor) -> _Rows:
+    """Return what differs between two memories of one layout.
+
+    A channel is several lines of some length there, depending on the layout: the length that takes the least
     memory is chosen.
     """
-    memory, theirs = _memory(packed), _memory(other)
     found = []
     for length in LINES:
         if memory.numel() % length == 0:

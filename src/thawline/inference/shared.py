@@ -203,8 +203,7 @@ class SharedDetector:
         loaded = [load_frame(frame) for frame in frames]
         images = [image for image, _ in loaded if image is not None]
         readable = [name for name, (image, _) in zip(names, loaded, strict=True) if image is not None]
-        asked = {name: members[name] for name in dict.fromkeys(readable)}
-        detector, tag = self._several(asked, readable, options)
+        detector, tag = self._several(members, readable, options)
         options["batch_size"] = max(1, len(images))
         found = iter(detector(images, **options) if images else ())
         answers = []
@@ -249,16 +248,17 @@ class _SeveralNetwork:
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Found]:
         every = range(len(images))
-        jobs = [
-            Job(one.changes, [row for row in every if self._names is None or self._names[row] == name])
-            for name, one in self._members.items()
-        ]
-        answers = self._network.detect(images, jobs)
+        rows = {
+            name: [row for row in every if self._names is None or self._names[row] == name]
+            for name in self._members
+        }
+        jobs = {name: Job(one.changes, rows[name]) for name, one in self._members.items() if rows[name]}
+        answers = dict(zip(jobs, self._network.detect(images, list(jobs.values())), strict=True))
         parts: list[list[Found]] = [[] for _ in images]
         first = 0
-        for job, member, found in zip(jobs, self._members.values(), answers, strict=True):
+        for name, member in self._members.items():
             lowest = member.about.threshold if self._threshold is None else self._threshold
-            for row, one in zip(job.rows, found, strict=True):
+            for row, one in zip(rows[name], answers.get(name, ()), strict=True):
                 kept = one["scores"] >= lowest
                 parts[row].append(
                     Found(

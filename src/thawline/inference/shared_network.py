@@ -41,7 +41,8 @@ class SharedNetwork(TorchNetwork):
 
     def __init__(self, base: DEIMv2, device: str | torch.device | None = None) -> None:
         super().__init__(base, device)
-        self([np.zeros((*self.config.image_size, 3), np.uint8)])  # packs kernels for the inputs that they get
+        if self.device.type == "cpu":  # packs kernels for the inputs that they get
+            self([np.zeros((*self.config.image_size, 3), np.uint8)])
         self._weights = JoinedWeights(self.model)
         self._lock = threading.RLock()
         self._resident: Changes | None = None

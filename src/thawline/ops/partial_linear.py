@@ -67,7 +67,7 @@ def place_of(index: Tensor) -> Tensor | slice:
     15 to 60 times as long. Reads the index: on a GPU the host waits.
 
     Args:
-        index: (R,), int64, unique.
+        index: (R,), int64, unique, R at least 1.
     """
     columns = index.tolist()
     first, after = columns[0], columns[0] + len(columns)

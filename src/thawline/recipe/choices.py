@@ -21,7 +21,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "tuners": _summaries(TUNERS),
     "selections": {
         "random": "columns drawn without replacement, by the seed and the layer's name alone",
-        "adjacent": "a block of adjacent columns, drawn alike: adapters are switched many times faster",
+        "adjacent": "a random block of adjacent columns: adapters are switched many times faster",
         "weight_norm": "columns of the weight with the largest L2 norm",
         "activation": "columns whose inputs have the largest sum of squares over a few batches",
         "gradient": "columns whose gradient has the largest sum of squares over a few batches",

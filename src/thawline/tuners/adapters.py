@@ -43,11 +43,6 @@ def merge_adapters(model: M) -> M:
     return model
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Return whether a layer of a module is adapted."""
-    return any(isinstance(layer, BaseTunerLayer) for layer in model.modules())
-
-
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter in `model` to a folder that `PeftModel.from_pretrained` reads.
 

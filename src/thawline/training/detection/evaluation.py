@@ -135,8 +135,15 @@ def n_devices() -> int:
 
 
 def _inference_form(model: nn.Module) -> Any:
-    """Return the fused copy of a detector: the same detections in less time. With adapters inside: itself."""
-    return model.fuse() if isinstance(model, DEIMv2) and not has_adapters(model) else model
+    """Return the fused copy of a detector: the same detections in less time.
+
+    Returns the model itself with adapters inside, and after it has diverged: kernels of the fused form make
+    numbers of NaN.
+    """
+    if not isinstance(model, DEIMv2) or has_adapters(model):
+        return model
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point())
+    return model.fuse() if all(torch.isfinite(tensor).all() for tensor in tensors) else model
 
 
 def _shown(

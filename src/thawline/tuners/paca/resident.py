@@ -38,7 +38,7 @@ class Change(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Values of a weight at some columns: values (O, R, ...) at index (R,), which `place` is too."""
+    """Values (O, R, ...) of a weight at the columns `index`, (R,); `place`: the same, a slice if adjacent."""
 
     index: Tensor
     values: Tensor
@@ -93,13 +93,12 @@ class Resident:
             write_columns(self._columns_of(weight), self._original.place, self._changed(self._original))
 
     def _keep_original(self, weight: Tensor, changes: list[Change]) -> None:
-        """Keep the original values of the columns that are to change; restore others that have."""
+        """Keep the original values of the columns that are to change; restore those changed before."""
         if not changes:
             self.evict(weight)
             return
-        index = torch.cat([change.index for change in changes]).to(
-            weight.device
-        )  # a copy: it may be loaded anew
+        # A copy of the adapter's index, into which another one can be loaded.
+        index = torch.cat([change.index for change in changes]).to(weight.device)
         index = index.unique() if len(changes) > 1 else index
         if self._original is not None and torch.equal(index, self._original.index):
             return  # adapters of one seed have the same columns: the next write replaces them

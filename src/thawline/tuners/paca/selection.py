@@ -39,13 +39,14 @@ def random_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
 
 
 def adjacent_columns(weight: Tensor, r: int, name: str, seed: int) -> Tensor:
-    """Return `r` adjacent columns, the first a multiple of `r`, drawn as `random_columns` draws.
+    """Return `r` adjacent columns, the first a multiple of `r`, drawn from the seed and the layer's name.
 
-    In memory a row's are a cache line or two, so that writing them and switching adapters is many times
-    cheaper than with scattered ones, and the blocks of two seeds are equal or disjoint.
+    In each row of the weight they share a cache line or two, so that writing them and switching adapters is
+    many times cheaper than with scattered ones. The blocks of two seeds are equal or disjoint; the last
+    n % r columns are in none.
     """
     first = r * _stream(name, seed).randint(weight.shape[1] // r)
-    return torch.arange(first, first + r)
+    return torch.arange(first, first + r, device="cpu")
 
 
 def _stream(name: str, seed: int) -> np.random.RandomState:
@@ -119,7 +120,7 @@ def choose_columns(
     outside = [i for i in chosen if not 0 <= i < n]
     if outside:
         raise ConfigError(f"The indices {outside} of '{name}' are outside its input features, 0 to {n - 1}.")
-    return torch.tensor(chosen, dtype=torch.long)
+    return torch.tensor(chosen, dtype=torch.long, device="cpu")
 
 
 def top_columns(scores: Tensor, r: int) -> Tensor:

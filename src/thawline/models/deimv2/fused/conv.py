@@ -86,7 +86,8 @@ class FusedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) to (B, O, H', W')."""
         if not onednn_serves(x):
-            x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+            weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+            x = F.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
             return self._activate(x)
         n_outputs = x.shape[0] * x.shape[2] * x.shape[3] * len(self.weight)
         is_product = self.is_pointwise and (x.shape[1] >= LONG_SUM or n_outputs <= LARGE_MAP)
@@ -101,7 +102,8 @@ class FusedConv(nn.Module):
             algorithm = "none" if name == "gelu" else None
         shape, weight = tuple(x.shape), self.weight
         if self.packed_for is None:
-            weight = self._packed.get((shape, weight._version), lambda: self.pack(shape))
+            key = (shape, weight.data_ptr(), weight._version)
+            weight = self._packed.get(key, lambda: self.pack(shape))
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, self.bias, *self._steps, self.groups, name, limits, algorithm
         )
@@ -120,7 +122,7 @@ class FusedConv(nn.Module):
         Inputs of other shapes are served too. The module can then neither be moved nor cast.
         """
         if len(self._packed):
-            self.packed_for, _ = self._packed.last_key
+            self.packed_for, *_ = self._packed.last_key
             self.weight = nn.Parameter(self.pack(self.packed_for), requires_grad=False)
             self._packed.clear()
 
@@ -145,6 +147,11 @@ class FusedConv(nn.Module):
         return f"{into * self.groups}, {out}, {kernel}×{kernel}, stride={self.stride}, {self.activation}"
 
     def _apply(self, *args: Any, **kwargs: Any) -> FusedConv:
+        if self.packed_for is not None:
+            raise RuntimeError(
+                "The network shares its kernels with domains, in the layout of this processor: it cannot be "
+                "moved or cast. Load it again, on the device that it is for."
+            )
         super()._apply(*args, **kwargs)
         self._packed.clear()
         self._lay_out()
