@@ -400,7 +400,7 @@ class PacaLayer(nn.Module, ScaledLayer, BaseTunerLayer):
         if not (state.wanted or state.inside):
             state.stale = False
             return
-        weight, changes = self.base_layer.weight, self._changes()
+        weight, changes = self._weight(), self._changes()
         if state.released or self._is_gathered(weight):
             return
         if any(change.delta.is_meta or is_fake(change.delta) for change in changes):

@@ -97,11 +97,12 @@ class Resident:
         if not changes:
             self.evict(weight)
             return
-        # A copy of the adapter's index, into which another one can be loaded.
-        index = torch.cat([change.index for change in changes]).to(weight.device)
-        index = index.unique() if len(changes) > 1 else index
+        index = changes[0].index.to(weight.device)
+        if len(changes) > 1:
+            index = torch.cat([change.index for change in changes]).to(weight.device).unique()
         if self._original is not None and torch.equal(index, self._original.index):
             return  # adapters of one seed have the same columns: the next write replaces them
+        index = index.clone()  # another one can be loaded into the adapter's
         self.evict(weight)
         place = place_of(index)
         self._original = Columns(index, read_columns(self._columns_of(weight), place), place)
