@@ -13,6 +13,7 @@ from thawline.cli import main
 from thawline.demo import PARTS, run_demo, shapes, skills
 from thawline.demo.toy_tasks import REWRITES, make_rewrites
 from thawline.errors import ConfigError
+from thawline.run import RunResult
 
 
 def next_commands(text: str) -> list[list[str]]:
@@ -52,6 +53,14 @@ def test_shapes_learns_evaluates_and_draws(tmp_path: Path, monkeypatch: pytest.M
     for path in re.findall(r"^(?:Pictures|Report): +(\S+)", text, re.MULTILINE):
         assert Path(path).stat().st_size > 0
     assert len(next_commands(text)) == 3
+
+
+def test_ctrl_c_in_a_run_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = RunResult(folder=tmp_path, status="interrupted", trainable=1)
+    monkeypatch.setattr(shapes, "run_recipe", lambda config: stopped)
+    monkeypatch.setattr(shapes, "N_TRAIN", 2)
+    with pytest.raises(KeyboardInterrupt):
+        shapes.run(tmp_path / "shapes")
 
 
 def test_parts_have_folders_of_their_own_beside_what_is_there(

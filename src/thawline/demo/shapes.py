@@ -7,7 +7,9 @@ __all__ = ["run"]
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from thawline.inference.detector import Detector
 from thawline.metrics.detection import DetectionMetrics
 from thawline.recipe import RunConfig
 from thawline.report.run_report import DETECTION_METRICS, build_report
+from thawline.run import RunResult
 from thawline.run import run as run_recipe
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ def run(folder: Path, *, epochs: int = 10) -> str:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, min(2, _processors())))
     try:
-        result = run_recipe(RunConfig.from_mapping(recipe))
+        result = _train(recipe)
     finally:
         torch.set_num_threads(threads)
 
@@ -82,6 +85,14 @@ def run(folder: Path, *, epochs: int = 10) -> str:
         f"  thawline eval {result.folder}\n"
         f"  thawline train --config {result.folder}/config.yaml --name longer --training.epochs 72"
     )
+
+
+def _train(recipe: Mapping[str, Any]) -> RunResult:
+    """Train by a recipe. Raises: KeyboardInterrupt: it was stopped, and so is the demo."""
+    result = run_recipe(RunConfig.from_mapping(recipe))
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+    return result
 
 
 def _processors() -> int:
