@@ -23,6 +23,7 @@ from tests.support.text import save_tiny_bert
 from thawline.cli import main
 from thawline.errors import ConfigError
 from thawline.measure import saved_bytes
+from thawline.models.deimv2 import DEIMv2
 from thawline.planning import search
 from thawline.planning.blueprint import draw_blueprint
 from thawline.planning.depth import find_stacks
@@ -30,6 +31,7 @@ from thawline.planning.plan import Planner, read_bytes
 from thawline.planning.search import largest, plan_within, read_seconds
 from thawline.planning.simulate import simulate_step
 from thawline.recipe import RunConfig
+from thawline.training.objective import build_objective
 from thawline.training.trainer import smoothed_loss
 from thawline.tuners.build import attach_tuner
 
@@ -236,6 +238,17 @@ def test_rows_that_are_there_give_steps_tasks_and_labels(tmp_path: Path) -> None
     values["base"]["head"] = "classifier"
     two = thawline.plan(recipe(base(tmp_path, "BertForSequenceClassification"), tuner="none"))
     assert thawline.plan(values).parameters == two.parameters + 32 + 1
+
+
+def test_a_detector_is_planned_as_its_weights_say(tmp_path: Path) -> None:
+    data, weights = str(write_painted_coco(tmp_path)), tmp_path / "base"
+    DEIMv2.from_variant("atto", class_names=("red", "green"), **TINY).save_pretrained(weights)
+    values = {"base": {"variant": "atto", "size": 64, "weights": str(weights)}, "data": data}
+    values |= {"objective": "detection", "training": {"batch_size": 2}}
+    for tuner in ("none", "paca"):
+        model = build_objective(RunConfig.from_mapping(values | {"tuner": tuner})).build_model()
+        plan = thawline.plan(values | {"tuner": tuner})
+        assert plan.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_match_is_planned_from_its_rows(tmp_path: Path) -> None:

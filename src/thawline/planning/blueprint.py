@@ -17,9 +17,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
+from thawline.domains import BASE, shared_path
 from thawline.domains.attach import attach_domain
 from thawline.domains.classes import group_classes, train_last_group
 from thawline.errors import ConfigError
+from thawline.models.deimv2.checkpoints.read import config_of, read_checkpoint
 from thawline.models.deimv2.loss.matcher import Matches
 from thawline.models.deimv2.model import DEIMv2
 from thawline.models.deimv2.variants import get_variant
@@ -197,10 +199,7 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
         rows, n_rows = objective.device_batch_size, len(objective.records)
         epochs = objective.schedule.epochs
     with torch.device("meta"):
-        members = [
-            DEIMv2.from_variant(base.variant, **fields, **own, class_loss=settings.class_loss)
-            for own in classes
-        ]
+        members = [_network(base, {**fields, **own, "class_loss": settings.class_loss}) for own in classes]
     detector = members[0]
     if config.lean and not is_lean(apply_lean(detector)):
         raise ConfigError(f"`lean`: '{base.variant}' has nothing that can be lean. Leave it out.")
@@ -259,6 +258,15 @@ def _arguments(config: RunConfig, training: Training) -> Any:
         for kind, state in states.items():
             kind._shared_state.clear()
             kind._shared_state.update(state)
+
+
+def _network(base: Any, overrides: dict[str, Any]) -> DEIMv2:
+    """Return the detector of the base's weights, where they are here, else of its size, without weights."""
+    if base.weights is not None and Path(base.weights).exists():
+        shared = shared_path(base.weights)
+        weights = base.weights if shared is None else shared / BASE
+        return DEIMv2(config_of(read_checkpoint(weights), base.variant, overrides))
+    return DEIMv2.from_variant(base.variant, **overrides)
 
 
 def _spread_matches(cost: Tensor, counts: tuple[int, ...]) -> tuple[Matches, Matches]:
