@@ -13,7 +13,6 @@ distribution, or the embeddings' mean distance by cosine.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,11 +28,11 @@ from harness import study_parser, study_results
 from thawline import PacaConfig, select_columns
 from thawline.bench.harness import markdown
 from thawline.bench.quantised import engine, quantise
+from thawline.files import read_jsonl
 from thawline.measure import write_results
 
 RANKS = (2, 4, 8, 16)
-
-
+N_REVIEWS = 72
 N_CALIBRATION = 8
 """Texts that the activations of `selection="activation"` come from."""
 
@@ -93,8 +92,8 @@ def subjects(shared: Path, minilm: Path | None) -> Iterator[Subject]:
     yield Subject("stories260K", folder, llama, {"input_ids": texts})
     if minilm is not None:
         encoder = AutoModel.from_pretrained(minilm, dtype=torch.float32).eval()
-        lines = (shared / "data" / "text" / "tasks" / "movie_polarity.jsonl").open(encoding="utf-8")
-        reviews = [json.loads(line)["input"] for _, line in zip(range(72), lines, strict=False)]
+        rows = read_jsonl(shared / "data" / "text" / "tasks" / "movie_polarity.jsonl")
+        reviews = [row["input"] for row in rows[:N_REVIEWS]]
         tokenizer = AutoTokenizer.from_pretrained(minilm)
         inputs = tokenizer(reviews, padding=True, truncation=True, return_tensors="pt")
         yield Subject("MiniLM", str(minilm), encoder, dict(inputs))

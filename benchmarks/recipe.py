@@ -27,6 +27,7 @@ to <out>.rows.jsonl as they come, so that a stopped study resumes.
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import statistics
@@ -60,14 +61,8 @@ class Job:
 
 
 def main() -> None:
-    parser = study_parser(__doc__, "recipe.json")
-    parser.add_argument("--data", nargs="+", default=["bccd"], help="Sets in data/detection.")
-    parser.add_argument("--budgets", nargs="+", type=int, default=[10], help="Epochs.")
+    parser = runs_parser(__doc__, "recipe.json")
     parser.add_argument("--arms", nargs="*", default=["derived"], help="Changes of the recipe.")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--variant", default="atto")
-    parser.add_argument("--images", type=int, default=N_IMAGES, help="Training images.")
-    parser.add_argument("--size", type=int, default=SIZE, help="Side of the input, pixels.")
     args = parser.parse_args()
     rows = Rows(args.out, Job)
     jobs = [
@@ -79,6 +74,18 @@ def main() -> None:
     ]
     rows.run(partial(train_one, shared=args.shared), jobs, workers=args.workers, jobs_per_process=1)
     write_results(args.out, study_results("recipe.py", table=summarise(rows.done)))
+
+
+def runs_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """Options of a study whose runs are a `Job` each, but for its arms."""
+    parser = study_parser(doc, out)
+    parser.add_argument("--data", nargs="+", default=["bccd"], help="Sets in data/detection.")
+    parser.add_argument("--budgets", nargs="+", type=int, default=[10], help="Epochs.")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="None: only the results file.")
+    parser.add_argument("--variant", default="atto", help="Size of the detector.")
+    parser.add_argument("--images", type=int, default=N_IMAGES, help="Training images.")
+    parser.add_argument("--size", type=int, default=SIZE, help="Side of the input, pixels.")
+    return parser
 
 
 def train_one(job: Job, shared: Path) -> dict[str, Any]:

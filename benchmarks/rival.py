@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -29,8 +30,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness import Rows, study_parser, study_results
-from recipe import N_IMAGES, SIZE, Job, run_config
+from harness import Rows, study_results
+from recipe import Job, run_config, runs_parser
+from thawline.bench.harness import markdown
 from thawline.measure import write_results
 from thawline.models.deimv2.postprocess import postprocess
 
@@ -40,14 +42,7 @@ MAX_DETECTIONS = 300
 
 
 def main() -> None:
-    parser = study_parser(__doc__, "rival.json")
-    parser.add_argument("--data", nargs="+", default=["bccd"], help="Sets in data/detection.")
-    parser.add_argument("--budgets", nargs="+", type=int, default=[10], help="Epochs.")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--variant", default="atto", help="atto, femto, pico or n.")
-    parser.add_argument("--images", type=int, default=N_IMAGES, help="Training images.")
-    parser.add_argument("--size", type=int, default=SIZE, help="Side of the input, pixels.")
-    args = parser.parse_args()
+    args = runs_parser(__doc__, "rival.json").parse_args()
     rows = Rows(args.out, Job)
     jobs = [
         Job(data, epochs, THEIRS, seed, args.variant, args.images, args.size)
@@ -58,9 +53,16 @@ def main() -> None:
     rows.run(partial(train_one, shared=args.shared), jobs, workers=args.workers, jobs_per_process=1)
     table = compare(rows.done, Rows(args.out.with_name("recipe.json"), Job).done)
     write_results(args.out, study_results("rival.py", table=table))
-    for row in table:
-        cells = [f"{row['AP'][name]:.3f} | {values}" for name, values in row["AP_by_seed"].items()]
-        print("|", " | ".join([row["data"], str(row["epochs"]), *cells]), "|")
+    lines = [
+        [row["data"], str(row["epochs"])]
+        + [
+            cell
+            for name in (OURS, THEIRS)
+            for cell in (f"{row['AP'][name]:.3f}", str(row["AP_by_seed"][name]))
+        ]
+        for row in table
+    ]
+    sys.stdout.write(markdown(["set", "epochs", OURS, "by seed", THEIRS, "by seed"], lines))
 
 
 def train_one(job: Job, shared: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def painted_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the imports made out of garbage collections: each looks at half a million objects else.
+    """Leave what the imports made, half a million objects, out of every garbage collection.
 
     Every `Trainer.train` collects twice, a quarter of a second each time.
     """

@@ -314,25 +314,20 @@ def test_one_broken_domain_does_not_take_the_others_down(base: DEIMv2, tmp_path:
 
 
 def test_an_unreadable_image_of_a_mixed_list_says_so(fresh: SharedDetector, tmp_path: Path) -> None:
-    shared = fresh
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    first, second = shared([str(broken), str(broken)], domain=["cards", "pcb"])
+    first, second = fresh([str(broken), str(broken)], domain=["cards", "pcb"])
     assert "broken.jpg" in first.metadata["error"]
     assert len(second) == 0
     asked = []
-    shared._network.model.decoder.register_forward_pre_hook(
-        lambda module, args: asked.append(len(args[0][0]))
-    )
+    fresh._network.model.decoder.register_forward_pre_hook(lambda module, args: asked.append(len(args[0][0])))
     (image,) = images(1)
-    first, second = shared([str(broken), image], domain=["cards", "pcb"])
+    first, second = fresh([str(broken), image], domain=["cards", "pcb"])
     assert (len(first), asked) == (0, [1])  # a domain without a readable image does not run
     assert set(second.data["domain"]) == {"pcb"}
-    only = shared._member("cards").about.class_names[0]
-    assert [len(one) for one in shared([str(broken), image], domain=["cards", "pcb"], classes=[only])] == [
-        0,
-        0,
-    ]
+    only = fresh._member("cards").about.class_names[0]
+    found = fresh([str(broken), image], domain=["cards", "pcb"], classes=[only])
+    assert [len(one) for one in found] == [0, 0]
 
 
 def test_a_domain_is_exported_as_its_merged_detector(

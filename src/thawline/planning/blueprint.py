@@ -199,7 +199,7 @@ def _detector(config: RunConfig, objective: Any) -> Blueprint:
         rows, n_rows = objective.device_batch_size, len(objective.records)
         epochs = objective.schedule.epochs
     with torch.device("meta"):
-        members = [_network(base, {**fields, **own, "class_loss": settings.class_loss}) for own in classes]
+        members = _networks(base, [{**fields, **own, "class_loss": settings.class_loss} for own in classes])
     detector = members[0]
     if config.lean and not is_lean(apply_lean(detector)):
         raise ConfigError(f"`lean`: '{base.variant}' has nothing that can be lean. Leave it out.")
@@ -260,13 +260,13 @@ def _arguments(config: RunConfig, training: Training) -> Any:
             kind._shared_state.update(state)
 
 
-def _network(base: Any, overrides: dict[str, Any]) -> DEIMv2:
-    """Return the detector of the base's weights, where they are here, else of its size, without weights."""
-    if base.weights is not None and Path(base.weights).exists():
-        shared = shared_path(base.weights)
-        weights = base.weights if shared is None else shared / BASE
-        return DEIMv2(config_of(read_checkpoint(weights), base.variant, overrides))
-    return DEIMv2.from_variant(base.variant, **overrides)
+def _networks(base: Any, overrides: Sequence[dict[str, Any]]) -> list[DEIMv2]:
+    """Return detectors of the base's weights, where they are here, else of its size, without weights."""
+    if base.weights is None or not Path(base.weights).exists():
+        return [DEIMv2.from_variant(base.variant, **own) for own in overrides]
+    shared = shared_path(base.weights)
+    checkpoint = read_checkpoint(base.weights if shared is None else shared / BASE)
+    return [DEIMv2(config_of(checkpoint, base.variant, own)) for own in overrides]
 
 
 def _spread_matches(cost: Tensor, counts: tuple[int, ...]) -> tuple[Matches, Matches]:

@@ -86,9 +86,9 @@ class PacaFields(_CommonFields):
     """Folder of the checkpoint in 16 bits that a quantised base was made from: the changed columns start from
     its values, without quantisation error. None: from the quantised ones."""
     selection: Literal["random", "adjacent", "weight_norm", "activation", "gradient", "explicit"] = "random"
-    """How the columns are chosen: at random, as a random block of adjacent ones, by their L2 norm, by the
-    activations or gradients of a few batches (`thawline train` runs them; in Python call
-    `thawline.select_columns`), or listed in `indices`."""
+    """How the columns are chosen. `random`: each at random. `adjacent`: neighbours, starting at a random
+    place. `weight_norm`: by their L2 norm. `activation`, `gradient`: by those of a few batches (`thawline
+    train` runs them; in Python call `thawline.select_columns`). `explicit`: listed in `indices`."""
     indices: dict[str, list[int]] | None = None
     """Columns by module name or a regular expression for it, for `selection: explicit`."""
     bias: Literal["none", "all", "paca_only"] = "none"

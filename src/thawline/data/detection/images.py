@@ -200,12 +200,15 @@ def _probe_pixels(data: bytes) -> ImageProbe:
     if pixels.max() <= (LOW_RANGE + 1) >> 8:
         deep = _decode(data, opencv().IMREAD_ANYDEPTH)
         is_low_range = deep.dtype == np.uint16 and 0 < deep.max() <= LOW_RANGE
+    orientation, has_frames = _from_header(
+        io.BytesIO(data), lambda image: (_exif_orientation(image), _has_frames(image)), (1, False)
+    )
     return ImageProbe(
         width=width,
         height=height,
-        orientation=_from_header(io.BytesIO(data), _exif_orientation, 1),
+        orientation=orientation,
         is_low_range=bool(is_low_range),
-        has_frames=_from_header(io.BytesIO(data), _has_frames, False),
+        has_frames=has_frames,
     )
 
 
